@@ -1,0 +1,91 @@
+"""One tree of errors for everything that a user, a file or a model can get wrong.
+
+Every error says what was wrong, where, and what to do next (`hint`). The command line turns any
+`ClampdownError` into one readable message and exit code 2; a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+
+class ClampdownError(Exception):
+    """Base of the tree. `hint` is the next thing to try, shown on a line of its own."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
+
+
+class ModelError(ClampdownError):
+    """A model could not be loaded, or is not of a kind we can steer."""
+
+
+class UnknownArchitectureError(ModelError):
+    """No row of the layout table says where this model's decoder blocks are."""
+
+
+class ChatTemplateError(ModelError):
+    """The tokenizer has no chat template, or the template cannot express the conversation."""
+
+
+class SaeError(ClampdownError):
+    """A sparse autoencoder could not be loaded or used."""
+
+
+class CheckpointError(SaeError):
+    """A file of weights is missing, malformed or incomplete."""
+
+
+class PickleCheckpointError(CheckpointError):
+    """The only weights on offer would have to be unpickled, which executes code."""
+
+
+class WidthMismatchError(SaeError):
+    """The SAE's input width is not the model's residual width."""
+
+
+class SiteError(ClampdownError):
+    """A hook point that does not exist in this model, or that cannot be parsed."""
+
+
+class PlanError(ClampdownError):
+    """A steering plan is malformed: unknown keys, wrong version, contradictory fields."""
+
+
+class FeatureIndexError(PlanError):
+    """A feature index outside the SAE."""
+
+
+class StrengthError(PlanError):
+    """A strength that is not a finite number."""
+
+
+class PlanMismatchError(PlanError):
+    """A plan made for another model or another SAE."""
+
+
+class ScopeError(PlanError):
+    """A plan whose scope cannot act in the requested mode."""
+
+
+class SteeringNotAppliedError(ClampdownError):
+    """Steering was asked for and did not happen. Never an unsteered answer under a steered label."""
+
+
+class PromptSetError(ClampdownError):
+    """A prompt file is missing, malformed, empty or unlabelled; says which line."""
+
+
+class JudgeError(ClampdownError):
+    """A judge could not be reached or did not answer in its format."""
+
+
+class StoreError(ClampdownError):
+    """A run directory cannot be read or written: wrong schema, another run's records, disk full."""
+
+
+class NotEnoughDataError(ClampdownError):
+    """A guarantee or estimate was asked for that this many observations cannot give; says how many would."""

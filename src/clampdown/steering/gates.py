@@ -1,0 +1,119 @@
+"""Gates: whether a conversation is steered at all, with a stated bound on how often benign ones are.
+
+1. Fit a sparse linear probe (L1 logistic regression) on pooled SAE activations of harmful and harmless prompts.
+2. Set its threshold on benign calibration prompts that the probe never saw: the lowest threshold whose trigger rate
+   has an exact binomial (Clopper-Pearson) upper bound within the benign budget, at the stated confidence.
+
+Step 2 is distribution-free. For n independent scores, the chance that a new prompt scores above the (k+1)-th largest
+follows Beta(k+1, n-k), whose `confidence` quantile is the Clopper-Pearson bound itself: choosing the threshold on the
+calibration scores costs nothing extra.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.sparse import csr_matrix
+from scipy.stats import beta
+from sklearn.linear_model import LogisticRegression
+
+from clampdown.errors import NotEnoughDataError
+from clampdown.steering.plan import Gate, Guarantee
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """score = bias + sum_i weights[i] * activation of features[i]."""
+
+    features: tuple[int, ...]
+    weights: tuple[float, ...]
+    bias: float
+
+    def scores(self, pooled: csr_matrix) -> Float[np.ndarray, " prompts"]:
+        """Scores of pooled activations [prompts, d_sae]."""
+        return pooled[:, list(self.features)] @ np.array(self.weights) + self.bias
+
+
+def fit_probe(
+    pooled: csr_matrix, harmful: Bool[np.ndarray, " prompts"], *, max_features: int = 24, seed: int = 0
+) -> Probe:
+    """A probe on at most `max_features` features, from pooled activations [prompts, d_sae].
+
+    The L1 penalty is relaxed until more features would be used; the chosen ones are then refitted with an L2 penalty,
+    because L1 shrinks the weights that it keeps.
+    """
+    if harmful.all() or not harmful.any():
+        raise NotEnoughDataError("a gate needs both harmful and harmless prompts to learn from")
+    scale = np.maximum(np.asarray(pooled.max(axis=0).todense()).ravel(), 1e-6)
+    scaled = csr_matrix(pooled.multiply(1.0 / scale))
+    kept = _lasso_features(scaled, harmful, max_features, seed)
+    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000, random_state=seed)
+    model.fit(scaled[:, kept], harmful)
+    weights = model.coef_[0] / scale[kept]
+    return Probe(tuple(int(f) for f in kept), tuple(float(w) for w in weights), float(model.intercept_[0]))
+
+
+def _lasso_features(
+    scaled: csr_matrix, harmful: Bool[np.ndarray, " prompts"], max_features: int, seed: int
+) -> np.ndarray:
+    """The features of the weakest L1 penalty that uses at most `max_features`."""
+    kept = np.array([], dtype=int)
+    for strength in np.geomspace(0.003, 30, 14):
+        model = LogisticRegression(
+            l1_ratio=1.0, C=strength, solver="liblinear", class_weight="balanced", max_iter=500, random_state=seed
+        )
+        used = np.flatnonzero(model.fit(scaled, harmful).coef_[0])
+        if len(used) > max_features:
+            break
+        kept = used if len(used) else kept
+    if not len(kept):
+        raise NotEnoughDataError("no small set of features tells harmful from harmless prompts")
+    return kept
+
+
+def upper_bound(triggered: int, n: int, confidence: float) -> float:
+    """One-sided exact (Clopper-Pearson) upper bound of a rate of which `triggered` of `n` were seen."""
+    return 1.0 if triggered >= n else float(beta.ppf(confidence, triggered + 1, n - triggered))
+
+
+def prompts_needed(budget: float, confidence: float) -> int:
+    """The smallest n for which zero triggers already prove the budget."""
+    return math.ceil(math.log(1 - confidence) / math.log(1 - budget))
+
+
+def choose_threshold(
+    benign_scores: Sequence[float] | Float[np.ndarray, " prompts"], *, budget: float, confidence: float = 0.95
+) -> tuple[float, Guarantee]:
+    """The lowest threshold that keeps benign triggers within `budget`, with its guarantee.
+
+    Raises `NotEnoughDataError`, naming the n that would do, when even zero triggers could not prove the budget.
+    """
+    scores = np.sort(np.asarray(benign_scores, dtype=float))[::-1]
+    n = len(scores)
+    allowed = [k for k in range(n) if upper_bound(k, n, confidence) <= budget]
+    if not allowed:
+        raise NotEnoughDataError(
+            f"{n} benign calibration prompts cannot show a trigger rate within {budget:g} at {confidence:.0%} confidence",
+            hint=f"use at least {prompts_needed(budget, confidence)} prompts, or a larger budget",
+        )
+    threshold = float(scores[allowed[-1]])
+    triggered = int((scores > threshold).sum())
+    return threshold, Guarantee(
+        budget=budget, confidence=confidence, n=n, triggered=triggered, bound=upper_bound(triggered, n, confidence)
+    )
+
+
+def make_gate(site: str, probe: Probe, threshold: float, guarantee: Guarantee | None = None) -> Gate:
+    """The probe as a plan's gate, read by maximum over the prompt's content tokens."""
+    return Gate(
+        site=site,
+        features=probe.features,
+        weights=probe.weights,
+        bias=probe.bias,
+        threshold=threshold,
+        guarantee=guarantee,
+    )

@@ -1,0 +1,392 @@
+"""`with steer(lm, plan):` steers every forward pass of the model inside the block, and proves it.
+
+1. A pre-hook on the decoder learns what the pass computes: a new prompt, or a continuation of the one before. It
+   counts columns, so scopes hold under any KV cache.
+2. Gate hooks read the prompt's own tokens at prefill and fix, per row, whether anything is done this turn.
+3. Site hooks return a new tensor x + delta. While decoding, masks are constants and the whole edit is a handful of
+   small operations; what the receipts need is kept by reference and reduced every `FLUSH_EVERY` passes.
+4. A post-hook on the decoder checks that every site's hook fired. What cannot be applied is an error.
+
+State belongs to the context (thread or task) that entered the block, so two threads with two plans on one model do
+not mix. A thread that runs the model inside somebody else's block is an error, not an unsteered answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from clampdown.errors import PlanError, ScopeError, SteeringNotAppliedError
+from clampdown.models.loading import LanguageModel
+from clampdown.saes.checkpoints import load_sae
+from clampdown.saes.sae import Sae
+from clampdown.steering.plan import Plan
+from clampdown.steering.program import GateProgram, Rows, SiteProgram, check_plan, gate_programs, site_programs
+from clampdown.steering.scopes import SCOPES, Window, last_run
+from clampdown.types import Receipt, Site
+
+FLUSH_EVERY = 32
+
+_ACTIVE: ContextVar[Mapping[int, Steering]] = ContextVar("clampdown_steering", default={})  # noqa: B039  (never mutated)
+
+
+@dataclass
+class _Turn:
+    """One batch of conversations from its prefill on. `alive[i]` is the original row of current row i."""
+
+    programs: tuple[SiteProgram, ...]
+    gates: tuple[GateProgram, ...]
+    alive: Int[Tensor, " rows"]
+    fired: Float[Tensor, " rows"]
+    prompt_width: int
+    prompt_ids: Int[Tensor, "rows prompt"] | None
+    real: Bool[Tensor, "rows columns"]
+    seen: int = 0
+    assistant_start: int | None = None
+    last_user: Bool[Tensor, "rows prompt"] | None = None
+    constant: dict[str, Float[Tensor, "rows 1"]] | None = None
+
+
+@dataclass
+class _Tally:
+    """What the receipts report, per original row."""
+
+    touched: Float[Tensor, " rows"]
+    norm: Float[Tensor, " rows"]
+    gate_score: Float[Tensor, " rows"]
+    gate_fired: Float[Tensor, " rows"]
+    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, n: int, device: torch.device) -> _Tally:
+        return cls(*(torch.zeros(n, device=device) for _ in range(4)))
+
+    def restart(self) -> None:
+        """Without a cache each pass edits every column again: only the last pass counts."""
+        self.pending.clear()
+        self.touched.zero_()
+        self.norm.zero_()
+
+    def flush(self, alive: Int[Tensor, " rows"]) -> None:
+        """Reduce the kept (delta, x) pairs to counts and norms."""
+        for delta, x in self.pending:
+            size = delta.float().norm(dim=-1)
+            relative = size / x.float().norm(dim=-1).clamp(min=1e-12)
+            self.touched.index_add_(0, alive, (size > 0).float().sum(1))
+            self.norm.index_add_(0, alive, relative.sum(1))
+        self.pending.clear()
+
+
+class Steering:
+    """The state of one `steer` block. Users need `receipts()`; batch loops that drop rows need `keep_rows`."""
+
+    def __init__(self, lm: LanguageModel, rows: Plan | None | Rows, saes: Mapping[str, Sae], prompt_width: int | None):
+        self._lm = lm
+        self._asked = rows
+        self._saes = saes
+        self._prompt_width = prompt_width
+        self._plans: Rows = ()
+        self._turn: _Turn | None = None
+        self._tally: _Tally | None = None
+        self._weights: dict[str, Tensor] = {}
+        self._visited: set[str] = set()
+        self._reached: set[str] = set()
+        self._passes = 0
+        plans = rows if isinstance(rows, Sequence) else [rows]
+        self._gate_sites = _sites(p.gate.site for p in plans if p is not None and p.gate)
+        self._edit_sites = _sites(e.site for p in plans if p is not None for e in p.edits)
+
+    # ---- what users call -------------------------------------------------------------------------------------
+
+    def receipts(self) -> list[Receipt | None]:
+        """One receipt per row of the last batch; None for rows without a plan."""
+        if self._turn is None or self._tally is None:
+            return []
+        self._tally.flush(self._turn.alive)
+        tally = self._tally
+        columns = (tally.touched.tolist(), tally.norm.tolist(), tally.gate_score.tolist(), tally.gate_fired.tolist())
+        return [
+            None if plan is None else _receipt(plan, *values)
+            for plan, *values in zip(self._plans, *columns, strict=True)
+        ]
+
+    def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """The batch goes on with these of its current rows only."""
+        turn, tally = self._require_turn()
+        tally.flush(turn.alive)
+        turn.alive, turn.fired, turn.real = turn.alive[rows], turn.fired[rows], turn.real[rows]
+        turn.programs = tuple(program.at(rows) for program in turn.programs)
+        turn.constant = None
+        if turn.last_user is not None:
+            turn.last_user = turn.last_user[rows]
+        if turn.prompt_ids is not None:
+            turn.prompt_ids = turn.prompt_ids[rows]
+
+    # ---- hooks -----------------------------------------------------------------------------------------------
+
+    def attach(self) -> list[Any]:
+        """Register every hook; the caller removes them."""
+        decoder: nn.Module = self._lm.layout.decoder
+        handles: list[Any] = [
+            decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True),
+            decoder.register_forward_hook(self._after_pass),
+        ]
+        # Gates first: hooks of one module run in this order, and a gate must read what no edit has changed.
+        for sites, hook in ((self._gate_sites, self._read_gates), (self._edit_sites, self._edit)):
+            for site in sites:
+                handles.append(self._lm.layout.hook_point(site).register(partial(hook, site.name)))
+        return handles
+
+    def _mine(self) -> bool:
+        """Whether the running context steers with this object. Another block's is skipped; none at all is an error."""
+        active = _ACTIVE.get().get(id(self._lm.layout.decoder))
+        if active is None:
+            raise SteeringNotAppliedError(
+                "this model is being steered, but not by the thread that is running it now",
+                hint="run generate in the thread that entered steer(...), or inside contextvars.copy_context().run; "
+                "for an unsteered run beside it use steer(lm, None)",
+            )
+        return active is self
+
+    def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._mine():
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        embeds = kwargs.get("inputs_embeds")
+        n_rows, width = (ids if ids is not None else embeds).shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if past == 0 and self._extends_last(ids, width):
+            self._require_turn()[1].restart()
+        elif past == 0:
+            self._begin_turn(n_rows, width, ids, mask)
+        self._open_window(past, n_rows, width, mask)
+        self._visited.clear()
+        self._passes += 1
+
+    def _extends_last(self, ids: Tensor | None, width: int) -> bool:
+        """Without a KV cache every pass starts at column 0: one token more on the same batch is a continuation."""
+        turn = self._turn
+        if turn is None or ids is None or turn.prompt_ids is None or width != turn.seen + 1:
+            return False
+        before = turn.prompt_ids
+        return ids.shape[0] == before.shape[0] and bool(torch.equal(ids[:, : before.shape[1]], before))
+
+    def _begin_turn(self, n_rows: int, width: int, ids: Tensor | None, mask: Tensor | None) -> None:
+        plans = self._asked if isinstance(self._asked, Sequence) else [self._asked] * n_rows
+        if len(plans) != n_rows:
+            raise PlanError(f"{len(plans)} plans for a batch of {n_rows} rows", hint="give one plan, or one per row")
+        self._plans = plans
+        device = self._lm.device
+        prompt_width = width if self._prompt_width is None else self._prompt_width
+        if prompt_width > width:
+            raise SteeringNotAppliedError(f"the prompt has {prompt_width} columns, the first pass only {width}")
+        self._tally = _Tally.empty(n_rows, device)
+        self._turn = _Turn(
+            programs=site_programs(plans, self._lm, self._saes),
+            gates=gate_programs(plans, self._lm, self._saes),
+            alive=torch.arange(n_rows, device=device),
+            fired=torch.ones(n_rows, device=device),
+            prompt_width=prompt_width,
+            prompt_ids=ids,
+            real=_real(ids, mask, n_rows, width, device, self._lm.pad_id),
+        )
+        self._resolve_scopes(self._turn)
+
+    def _resolve_scopes(self, turn: _Turn) -> None:
+        """Find the offsets that this batch's scopes and gates need, from the token ids."""
+        scopes = {scope for program in turn.programs for scope in program.scopes}
+        needs_ids = bool(scopes & {"assistant", "last_user"}) or bool(turn.gates)
+        if not needs_ids:
+            return
+        if turn.prompt_ids is None:
+            raise ScopeError("this plan needs the prompt's token ids, but the model was called with inputs_embeds")
+        prompt = turn.prompt_ids[:, : turn.prompt_width]
+        if "assistant" in scopes:
+            turn.assistant_start = self._lm.chat.assistant_start(prompt)
+        if "last_user" in scopes:
+            turn.last_user = last_run(self._content(turn))
+
+    def _content(self, turn: _Turn) -> Bool[Tensor, "rows prompt"]:
+        assert turn.prompt_ids is not None
+        prompt = turn.prompt_ids[:, : turn.prompt_width]
+        return self._lm.chat.content_mask(prompt, turn.real[:, : turn.prompt_width].long())
+
+    def _open_window(self, past: int, n_rows: int, width: int, mask: Tensor | None) -> None:
+        """Set the per-scope weights of the columns that this pass computes."""
+        turn, _ = self._require_turn()
+        if n_rows != len(turn.alive):
+            raise PlanError(f"the batch has {n_rows} rows now, {len(turn.alive)} are being steered")
+        start = past if past else 0
+        decoding = width == 1 and start >= turn.prompt_width
+        turn.seen = start + width
+        if decoding and turn.constant is not None:
+            self._weights = turn.constant
+            return
+        real = _columns_real(turn, start, width, mask)
+        columns = torch.arange(start, start + width, device=real.device)
+        window = Window(columns, real, turn.prompt_width, turn.assistant_start, turn.last_user)
+        scopes = {scope for program in turn.programs for scope in program.scopes}
+        masks = {scope: SCOPES[scope](window) for scope in scopes}
+        self._reached |= {scope for scope, m in masks.items() if bool(m.any())}
+        gated = turn.fired.unsqueeze(1)
+        self._weights = {scope: m * gated for scope, m in masks.items()}
+        turn.constant = self._weights if decoding else None
+
+    def _read_gates(self, site: str, x: Float[Tensor, "rows pos d_model"]) -> None:
+        """At prefill: score each row's prompt and fix whether it is steered this turn."""
+        if not self._mine():
+            return
+        turn, tally = self._require_turn()
+        if turn.seen != x.shape[1] or not turn.gates or turn.constant is not None:
+            return
+        content = self._content(turn)
+        for gate in turn.gates:
+            if gate.site.name == site:
+                scores = gate.scores(x[:, : turn.prompt_width], content)
+                fires = torch.where(gate.gated, (scores > gate.threshold).float(), turn.fired)
+                tally.gate_score = torch.where(gate.gated, scores, tally.gate_score)
+                tally.gate_fired = torch.where(gate.gated, fires, tally.gate_fired)
+                turn.fired = fires
+        gated = turn.fired.unsqueeze(1)
+        self._weights = {scope: weights * gated for scope, weights in self._weights.items()}
+
+    def _edit(self, site: str, x: Float[Tensor, "rows pos d_model"]) -> Tensor | None:
+        if not self._mine():
+            return None
+        self._visited.add(site)
+        turn, tally = self._require_turn()
+        program = next((p for p in turn.programs if p.site.name == site), None)
+        if program is None:
+            return None
+        delta = program.delta(x, self._weights)
+        tally.pending.append((delta, x))
+        if len(tally.pending) >= FLUSH_EVERY:
+            tally.flush(turn.alive)
+        return x + delta
+
+    def _after_pass(self, module: nn.Module, args: Any, output: Any) -> None:
+        missed = ", ".join(site.name for site in self._edit_sites if site.name not in self._visited)
+        if self._mine() and missed:
+            raise SteeringNotAppliedError(f"the model ran, but nothing happened at {missed}")
+
+    def _require_turn(self) -> tuple[_Turn, _Tally]:
+        if self._turn is None or self._tally is None:
+            raise SteeringNotAppliedError("a block of the model ran outside a forward pass of its decoder")
+        return self._turn, self._tally
+
+    def check_it_happened(self, *, require_reach: bool) -> None:
+        """After the block: a plan that never had the chance to act is an error.
+
+        Raises `SteeringNotAppliedError` or `ScopeError`.
+        """
+        if not self._edit_sites:
+            return
+        if self._passes == 0:
+            raise SteeringNotAppliedError(
+                "no forward pass of this model ran inside steer(...)",
+                hint="a model that was compiled before steering ignores new hooks",
+            )
+        turn, _ = self._require_turn()
+        unreached = {scope for program in turn.programs for scope in program.scopes} - self._reached
+        if require_reach and unreached:
+            raise ScopeError(
+                f"scope {', '.join(sorted(unreached))} never covered a token of this run",
+                hint="a 'generated' scope cannot act on log-likelihoods; use 'all', 'prompt' or 'assistant'",
+            )
+
+
+def _sites(names: Iterable[str]) -> tuple[Site, ...]:
+    return tuple(sorted({Site.parse(name) for name in names}))
+
+
+def _receipt(plan: Plan, touched: float, norm: float, score: float, fired: float) -> Receipt:
+    mean = norm / touched if touched else 0.0
+    if plan.gate is None:
+        return Receipt(plan.name, int(touched), mean)
+    return Receipt(plan.name, int(touched), mean, score, bool(fired))
+
+
+def _real(
+    ids: Tensor | None, mask: Tensor | None, n_rows: int, width: int, device: torch.device, pad: int | None
+) -> Bool[Tensor, "rows columns"]:
+    """Which columns hold tokens. Without a 2-D mask (static caches send 4-D ones) a leading run of pads is padding."""
+    if mask is not None:
+        return mask[:, :width].bool()
+    if ids is None or pad is None:
+        return torch.ones(n_rows, width, dtype=torch.bool, device=device)
+    return (ids != pad).cumsum(1) > 0
+
+
+def _columns_real(turn: _Turn, start: int, width: int, mask: Tensor | None) -> Bool[Tensor, "rows pos"]:
+    if start == 0 and mask is not None:
+        return mask[:, :width].bool()
+    if start == 0:
+        grown = torch.ones(len(turn.alive), width, dtype=torch.bool, device=turn.real.device)
+        known = min(width, turn.real.shape[1])
+        grown[:, :known] = turn.real[:, :known]
+        return grown
+    if mask is not None and mask.shape[1] >= start + width:
+        return mask[:, start : start + width].bool()
+    return torch.ones(len(turn.alive), width, dtype=torch.bool, device=turn.real.device)
+
+
+def _resolve_saes(plans: Sequence[Plan | None], saes: Sae | Sequence[Sae] | None) -> dict[str, Sae]:
+    """SAEs by site: the ones given, else loaded by the name that the plan states."""
+    given = [saes] if isinstance(saes, Sae) else list(saes or ())
+    found = {sae.cfg.site.name: sae for sae in given}
+    for plan in plans:
+        for ref in plan.saes if plan is not None else ():
+            if ref.site not in found:
+                found[ref.site] = load_sae(ref.name)
+    return found
+
+
+@contextmanager
+def steer(
+    lm: LanguageModel,
+    plans: Plan | Sequence[Plan | None] | None,
+    saes: Sae | Sequence[Sae] | None = None,
+    *,
+    prompt_width: int | None = None,
+    require_reach: bool = True,
+) -> Iterator[Steering]:
+    """Steer every forward pass of `lm` inside the block: HF `generate`, a plain call, or clampdown's own loops.
+
+    `plans` is one plan for all rows, or one (or None) per row of the batch; None steers nothing.
+    `saes` defaults to the SAEs that the plans name. `prompt_width` is the number of prompt columns when the first
+    pass holds more than the prompt (teacher forcing); by default the first pass is the prompt.
+    `require_reach=False` accepts that a scope covered no token (a reply that ended at once).
+
+    Raises `PlanMismatchError` and its kin before anything runs, `SteeringNotAppliedError` or `ScopeError` when the
+    plan could not act. No hook outlives the block.
+    """
+    distinct = list({id(p): p for p in (plans if isinstance(plans, Sequence) else [plans])}.values())
+    by_site = _resolve_saes(distinct, saes)
+    for plan in distinct:
+        if plan is not None:
+            check_plan(plan, lm, by_site)
+    key = id(lm.layout.decoder)
+    if key in _ACTIVE.get():
+        raise PlanError("this model is already being steered here", hint="put all edits into one plan")
+    steering = Steering(lm, plans, by_site, prompt_width)
+    handles: list[Any] = []
+    token = _ACTIVE.set({**_ACTIVE.get(), key: steering})
+    try:
+        handles = steering.attach()
+        yield steering
+        steering.check_it_happened(require_reach=require_reach)
+    finally:
+        for handle in handles:
+            handle.remove()
+        _ACTIVE.reset(token)

@@ -1,0 +1,236 @@
+"""The plan: edits, an optional gate, and where they came from. The artefact that users keep, as `plan.toml`.
+
+A plan is data. It names features by index, vectors by value, and the exact model and SAE it was made for; it never
+says how its features were found. Strengths are stored as the raw values that act, with the calibration figures that
+let them be shown as multiples of the feature's p99 activation.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from clampdown.errors import PlanError, StrengthError
+from clampdown.steering.operators import OPERATORS
+from clampdown.steering.scopes import SCOPES
+from clampdown.store import content_hash, write_atomic
+from clampdown.types import Site
+
+SCHEMA_VERSION = 1
+
+
+def _unpack(value: Any) -> Any:
+    """Vectors are written as base64 of little-endian float32: exact, and one line whatever the width."""
+    if not isinstance(value, str):
+        return value
+    raw = base64.b64decode(value, validate=True)
+    return struct.unpack(f"<{len(raw) // 4}f", raw)
+
+
+def _pack(value: tuple[float, ...]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(value)}f", *value)).decode()
+
+
+Vector = Annotated[tuple[float, ...], BeforeValidator(_unpack), PlainSerializer(_pack)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class ModelRef(_Part):
+    """The model a plan was made for. `revision` is a hub commit or a content hash."""
+
+    name: str
+    revision: str
+
+
+class SaeRef(_Part):
+    """An SAE that a plan's features index into, and the site it reads."""
+
+    site: str
+    name: str
+    revision: str
+
+
+class Edit(_Part):
+    """One change at one site.
+
+    For feature operators: `features[i]` gets `strengths[i]` (raw activation units; for `scale`, the factor).
+    For dense operators: `vector` names an entry of the plan's `vectors` and `strengths` has one number.
+    `p99` are the features' 99th-percentile activations on the calibration prompts, for display only.
+    """
+
+    site: str
+    operator: str
+    strengths: tuple[float, ...]
+    features: tuple[int, ...] = ()
+    vector: str | None = None
+    scope: str = "all"
+    error_term: Literal["keep", "drop"] = "keep"
+    p99: tuple[float, ...] | None = None
+
+    @field_validator("site")
+    @classmethod
+    def _site_exists(cls, value: str) -> str:
+        Site.parse(value)
+        return value
+
+    @field_validator("strengths")
+    @classmethod
+    def _finite(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for strength in value:
+            if not math.isfinite(strength):
+                raise StrengthError(f"strength {strength} is not a finite number")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        operator = OPERATORS.get(self.operator)
+        if operator is None:
+            raise PlanError(f"unknown operator '{self.operator}'", hint=f"one of: {', '.join(OPERATORS)}")
+        if self.scope not in SCOPES:
+            raise PlanError(f"unknown scope '{self.scope}'", hint=f"one of: {', '.join(SCOPES)}")
+        if operator.dense:
+            self._check_dense()
+        else:
+            self._check_features()
+        return self
+
+    def _check_dense(self) -> None:
+        if self.vector is None or self.features or len(self.strengths) != 1:
+            raise PlanError(f"'{self.operator}' needs `vector`, exactly one strength, and no `features`")
+        if self.error_term == "drop":
+            raise PlanError(f"'{self.operator}' does not pass through an SAE: error_term must be 'keep'")
+
+    def _check_features(self) -> None:
+        if self.vector is not None or not self.features:
+            raise PlanError(f"'{self.operator}' needs `features` and no `vector`")
+        if len(self.features) != len(self.strengths):
+            raise PlanError(f"{len(self.features)} features but {len(self.strengths)} strengths")
+        if len(set(self.features)) != len(self.features):
+            raise PlanError(f"a feature is listed twice in one edit: {list(self.features)}")
+        if min(self.features) < 0:
+            raise PlanError(f"feature indices start at 0, got {min(self.features)}")
+
+
+class Guarantee(_Part):
+    """What a gate's threshold promises: with `confidence`, at most `budget` of benign prompts trigger it."""
+
+    budget: float
+    confidence: float
+    n: int
+    triggered: int
+    bound: float
+
+
+class Gate(_Part):
+    """Whether a conversation is steered at all: a linear probe over pooled feature activations of the prompt.
+
+    score = bias + sum_i weights[i] * pool_over_prompt(a_features[i]); it fires when score > threshold.
+    """
+
+    kind: Literal["probe"] = "probe"
+    site: str
+    features: tuple[int, ...]
+    weights: tuple[float, ...]
+    bias: float
+    threshold: float
+    pooling: Literal["max", "mean"] = "max"
+    guarantee: Guarantee | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        Site.parse(self.site)
+        if not self.features or len(self.features) != len(self.weights):
+            raise PlanError(f"a gate needs one weight per feature, got {len(self.features)} and {len(self.weights)}")
+        if not all(map(math.isfinite, (*self.weights, self.bias, self.threshold))):
+            raise PlanError("a gate's weights, bias and threshold must be finite")
+        return self
+
+
+class Plan(_Part):
+    """Edits + gate + provenance. Frozen; `digest` identifies what it does."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    model: ModelRef
+    saes: tuple[SaeRef, ...] = ()
+    edits: tuple[Edit, ...]
+    gate: Gate | None = None
+    vectors: dict[str, Vector] = Field(default_factory=dict)
+    provenance: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        sites = {ref.site for ref in self.saes}
+        readers = [(edit.site, edit.features) for edit in self.edits]
+        if self.gate:
+            readers.append((self.gate.site, self.gate.features))
+            self._gate_below_edits(Site.parse(self.gate.site))
+        for site, features in readers:
+            if features and site not in sites:
+                raise PlanError(f"features at {site} need an entry of `saes` for that site")
+        for edit in self.edits:
+            if edit.vector is not None and edit.vector not in self.vectors:
+                raise PlanError(f"vector '{edit.vector}' is not among the plan's vectors {sorted(self.vectors)}")
+        return self
+
+    def _gate_below_edits(self, gate_site: Site) -> None:
+        """One pass must decide before it edits, from activations that no edit has changed."""
+        order = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+        for edit in self.edits:
+            site = Site.parse(edit.site)
+            if (gate_site.layer, order.index(gate_site.point)) > (site.layer, order.index(site.point)):
+                raise PlanError(f"the gate reads {gate_site}, above the edit at {site}: it would decide too late")
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that changes what the plan does (not its name or provenance)."""
+        return content_hash(self.model_dump(mode="json", exclude={"name", "provenance"}))
+
+
+def parse_plan(data: dict[str, Any], source: str = "plan") -> Plan:
+    """Validate plain data. Every way to be wrong is a `PlanError` that says where."""
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise PlanError(f"{source}: schema_version is {version!r}, this clampdown reads {SCHEMA_VERSION}")
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}" for e in error.errors()]
+        raise PlanError(f"{source} is not a valid plan:\n  " + "\n  ".join(lines)) from error
+    except PlanError as error:
+        raise type(error)(f"{source}: {error.message}", hint=error.hint) from error
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a `plan.toml`. Raises `PlanError`."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"cannot read {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is not TOML: {error}") from error
+    return parse_plan(data, str(path))
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Write a `plan.toml` that reads back equal."""
+    write_atomic(path, tomli_w.dumps(plan.model_dump(mode="json", exclude_none=True)))

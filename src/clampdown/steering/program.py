@@ -1,0 +1,296 @@
+"""From plans to arithmetic: one program per site, for a batch in which every row has its own plan.
+
+1. The features that any row uses at a site become the channels of one reader: each activation is read once.
+2. Edits that share operator and scope become a group: strengths [rows, channels], and a 0/1 `member` mask that says
+   which rows asked. A row without a plan has no membership anywhere, so its coefficients are exact zeros.
+3. delta = sum over channels of coefficient * decoder row, every activation read from the unedited x (methods, 2).
+
+Everything here is a function of values. Hooks, caches and counters are in `hooks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from clampdown.errors import PlanError, PlanMismatchError
+from clampdown.models.loading import LanguageModel
+from clampdown.saes.sae import Sae, check_fits
+from clampdown.steering.operators import OPERATORS
+from clampdown.steering.plan import Edit, Gate, Plan
+from clampdown.types import Site
+
+Residual = Float[Tensor, "rows pos d_model"]
+ScopeWeights = Mapping[str, Float[Tensor, "rows pos"]]
+
+
+@runtime_checkable
+class View(Protocol):
+    """Reads some channels off a residual, and says what writing amounts of them adds to it."""
+
+    def read(self, x: Residual) -> Float[Tensor, "rows pos channels"]: ...
+
+    def write(self, coefficients: Float[Tensor, "rows pos channels"], x: Residual) -> Residual: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Dense directions as channels: activation = x . v, written as amounts of v."""
+
+    rows: Float[Tensor, "channels d_model"]
+
+    def read(self, x: Residual) -> Float[Tensor, "rows pos channels"]:
+        return x @ self.rows.T
+
+    def write(self, coefficients: Float[Tensor, "rows pos channels"], x: Residual) -> Residual:
+        return coefficients @ self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Edits of one operator and one scope: the channels they use, and each row's strengths."""
+
+    operator: str
+    scope: str
+    channels: Int[Tensor, " n"]
+    strengths: Float[Tensor, "rows 1 n"]
+    member: Float[Tensor, "rows 1 n"]
+
+    def at(self, rows: Int[Tensor, " kept"]) -> Group:
+        return replace(self, strengths=self.strengths[rows], member=self.member[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """One view at a site and the groups that act through it."""
+
+    view: View
+    size: int
+    groups: tuple[Group, ...]
+
+    def delta(self, x: Residual, weights: ScopeWeights) -> Residual:
+        """What all groups together add to x."""
+        activation = self.view.read(x)
+        if len(self.groups) == 1 and len(self.groups[0].channels) == self.size:
+            total = self._coefficients(self.groups[0], activation, weights)
+        else:
+            total = torch.zeros_like(activation)
+            for group in self.groups:
+                part = self._coefficients(group, activation[..., group.channels], weights)
+                total.index_add_(-1, group.channels, part)
+        return self.view.write(total, x)
+
+    @staticmethod
+    def _coefficients(group: Group, activation: Tensor, weights: ScopeWeights) -> Tensor:
+        raw = OPERATORS[group.operator].coefficient(activation, group.strengths)
+        return raw * (group.member * weights[group.scope].unsqueeze(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Rows whose edits drop the SAE's error term: x is replaced by its reconstruction before the deltas."""
+
+    sae: Sae
+    rows_by_scope: Mapping[str, Float[Tensor, " rows"]]
+
+    def delta(self, x: Residual, weights: ScopeWeights) -> Residual:
+        reach = torch.stack([w[:, None] * weights[scope] for scope, w in self.rows_by_scope.items()]).amax(0)
+        return (self.sae.reconstruct(x) - x) * reach.unsqueeze(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteProgram:
+    """Everything that happens to the residual at one site, for every row of a batch."""
+
+    site: Site
+    banks: tuple[Bank, ...]
+    dropped: Dropped | None
+
+    def delta(self, x: Residual, weights: ScopeWeights) -> Residual:
+        """x' - x, in x's dtype; computed in float32."""
+        wide = x.float()
+        parts = [part.delta(wide, weights) for part in (*self.banks, *([self.dropped] if self.dropped else []))]
+        total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return total.to(x.dtype)
+
+    def at(self, rows: Int[Tensor, " kept"]) -> SiteProgram:
+        """The program of some of the rows, after the others left the batch."""
+        banks = tuple(replace(bank, groups=tuple(g.at(rows) for g in bank.groups)) for bank in self.banks)
+        dropped = self.dropped
+        if dropped:
+            dropped = replace(dropped, rows_by_scope={s: w[rows] for s, w in dropped.rows_by_scope.items()})
+        return replace(self, banks=banks, dropped=dropped)
+
+    @property
+    def scopes(self) -> set[str]:
+        return {group.scope for bank in self.banks for group in bank.groups}
+
+
+@dataclass(frozen=True, slots=True)
+class GateProgram:
+    """Gates of all rows that read one site with one pooling: weights [rows, channels] over shared channels."""
+
+    site: Site
+    view: View
+    pooling: str
+    gated: Bool[Tensor, " rows"]
+    weights: Float[Tensor, "rows channels"]
+    bias: Float[Tensor, " rows"]
+    threshold: Float[Tensor, " rows"]
+
+    def scores(self, x: Residual, content: Bool[Tensor, "rows pos"]) -> Float[Tensor, " rows"]:
+        """Each row's score from its own prompt tokens."""
+        activation = self.view.read(x.float())
+        mask = content.unsqueeze(-1)
+        if self.pooling == "max":
+            pooled = activation.masked_fill(~mask, 0.0).amax(1)
+        else:
+            pooled = (activation * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return (pooled * self.weights).sum(-1) + self.bias
+
+
+Rows = Sequence[Plan | None]
+
+
+def _edits(rows: Rows, site: str, *, dense: bool) -> list[tuple[int, Plan, Edit]]:
+    return [
+        (row, plan, edit)
+        for row, plan in enumerate(rows)
+        if plan is not None
+        for edit in plan.edits
+        if edit.site == site and OPERATORS[edit.operator].dense is dense
+    ]
+
+
+def _groups(
+    entries: Iterable[tuple[int, Edit, Sequence[object]]], channel_of: Mapping[object, int], n_rows: int, like: Tensor
+) -> tuple[Group, ...]:
+    """Collect (row, edit, channel keys) into groups of equal operator and scope."""
+    grouped: dict[tuple[str, str], list[tuple[int, int, float]]] = {}
+    for row, edit, keys in entries:
+        cells = grouped.setdefault((edit.operator, edit.scope), [])
+        cells.extend((row, channel_of[key], s) for key, s in zip(keys, edit.strengths, strict=True))
+    return tuple(
+        _group(operator, scope, cells, n_rows, like) for (operator, scope), cells in sorted(grouped.items())
+    )
+
+
+def _group(operator: str, scope: str, cells: list[tuple[int, int, float]], n_rows: int, like: Tensor) -> Group:
+    channels = sorted({channel for _, channel, _ in cells})
+    column = {channel: i for i, channel in enumerate(channels)}
+    strengths = torch.zeros(n_rows, 1, len(channels))
+    member = torch.zeros(n_rows, 1, len(channels))
+    for row, channel, strength in cells:
+        if member[row, 0, column[channel]]:
+            raise PlanError(f"two edits '{operator}' with scope '{scope}' of one plan act on the same channel")
+        strengths[row, 0, column[channel]] = strength
+        member[row, 0, column[channel]] = 1.0
+    to = like.device
+    return Group(operator, scope, torch.tensor(channels, device=to), strengths.to(to), member.to(to))
+
+
+def _feature_bank(rows: Rows, site: str, sae: Sae) -> Bank:
+    found = _edits(rows, site, dense=False)
+    features = sorted({f for _, _, edit in found for f in edit.features})
+    view = sae.select(features)
+    entries = [(row, edit, edit.features) for row, _, edit in found]
+    groups = _groups(entries, {f: i for i, f in enumerate(features)}, len(rows), view.directions)
+    return Bank(view, len(features), groups)
+
+
+def _direction_bank(rows: Rows, site: str, lm: LanguageModel) -> Bank:
+    """Equal vectors share a channel; ablation reads and writes the unit vector."""
+    found = _edits(rows, site, dense=True)
+    keyed = [(row, edit, (plan.vectors[edit.vector or ""], OPERATORS[edit.operator].unit_row)) for row, plan, edit in found]
+    keys = list(dict.fromkeys(key for _, _, key in keyed))
+    vectors = [_checked(torch.tensor(vector, device=lm.device), lm.d_model) for vector, _ in keys]
+    matrix = torch.stack([v / v.norm() if unit else v for v, (_, unit) in zip(vectors, keys, strict=True)])
+    groups = _groups([(r, e, [k]) for r, e, k in keyed], {k: i for i, k in enumerate(keys)}, len(rows), matrix)
+    return Bank(Directions(matrix), len(keys), groups)
+
+
+def _checked(vector: Float[Tensor, " d"], d_model: int) -> Float[Tensor, " d"]:
+    if len(vector) != d_model:
+        raise PlanMismatchError(f"a vector of {len(vector)} numbers cannot steer a residual of {d_model}")
+    if not bool(vector.norm() > 0) or not bool(vector.isfinite().all()):
+        raise PlanError("a steering vector must be finite and not zero")
+    return vector
+
+
+def _dropped(rows: Rows, site: str, sae: Sae | None, device: torch.device) -> Dropped | None:
+    by_scope: dict[str, Tensor] = {}
+    for row, _, edit in _edits(rows, site, dense=False):
+        if edit.error_term == "drop":
+            by_scope.setdefault(edit.scope, torch.zeros(len(rows), device=device))[row] = 1.0
+    return Dropped(sae, by_scope) if by_scope and sae else None
+
+
+def _site_program(rows: Rows, site: str, lm: LanguageModel, sae: Sae | None) -> SiteProgram:
+    banks: list[Bank] = []
+    if _edits(rows, site, dense=False):
+        assert sae is not None, "check_plan has made sure that every site with features has its SAE"
+        banks.append(_feature_bank(rows, site, sae))
+    if _edits(rows, site, dense=True):
+        banks.append(_direction_bank(rows, site, lm))
+    return SiteProgram(Site.parse(site), tuple(banks), _dropped(rows, site, sae, lm.device))
+
+
+def site_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, Sae]) -> tuple[SiteProgram, ...]:
+    """One program per edited site, lowest first. `saes` maps site names to SAEs."""
+    names = {edit.site for plan in rows if plan is not None for edit in plan.edits}
+    for name in names:
+        lm.layout.hook_point(Site.parse(name))
+    return tuple(_site_program(rows, name, lm, saes.get(name)) for name in sorted(names, key=Site.parse))
+
+
+def gate_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, Sae]) -> tuple[GateProgram, ...]:
+    """One gate reader per (site, pooling) that any row's plan uses."""
+    keys = sorted({(p.gate.site, p.gate.pooling) for p in rows if p is not None and p.gate})
+    return tuple(_gate_program(rows, site, pooling, saes[site], lm.device) for site, pooling in keys)
+
+
+def _gate_program(rows: Rows, site: str, pooling: str, sae: Sae, device: torch.device) -> GateProgram:
+    gates: dict[int, Gate] = {
+        row: plan.gate
+        for row, plan in enumerate(rows)
+        if plan is not None and plan.gate and (plan.gate.site, plan.gate.pooling) == (site, pooling)
+    }
+    features = sorted({f for gate in gates.values() for f in gate.features})
+    column = {f: i for i, f in enumerate(features)}
+    weights = torch.zeros(len(rows), len(features))
+    bias, threshold = torch.zeros(len(rows)), torch.zeros(len(rows))
+    gated = torch.zeros(len(rows), dtype=torch.bool)
+    for row, gate in gates.items():
+        weights[row, [column[f] for f in gate.features]] = torch.tensor(gate.weights)
+        bias[row], threshold[row], gated[row] = gate.bias, gate.threshold, True
+    parts = (gated, weights, bias, threshold)
+    return GateProgram(Site.parse(site), sae.select(features), pooling, *(part.to(device) for part in parts))
+
+
+def check_plan(plan: Plan, lm: LanguageModel, saes: Mapping[str, Sae]) -> None:
+    """Refuse a plan made for another model or SAE, or one whose features do not exist here.
+
+    Raises `PlanMismatchError`, `FeatureIndexError`, `SiteError` or `WidthMismatchError`.
+    """
+    if plan.model.revision != lm.revision:
+        raise PlanMismatchError(
+            f"plan '{plan.name}' was made for {plan.model.name} at revision {plan.model.revision}, "
+            f"this is {lm.name} at {lm.revision}",
+            hint="make the plan again for this model, or load the model it names",
+        )
+    for ref in plan.saes:
+        sae = saes.get(ref.site)
+        if sae is None:
+            raise PlanMismatchError(f"plan '{plan.name}' needs the SAE {ref.name} at {ref.site}")
+        if sae.revision != ref.revision:
+            raise PlanMismatchError(
+                f"plan '{plan.name}' was made for the SAE {ref.name} at revision {ref.revision}, "
+                f"this is {sae.name} at {sae.revision}",
+                hint="feature indices mean nothing in another SAE; load the one the plan names",
+            )
+        check_fits(sae, lm.d_model, lm.layout.n_layers)

@@ -1,0 +1,78 @@
+"""Scopes: which token positions an edit may touch.
+
+Positions are counted in columns of the left-padded batch, so one number serves all rows: the prompt is the columns
+before `prompt_width`, the assistant's turn opens at `assistant_start` (the template's generation prompt, whose last
+token predicts the first reply token). Offsets come from the template's own token ids, never from guesses.
+
+A new scope is one function and one row of `SCOPES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+PromptMask = Bool[Tensor, "rows prompt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The columns that one forward pass computes: `columns` are absolute; `real` is False on padding.
+
+    `assistant_start` and `content` are None until a plan needs them.
+    """
+
+    columns: Int[Tensor, " pos"]
+    real: Bool[Tensor, "rows pos"]
+    prompt_width: int
+    assistant_start: int | None = None
+    last_user: PromptMask | None = None
+
+
+ScopeMask = Callable[[Window], Bool[Tensor, "rows pos"]]
+
+
+def whole(window: Window) -> Bool[Tensor, "rows pos"]:
+    return window.real
+
+
+def prompt(window: Window) -> Bool[Tensor, "rows pos"]:
+    return window.real & (window.columns < window.prompt_width)
+
+
+def generated(window: Window) -> Bool[Tensor, "rows pos"]:
+    return window.real & (window.columns >= window.prompt_width)
+
+
+def assistant(window: Window) -> Bool[Tensor, "rows pos"]:
+    assert window.assistant_start is not None, "the caller resolves assistant_start when a plan uses this scope"
+    return window.real & (window.columns >= window.assistant_start)
+
+
+def last_user(window: Window) -> Bool[Tensor, "rows pos"]:
+    assert window.last_user is not None, "the caller resolves the last user turn when a plan uses this scope"
+    mask = torch.zeros_like(window.real)
+    inside = window.columns < window.prompt_width
+    mask[:, inside] = window.last_user[:, window.columns[inside]]
+    return window.real & mask
+
+
+def last_run(content: PromptMask) -> PromptMask:
+    """Only the last unbroken run of True in each row: the content tokens of the last turn."""
+    backwards = content.flip(1)
+    seen = backwards.cumsum(1) > 0
+    ended = (seen & ~backwards).cumsum(1) > 0
+    return (backwards & ~ended).flip(1)
+
+
+SCOPES: dict[str, ScopeMask] = {
+    "all": whole,
+    "prompt": prompt,
+    "generated": generated,
+    "assistant": assistant,
+    "last_user": last_user,
+}

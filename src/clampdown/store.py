@@ -1,0 +1,202 @@
+"""Files between the stages: atomic writes, append-only records, and the resume key.
+
+1. A run directory holds `manifest.json` (schema, resume key, what was run) and `records.jsonl`.
+2. A record is one line, written whole and flushed to disk before the next is computed. A kill can only cut the
+   last line; on opening, a cut last line is dropped, so nothing is lost but the work that was in flight.
+3. The resume key is a hash of everything that could change a result. A directory made with another key is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from clampdown.errors import StoreError
+from clampdown.types import FeatureScore, FeatureSet, Prompt, Provenance, Receipt, Record, Split, Verdict
+
+SCHEMA = 1
+
+
+def to_jsonable(value: Any) -> Any:
+    """Dataclasses, enums, paths and mappings as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_jsonable(item) for item in value]
+    return value
+
+
+def content_hash(value: Any) -> str:
+    """Short stable hash of any value that `to_jsonable` can express."""
+    canonical = json.dumps(to_jsonable(value), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def prompts_hash(prompts: Iterable[Prompt]) -> str:
+    """Hash of prompts with their ground truth, in order."""
+    return content_hash(list(prompts))
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never half. Raises `StoreError`."""
+    payload = data.encode() if isinstance(data, str) else data
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(payload)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises `StoreError` naming the file and line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} is not JSON: {error}") from error
+
+
+def record_from_json(row: Mapping[str, Any]) -> Record:
+    receipt = row.get("receipt")
+    return Record(
+        **{
+            **row,
+            "split": Split(row["split"]),
+            "verdict": Verdict(row["verdict"]),
+            "receipt": Receipt(**receipt) if receipt else None,
+        }
+    )
+
+
+class RecordLog:
+    """Append-only `records.jsonl` of one run directory, resumable after a kill at any moment."""
+
+    def __init__(self, directory: Path, key: Any) -> None:
+        """Open or create. `key` is everything that could change a result; another key's directory is refused."""
+        self.directory = directory
+        self.path = directory / "records.jsonl"
+        self._claim(directory / "manifest.json", key)
+        self._records = {(r.arm, r.suite, r.prompt_id): r for r in self._recover()}
+        self._handle = self.path.open("a", encoding="utf-8")
+
+    def _claim(self, manifest: Path, key: Any) -> None:
+        digest = content_hash(key)
+        if manifest.exists():
+            found = read_json(manifest)
+            if found.get("schema") != SCHEMA or found.get("resume_key") != digest:
+                raise StoreError(
+                    f"{self.directory} holds another run (other model, prompts, arms or settings)",
+                    hint="choose an empty --out directory, or repeat the exact command to resume",
+                )
+        else:
+            write_json(manifest, {"schema": SCHEMA, "resume_key": digest, "key": key})
+
+    def _recover(self) -> Iterable[Record]:
+        """Parse what is there; cut a half-written last line off the file."""
+        if not self.path.exists():
+            return []
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) != len(raw):
+            with self.path.open("r+b") as handle:
+                handle.truncate(len(whole))
+        return [self._parse(number, line) for number, line in enumerate(whole.decode().splitlines(), 1)]
+
+    def _parse(self, number: int, line: str) -> Record:
+        try:
+            return record_from_json(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.path} line {number} is not a record: {error}") from error
+
+    def __contains__(self, key: tuple[str, str, str]) -> bool:
+        return key in self._records
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(self._records.values())
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Write records that are not there yet, and wait until they are on disk."""
+        fresh = [r for r in records if (r.arm, r.suite, r.prompt_id) not in self._records]
+        try:
+            self._handle.writelines(json.dumps(to_jsonable(r), ensure_ascii=False) + "\n" for r in fresh)
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+        except OSError as error:
+            raise StoreError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self._records.update({(r.arm, r.suite, r.prompt_id): r for r in fresh})
+
+    def close(self) -> None:
+        self._handle.close()
+
+    def __enter__(self) -> RecordLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_records(path: Path) -> tuple[Record, ...]:
+    """All whole records of a file, for reports. A cut last line is ignored."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        return tuple(record_from_json(json.loads(line)) for line in lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is not a file of records: {error}") from error
+
+
+def write_feature_set(path: Path, found: FeatureSet) -> None:
+    write_json(path, {"schema": SCHEMA, "kind": "feature_set", **to_jsonable(found)})
+
+
+def read_feature_set(path: Path) -> FeatureSet:
+    """Read what `write_feature_set` wrote. Raises `StoreError` for other files or schema versions."""
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("kind") != "feature_set" or raw.get("schema") != SCHEMA:
+        raise StoreError(f"{path} is not a feature set of schema {SCHEMA}")
+    scores = tuple(
+        FeatureScore(
+            f["feature"],
+            f["scores"],
+            tuple(f["top_prompts"]),
+            tuple(f["promoted_tokens"]),
+            tuple(f["demoted_tokens"]),
+        )
+        for f in raw["features"]
+    )
+    return FeatureSet(
+        raw["finder"], raw["site"], raw["ranked_by"], scores, Provenance(**raw["provenance"]), raw["settings"]
+    )
