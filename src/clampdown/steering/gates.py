@@ -86,7 +86,7 @@ def prompts_needed(budget: float, confidence: float) -> int:
 
 
 def choose_threshold(
-    benign_scores: Sequence[float] | Float[np.ndarray, " prompts"], *, budget: float, confidence: float = 0.95
+    benign_scores: Sequence[float] | np.ndarray, *, budget: float, confidence: float = 0.95
 ) -> tuple[float, Guarantee]:
     """The lowest threshold that keeps benign triggers within `budget`, with its guarantee.
 
@@ -94,8 +94,9 @@ def choose_threshold(
     """
     scores = np.sort(np.asarray(benign_scores, dtype=float))[::-1]
     n = len(scores)
-    allowed = [k for k in range(n) if upper_bound(k, n, confidence) <= budget]
-    if not allowed:
+    triggers = np.arange(n)
+    allowed = triggers[beta.ppf(confidence, triggers + 1, n - triggers) <= budget]
+    if not len(allowed):
         raise NotEnoughDataError(
             f"{n} benign calibration prompts cannot show a trigger rate within {budget:g} at {confidence:.0%} confidence",
             hint=f"use at least {prompts_needed(budget, confidence)} prompts, or a larger budget",

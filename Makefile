@@ -1,0 +1,37 @@
+# Four targets: demo, test, check, bench. Each sets up .venv first if it is missing or older than what it was made from.
+# The plain commands behind every target are in README.md.
+
+# A Python 3.11 or newer that can make virtual environments; `make PYTHON=... test` chooses another.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench
+
+demo: $(READY)
+	$(BIN)/clampdown demo --out runs/demo
+
+# Two processes of one thread each (tests/conftest.py): torch's own threads do not pay on models this small.
+test: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(READY)
+	@mkdir -p runs/bench
+	@set -e; for script in benchmarks/[!_]*.py; do \
+		echo "== $$script"; $(BIN)/python "$$script" --json "runs/bench/$$(basename "$$script" .py).json"; done
+
+# torch alone and first, by its exact pin: an unpinned torch pulls gigabytes. A half-made .venv has no stamp and is
+# finished by the next call; a changed pyproject.toml or constraints.txt is installed over the old.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "clampdown needs Python 3.11 or newer with the venv module" >&2; exit 1; }
+	test -x $(BIN)/pip || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,5 @@
+"""`python -m clampdown`."""
+
+from clampdown.cli import main
+
+main()

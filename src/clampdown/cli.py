@@ -1,0 +1,251 @@
+"""The command line: the composition root, where packages meet. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from clampdown.config import CODE_VERSION, ORGANISM
+from clampdown.errors import ClampdownError
+
+if TYPE_CHECKING:
+    from clampdown.commands.stages import Stages
+
+console = Console()
+errors = Console(stderr=True)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Find the features that make a language model refuse, steer them, and see exactly what it costs.",
+)
+organism_app = typer.Typer(no_args_is_help=True, help="Train and measure the embedded model.")
+app.add_typer(organism_app, name="organism")
+
+ModelOption = Annotated[str, typer.Option("--model", help="'organism', a directory, or a hub id.")]
+SaeOption = Annotated[str, typer.Option("--sae", help="'organism', 'organism:x8', a directory, or 'release:id'.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory for the results; an interrupted run resumes.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of prompts, controls and probes.")]
+
+
+class Finder(StrEnum):
+    """Which finder `discover` runs."""
+
+    CONTRAST = "contrast"
+    SINGLE = "single-prompt"
+    BOTH = "both"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(f"clampdown {CODE_VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+def _stages() -> Stages:
+    from clampdown.commands.stages import Stages
+
+    return Stages(console)
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, same files.")] = False,
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Run the whole job on the embedded model: find, steer, measure the trade-off, write a report."""
+    from clampdown.commands import demo as job
+    from clampdown.commands.experiment import organism_subject
+
+    stages = _stages()
+    with stages.stage("Loading"):
+        subject = organism_subject(model, sae, seed=seed)
+    job.run_demo(subject, out, job.QUICK if quick else job.FULL, stages)
+    _show(out, stages)
+
+
+@app.command()
+def discover(
+    out: OutOption = Path("runs/discover"),
+    finder: Annotated[Finder, typer.Option("--finder", help="Which finder to run.")] = Finder.BOTH,
+    harmful: Annotated[Path | None, typer.Option("--harmful", help="JSONL or CSV of harmful prompts.")] = None,
+    harmless: Annotated[Path | None, typer.Option("--harmless", help="JSONL or CSV of harmless prompts.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Single-prompt finder: the prompt to refuse.")] = None,
+    pooling: Annotated[str, typer.Option("--pooling", help="How prompts are pooled.")] = "assistant_start",
+    literal: Annotated[bool, typer.Option("--literal", help="Contrast as published: no activity floor.")] = False,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many features to keep.")] = 64,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Clamp the finalists and rank by effect.")] = True,
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Find refusal features: from one prompt, and by contrasting harmful with harmless prompts."""
+    from clampdown.commands import discover as job
+
+    request = job.Request(
+        finders=("contrast", "single-prompt") if finder is Finder.BOTH else (finder.value,),
+        harmful=harmful,
+        harmless=harmless,
+        prompt=prompt,
+        pooling=pooling,
+        literal=literal,
+        top=top,
+        check=check,
+        seed=seed,
+    )
+    stages = _stages()
+    for path, found in job.run_discover(model, sae, request, out, stages):
+        _show_features(found)
+        console.print(f"written: {path}")
+
+
+@app.command()
+def sweep(
+    feature: Annotated[list[int] | None, typer.Option("--feature", help="Feature to steer; repeat for several.")] = None,
+    features: Annotated[Path | None, typer.Option("--features", help="A features file; its best one is used.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan.toml whose strengths are scaled.")] = None,
+    multiples: Annotated[str, typer.Option("--multiples", help="Strengths, as multiples of the unit.")] = "0.5,1,1.5",
+    operator: Annotated[str, typer.Option("--operator", help="clamp, clamp_active, floor, scale or add.")] = "clamp",
+    scope: Annotated[str, typer.Option("--scope", help="all, prompt, generated, assistant, last_user.")] = "all",
+    error_term: Annotated[str, typer.Option("--error-term", help="keep or drop the SAE's error.")] = "keep",
+    suites: Annotated[str, typer.Option("--suites", help="Comma-separated suites; default all.")] = "",
+    split: Annotated[str, typer.Option("--split", help="validation or test.")] = "validation",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts per suite.")] = 50,
+    out: OutOption = Path("runs/sweep"),
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Steer at several strengths and measure refusals, capability and cost at each."""
+    from clampdown.commands import sweep as job
+    from clampdown.commands.experiment import organism_subject
+
+    request = job.Request(
+        features=tuple(feature or ()),
+        features_file=features,
+        plan_file=plan,
+        multiples=job.parse_multiples(multiples),
+        operator=operator,
+        scope=scope,
+        error_term=error_term,
+        suites=tuple(name.strip() for name in suites.split(",") if name.strip()),
+        split=split,
+        limit=limit,
+    )
+    stages = _stages()
+    with stages.stage("Loading"):
+        subject = organism_subject(model, sae, seed=seed)
+    job.run_sweep(subject, request, out, stages)
+    _show(out, stages)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A run directory with summary.json.")],
+) -> None:
+    """Write report.html from a finished run, and print its table."""
+    _show(directory, _stages())
+
+
+@app.command()
+def chat(
+    plan: Annotated[Path | None, typer.Option("--plan", help="plan.toml to steer with; default: none.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this once and exit.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system prompt for both sides.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 64,
+    model: ModelOption = ORGANISM,
+    sae: Annotated[str | None, typer.Option("--sae", help="Default: the SAE that the plan names.")] = None,
+) -> None:
+    """Talk to the model: the baseline's and the steered answer side by side."""
+    from clampdown.commands import chat as chatting
+
+    session = chatting.open_session(model, sae, plan, system=system, max_new_tokens=max_new_tokens)
+    if prompt is not None:
+        console.print(chatting.side_by_side(session.ask(prompt), console.width))
+        return
+    chatting.talk(session, console)
+
+
+@organism_app.command("train")
+def organism_train(
+    out: Annotated[Path, typer.Option("--out", help="Where the model and its SAEs are written.")],
+    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and corpus order.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps; default as shipped.")] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads; part of what a seed means.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+) -> None:
+    """Train the embedded model and its SAEs from scratch; resumes after an interruption."""
+    from clampdown.organism import train
+
+    train.train_organism(out, seed, steps or train.DEFAULT_STEPS, threads=threads, resume=not fresh)
+    console.print(f"trained: {out}")
+
+
+@organism_app.command("measure")
+def organism_measure(
+    directory: Annotated[Path | None, typer.Argument(help="A trained organism; default: the shipped one.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Prompts per family.")] = 240,
+) -> None:
+    """Measure a trained organism against its targets on held-out prompts."""
+    from clampdown.organism import measure
+    from clampdown.organism import WEIGHTS
+
+    with _stages().stage("Measuring"):
+        rows = measure.measure(directory or WEIGHTS, n)
+    console.print(measure.table(rows))
+
+
+def _show(directory: Path, stages: Stages) -> None:
+    """Write the report and print the table."""
+    from clampdown.reports.page import write_report
+    from clampdown.reports.run import read_run
+    from clampdown.reports.terminal import print_run
+
+    with stages.stage("Writing the report"):
+        path = write_report(directory)
+    print_run(read_run(directory), console)
+    console.print(f"[bold]report:[/bold] {path}", soft_wrap=True)
+
+
+def _show_features(found: Any) -> None:
+    from clampdown.reports.terminal import print_features
+
+    print_features(found, console)
+
+
+def main() -> None:
+    """Entry point: a `ClampdownError` is one readable message and exit code 2."""
+    try:
+        app()
+    except ClampdownError as error:
+        errors.print(f"[bold red]error:[/bold red] {_escaped(error.message)}", soft_wrap=True, highlight=False)
+        if error.hint:
+            errors.print(f"[dim]hint: {_escaped(error.hint)}[/dim]", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("stopped; what was finished is kept")
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,139 @@
+"""The causal check: clamp each finalist and measure what it does to refusal. Correlation proposes, this decides.
+
+1. `make_plan` turns a candidate into a plan; `measure` maps many plans to one number each. Many plans come at once so
+   that a measure can let them share batches, every row steered by its own plan.
+2. `PrefillRefusal` is the cheap measure: the mean change of the refusal log-odds at the first reply token over
+   validation prompts. One prefill per plan and prompt, no generation.
+3. A caller that generates and judges replies passes its own measure for the few that remain (`REFUSAL_GAIN`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clampdown.activations.capture import length_buckets
+from clampdown.activations.collect import Progress
+from clampdown.discovery.refusal_tokens import RefusalTokens, refusal_log_odds
+from clampdown.errors import NotEnoughDataError, PromptSetError
+from clampdown.models.chat import encode
+from clampdown.models.generation import next_token_logits
+from clampdown.models.loading import LanguageModel
+from clampdown.saes.sae import Sae
+from clampdown.steering.hooks import steer
+from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef
+from clampdown.types import FeatureScore, FeatureSet, Prompt
+
+REFUSAL_LOG_ODDS = "clamp_refusal_log_odds"
+REFUSAL_GAIN = "clamp_refusal_gain"
+
+Measure = Callable[[Sequence[Plan]], Sequence[float]]
+MakePlan = Callable[[FeatureScore], Plan]
+
+
+def clamp_plan(lm: LanguageModel, sae: Sae, feature: int, value: float, scope: str = "all") -> Plan:
+    """The first paper's edit: one feature set to `value` (raw activation units), error term kept."""
+    site = sae.cfg.site.name
+    return Plan(
+        name=f"clamp-{feature}",
+        model=ModelRef(name=lm.name, revision=lm.revision),
+        saes=(SaeRef(site=site, name=sae.name, revision=sae.revision),),
+        edits=(Edit(site=site, operator="clamp", features=(feature,), strengths=(value,), scope=scope),),
+    )
+
+
+def clamp_at_multiple(lm: LanguageModel, sae: Sae, multiple: float, scope: str = "all") -> MakePlan:
+    """Plans that clamp a candidate at a multiple of the largest activation its finder saw."""
+    return lambda found: clamp_plan(lm, sae, found.feature, multiple * found.scores["max_activation"], scope)
+
+
+def clamp_at_norm(lm: LanguageModel, sae: Sae, length: float, scope: str = "all") -> MakePlan:
+    """Plans that clamp a candidate so that, where it was silent, the edit has this length: the same for every
+    candidate, so that none wins by the size of its decoder row or of its activations."""
+    lengths = sae.W_dec.float().norm(dim=1).clamp(min=1e-12)
+    return lambda found: clamp_plan(lm, sae, found.feature, length / float(lengths[found.feature]), scope)
+
+
+class PrefillRefusal:
+    """Measure: mean over prompts of the refusal log-odds under a plan minus those of the unsteered model, in nats.
+
+    All (plan, prompt) pairs are cut into length-bucketed batches of at most `tokens_per_batch` padded tokens.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        sae: Sae | None,
+        prompts: Sequence[Prompt],
+        tokens: RefusalTokens,
+        *,
+        tokens_per_batch: int = 8192,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Reads the unsteered model once. Raises `PromptSetError` without prompts."""
+        if not prompts:
+            raise PromptSetError("no validation prompts to measure refusal on")
+        self._lm = lm
+        self._sae = sae
+        self._tokens = tokens
+        self._tokens_per_batch = tokens_per_batch
+        self._on_progress = on_progress
+        self._prompts = [encode(lm, prompt.messages) for prompt in prompts]
+        self.baseline = self._log_odds([None], None)[0]
+
+    def __call__(self, plans: Sequence[Plan]) -> list[float]:
+        if not plans:
+            return []
+        return (self._log_odds(plans, self._on_progress) - self.baseline).mean(1).tolist()
+
+    def _log_odds(self, plans: Sequence[Plan | None], on_progress: Progress | None) -> Float[Tensor, "plans prompts"]:
+        pairs = [(i, j) for i in range(len(plans)) for j in range(len(self._prompts))]
+        found = torch.empty(len(plans), len(self._prompts), dtype=torch.float64)
+        done = 0
+        for bucket in length_buckets([len(self._prompts[j]) for _, j in pairs], self._tokens_per_batch):
+            rows = [pairs[k] for k in bucket]
+            with steer(self._lm, [plans[i] for i, _ in rows], self._sae):
+                logits = next_token_logits(self._lm, [self._prompts[j] for _, j in rows])
+            index = torch.tensor(rows)
+            found[index[:, 0], index[:, 1]] = refusal_log_odds(logits, self._tokens).cpu()
+            done += len(rows)
+            if on_progress:
+                on_progress(done, len(pairs))
+        return found
+
+
+def merge_effects(found: FeatureSet, effects: Mapping[int, float], score: str) -> FeatureSet:
+    """The set with `effects` (feature -> value) added as a score and ranked by it; untested features follow in their
+    old order."""
+    scored = tuple(
+        dataclasses.replace(f, scores={**f.scores, score: effects[f.feature]}) if f.feature in effects else f
+        for f in found.features
+    )
+    tested = sorted((f for f in scored if f.feature in effects), key=lambda f: -effects[f.feature])
+    rest = [f for f in scored if f.feature not in effects]
+    return dataclasses.replace(found, features=(*tested, *rest), ranked_by=score)
+
+
+def rank_by_effect(
+    found: FeatureSet,
+    make_plan: MakePlan,
+    measure: Measure,
+    *,
+    score: Literal["clamp_refusal_log_odds", "clamp_refusal_gain"] | str = REFUSAL_LOG_ODDS,
+    top: int | None = None,
+) -> FeatureSet:
+    """Clamp the set's first `top` candidates (default: all) and rank them by their measured effect, largest first.
+
+    Raises `NotEnoughDataError` when the set is empty.
+    """
+    candidates = found.features[:top]
+    if not candidates:
+        raise NotEnoughDataError(f"the finder '{found.finder}' proposed no features to test")
+    effects = measure([make_plan(candidate) for candidate in candidates])
+    by_feature = {c.feature: float(e) for c, e in zip(candidates, effects, strict=True)}
+    return merge_effects(found, by_feature, score)

@@ -1,0 +1,199 @@
+"""The contrast finder of Bhargav & Zhu (2511.00029): which features differ between harmful and harmless prompts.
+
+With a_f pooled per prompt:
+    diff_mean_f      = mean_harmful(a_f) - mean_harmless(a_f)
+    norm_diff_mean_f = diff_mean_f / max_f |diff_mean_f|
+    norm_var_f       = var_f / max_f var_f                         var over the prompts of both sets
+    composite_f      = w_diff |norm_diff_mean_f| + w_var (1 - norm_var_f),  rescaled so that the best scores 1.0
+    strategy_f       = -1 (suppress) if norm_diff_mean_f > 0, +1 (amplify) if < 0, 0 if neither
+
+As published, a dead feature gets full marks on the variance term. By default a feature must therefore fire on a
+minimum share of the prompts of one set; `literal` ranks as published. The other scores (AUROC, d', Mann-Whitney with
+Benjamini-Hochberg, alignment with the dense direction) come from the same pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.sparse import csr_array
+
+from clampdown.activations.collect import Budget, Collected, FeatureMatrix, Progress, collect
+from clampdown.activations.statistics import Moments
+from clampdown.discovery.directions import direction_of
+from clampdown.discovery.ranking import Finding, build_feature_set, make_provenance
+from clampdown.discovery.separation import d_prime, separate
+from clampdown.errors import PromptSetError
+from clampdown.models.loading import LanguageModel
+from clampdown.saes.sae import Sae
+from clampdown.types import FeatureSet, Prompt
+
+PerFeature = Float[np.ndarray, " d_sae"]
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastSettings:
+    """How to rank. `min_firing_rate` is the share of one set's prompts on which a feature must fire (ignored when
+    `literal`); `top` is how many features to keep; `ranked_by` names any score, larger is better."""
+
+    pooling: str = "assistant_start"
+    w_diff: float = 0.5
+    w_var: float = 0.5
+    min_firing_rate: float = 0.05
+    literal: bool = False
+    ranked_by: str = "composite"
+    top: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """Two prompt sets and what one pass over each found. Gates are fitted on the same matrices."""
+
+    harmful_prompts: tuple[Prompt, ...]
+    harmless_prompts: tuple[Prompt, ...]
+    harmful: Collected
+    harmless: Collected
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        return self.harmful_prompts + self.harmless_prompts
+
+    def sides(self, pooling: str) -> tuple[FeatureMatrix, FeatureMatrix]:
+        """Harmful and harmless. Raises `PromptSetError` for a pooling that was not collected."""
+        if pooling not in self.harmful.matrices:
+            raise PromptSetError(
+                f"pooling '{pooling}' was not collected", hint=f"has: {', '.join(self.harmful.matrices)}"
+            )
+        return self.harmful.matrices[pooling], self.harmless.matrices[pooling]
+
+    def matrix(self, pooling: str) -> FeatureMatrix:
+        """Harmful rows, then harmless rows."""
+        harmful, harmless = self.sides(pooling)
+        return harmful.merge(harmless)
+
+    @property
+    def peaks(self) -> csr_array:
+        """Each prompt's largest activation at any token that was read, under whatever pooling."""
+        matrices = [self.matrix(name).values for name in self.harmful.matrices]
+        peaks = matrices[0]
+        for other in matrices[1:]:
+            peaks = csr_array(peaks.maximum(other))
+        return peaks
+
+
+def _shifted(on_progress: Progress | None, offset: int, total: int) -> Progress | None:
+    """Progress of one of two passes as progress of both."""
+    return None if on_progress is None else lambda done, _: on_progress(offset + done, total)
+
+
+def collect_contrast(
+    lm: LanguageModel,
+    sae: Sae,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    poolings: Sequence[str] = ("assistant_start", "max"),
+    *,
+    budget: Budget | None = None,
+    on_progress: Progress | None = None,
+) -> Contrast:
+    """One pass over each set. Raises `PromptSetError` when either is empty."""
+    total = len(harmful) + len(harmless)
+    if not harmful or not harmless:
+        raise PromptSetError("a contrast needs prompts of both kinds", hint="label some harmful and some harmless")
+
+    return Contrast(
+        tuple(harmful),
+        tuple(harmless),
+        collect(lm, sae, harmful, poolings, budget=budget, on_progress=_shifted(on_progress, 0, total)),
+        collect(lm, sae, harmless, poolings, budget=budget, on_progress=_shifted(on_progress, len(harmful), total)),
+    )
+
+
+def _over_largest(values: PerFeature) -> PerFeature:
+    largest = np.abs(values).max(initial=0.0)
+    return values / largest if largest > 0 else np.zeros_like(values)
+
+
+def composite_scores(
+    harmful: Moments, harmless: Moments, settings: ContrastSettings, eligible: Bool[np.ndarray, " d_sae"] | None = None
+) -> dict[str, PerFeature]:
+    """The published scores of every feature; the composite is rescaled by the best eligible one (default: all)."""
+    difference = harmful.mean - harmless.mean
+    norm_diff = _over_largest(difference)
+    norm_var = _over_largest(harmful.merge(harmless).variance)
+    composite = settings.w_diff * np.abs(norm_diff) + settings.w_var * (1 - norm_var)
+    best = composite.max(initial=0.0, where=True if eligible is None else eligible)
+    return {
+        "composite": composite / best if best > 0 else composite,
+        "diff_mean": difference,
+        "norm_diff_mean": norm_diff,
+        "norm_var": norm_var,
+        "strategy": -np.sign(norm_diff),
+    }
+
+
+def eligible_features(contrast: Contrast, settings: ContrastSettings) -> Bool[np.ndarray, " d_sae"]:
+    """Features that may be ranked: all of them as published, else the ones that fire often enough somewhere."""
+    harmful, harmless = (side.moments() for side in contrast.sides(settings.pooling))
+    if settings.literal:
+        return np.ones(len(harmful.mean), dtype=bool)
+    rate = np.maximum(harmful.firing_rate, harmless.firing_rate)
+    return (rate > 0) & (rate >= settings.min_firing_rate)
+
+
+def contrast_scores(sae: Sae, contrast: Contrast, settings: ContrastSettings) -> dict[str, PerFeature]:
+    """Every score of every feature of the SAE, one array [d_sae] each."""
+    sides = contrast.sides(settings.pooling)
+    harmful, harmless = (side.moments() for side in sides)
+    separation = separate(*(side.values for side in sides))
+    direction = direction_of(contrast.harmful, contrast.harmless)
+    return composite_scores(harmful, harmless, settings, eligible_features(contrast, settings)) | {
+        "firing_rate_harmful": harmful.firing_rate,
+        "firing_rate_harmless": harmless.firing_rate,
+        "auroc": separation.auroc,
+        "q_value": separation.q_value,
+        "d_prime": d_prime(harmful, harmless),
+        "alignment": direction.cosine(sae.W_dec.double().cpu().numpy()),
+    }
+
+
+def _order(
+    scores: dict[str, PerFeature], eligible: Bool[np.ndarray, " d_sae"], settings: ContrastSettings
+) -> list[int]:
+    """Eligible features, best first; equal scores by feature index; features without the score come last."""
+    if settings.ranked_by not in scores:
+        raise PromptSetError(f"no score is called '{settings.ranked_by}'", hint=f"one of: {', '.join(scores)}")
+    ranked_by = np.where(np.isfinite(scores[settings.ranked_by]), scores[settings.ranked_by], -np.inf)
+    order = np.argsort(-ranked_by, kind="stable")
+    ranked = order[eligible[order]][: settings.top].tolist()
+    if not ranked:
+        raise PromptSetError(
+            f"no feature fires often enough (on a share of {settings.min_firing_rate:g} of either set's prompts)",
+            hint="give more prompts, another pooling, or a lower minimum firing rate",
+        )
+    return ranked
+
+
+def find_by_contrast(
+    lm: LanguageModel, sae: Sae, contrast: Contrast, settings: ContrastSettings | None = None, *, seed: int = 0
+) -> FeatureSet:
+    """Rank the SAE's features by how they differ between the two prompt sets.
+
+    Raises `PromptSetError` when the contrast was collected without `settings.pooling`, or for an unknown score.
+    """
+    settings = settings or ContrastSettings()
+    scores = contrast_scores(sae, contrast, settings)
+    finding = Finding(
+        finder="contrast-literal" if settings.literal else "contrast",
+        ranked_by=settings.ranked_by,
+        scores=scores,
+        order=_order(scores, eligible_features(contrast, settings), settings),
+        peaks=contrast.peaks,
+        texts=[prompt.text for prompt in contrast.prompts],
+        settings={name: str(value) for name, value in dataclasses.asdict(settings).items()},
+    )
+    return build_feature_set(lm, sae, finding, make_provenance(lm, sae, contrast.prompts, seed))

@@ -1,0 +1,1 @@
+"""Measuring: suites of prompts under arms, judged, counted, and resumable."""

@@ -1,0 +1,206 @@
+"""The runner: (model, arms, suites, judge) -> records, batched, and resumable after a kill at any moment.
+
+1. All (arm, prompt) rows are put in batches of similar length. How they are cut depends on the job alone, never on
+   what is already done: a resumed batch is computed as it would have been, so its records come out the same.
+2. A finished batch is judged and appended to the log before the next begins. Rows that the log holds are neither
+   judged nor written again; a batch that it holds entirely is skipped.
+3. `resume_key` names everything that could change a record. The log refuses a directory made under another key.
+4. A plan that did nothing is an error, never an unsteered reply under a steered label.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from clampdown.config import CODE_VERSION
+from clampdown.errors import PlanError, PromptSetError, SteeringNotAppliedError
+from clampdown.models.chat import encode
+from clampdown.models.loading import LanguageModel
+from clampdown.saes.sae import Sae
+from clampdown.steering.arms import Arm, Reply, generate_arms
+from clampdown.steering.plan import Edit, Plan
+from clampdown.store import RecordLog, prompts_hash
+from clampdown.types import Judge, Message, Prompt, Record, Suite
+
+Progress = Callable[[int, int], None]
+Row = tuple[Arm, Prompt]
+
+# Operators whose effect does not depend on the feature being active: with a strength other than 0 they must act.
+_ALWAYS_ACT = frozenset({"clamp", "add", "add_direction", "ablate_direction"})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How replies are generated (greedily). `batch_rows` is how many are decoded together."""
+
+    max_new_tokens: int = 64
+    batch_rows: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to run. `judge_name` names the judge and its version: it stands in every record and in the resume key.
+
+    Raises `PlanError` for two arms of one name, `PromptSetError` for two prompts of one id in a suite
+    or a prompt that says it belongs to another.
+    """
+
+    arms: tuple[Arm, ...]
+    suites: tuple[Suite, ...]
+    judge: Judge = field(repr=False)
+    judge_name: str
+    settings: Settings = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        for name in _doubled(arm.name for arm in self.arms):
+            raise PlanError(f"two arms are called '{name}'", hint="their records could not be told apart")
+        for name, prompt_id in _doubled((s.name, p.id) for s in self.suites for p in s.prompts):
+            raise PromptSetError(f"suite '{name}' has two prompts with id '{prompt_id}'")
+        for suite in self.suites:
+            strays = {prompt.suite for prompt in suite.prompts} - {suite.name}
+            if strays:
+                raise PromptSetError(f"suite '{suite.name}' holds prompts of {sorted(strays)}")
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every (arm, prompt) pair, the arms of a prompt side by side."""
+        return [(arm, prompt) for suite in self.suites for prompt in suite.prompts for arm in self.arms]
+
+
+def _doubled(names: Iterable[Any]) -> list[Any]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def resume_key(lm: LanguageModel, saes: Sequence[Sae], job: Job) -> dict[str, Any]:
+    """Everything that could change a record of this job.
+
+    The batch size and the device are left out on purpose: they move results by rounding only, and who resumes after
+    running out of memory needs to change them.
+    """
+    return {
+        "code": CODE_VERSION,
+        "model": {"name": lm.name, "revision": lm.revision, "dtype": str(lm.dtype)},
+        "saes": [{"name": sae.name, "revision": sae.revision, "site": sae.cfg.site.name} for sae in saes],
+        "arms": [
+            {"name": a.name, "kind": a.kind.value, "plan": a.plan.digest if a.plan else None, "system": a.system_prompt}
+            for a in job.arms
+        ],
+        "suites": [{"name": suite.name, "prompts": prompts_hash(suite.prompts)} for suite in job.suites],
+        "judge": job.judge_name,
+        "generation": {"decoding": "greedy", "max_new_tokens": job.settings.max_new_tokens},
+    }
+
+
+def run(
+    lm: LanguageModel, saes: Sequence[Sae], job: Job, log: RecordLog, progress: Progress | None = None
+) -> tuple[Record, ...]:
+    """Run what the log does not hold yet; returns all records of the job, in the order of its rows.
+
+    `progress(done, total)` counts rows, including those the log already held. Raises `SteeringNotAppliedError` when a
+    plan did nothing, `JudgeError` when the judge fails: whatever was judged before is kept, and running again resumes.
+    """
+    rows, done = job.rows, 0
+    for batch in _batches(lm, rows, job.settings.batch_rows):
+        if any(_key(arm, prompt) not in log for arm, prompt in batch):
+            replies = generate_arms(lm, saes, batch, max_new_tokens=job.settings.max_new_tokens, batch_rows=len(batch))
+            check_acted(replies)
+            _judge(job, [reply for reply in replies if _key(reply.arm, reply.prompt) not in log], log)
+        done += len(batch)
+        if progress:
+            progress(done, len(rows))
+    found = {(record.arm, record.suite, record.prompt_id): record for record in log.records}
+    records = tuple(found[_key(arm, prompt)] for arm, prompt in rows)
+    check_arms_acted(job.arms, records)
+    return records
+
+
+def _batches(lm: LanguageModel, rows: Sequence[Row], size: int) -> list[list[Row]]:
+    """Rows in batches of similar prompt length, longest first, so that memory peaks at the start."""
+    lengths: dict[tuple[Message, ...], int] = {}
+
+    def length(row: Row) -> int:
+        messages = row[0].messages(row[1])
+        if messages not in lengths:
+            lengths[messages] = len(encode(lm, messages))
+        return lengths[messages]
+
+    ordered = sorted(rows, key=lambda row: -length(row))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def _key(arm: Arm, prompt: Prompt) -> tuple[str, str, str]:
+    return (arm.name, prompt.suite, prompt.id)
+
+
+def _judge(job: Job, replies: Sequence[Reply], log: RecordLog) -> None:
+    """Judge and store. If the judge fails half-way, what it has judged is stored first."""
+    judged: list[Record] = []
+    try:
+        for reply in replies:
+            judged.append(_record(job, reply))
+    finally:
+        log.append(judged)
+
+
+def _record(job: Job, reply: Reply) -> Record:
+    judgement = job.judge(reply.prompt, reply.text)
+    return Record(
+        arm=reply.arm.name,
+        suite=reply.prompt.suite,
+        prompt_id=reply.prompt.id,
+        split=reply.prompt.split,
+        category=reply.prompt.category,
+        reply=reply.text,
+        n_tokens=reply.n_tokens,
+        verdict=judgement.verdict,
+        correct=judgement.correct,
+        judge=job.judge_name,
+        receipt=reply.receipt,
+    )
+
+
+def check_acted(replies: Iterable[Reply]) -> None:
+    """Refuse replies that a plan should have changed and did not touch. Raises `SteeringNotAppliedError`."""
+    for reply in replies:
+        plan, receipt = reply.arm.plan, reply.receipt
+        if plan is None:
+            continue
+        if receipt is None:
+            raise SteeringNotAppliedError(f"no receipt for plan '{plan.name}' on prompt '{reply.prompt.id}'")
+        if not receipt.tokens_touched and receipt.gate_fired is not False and _must_act(plan):
+            raise SteeringNotAppliedError(f"plan '{plan.name}' touched no token of prompt '{reply.prompt.id}'")
+        if not math.isfinite(receipt.edit_norm):
+            raise SteeringNotAppliedError(f"plan '{plan.name}' turned the residual into something that is no number")
+
+
+def _must_act(plan: Plan) -> bool:
+    """Whether the plan touches every prompt. A 'generated' scope may not: a reply can end at its first token."""
+
+    def certain(edit: Edit) -> bool:
+        return edit.operator in _ALWAYS_ACT and edit.scope != "generated" and any(edit.strengths)
+
+    return any(certain(edit) for edit in plan.edits)
+
+
+def check_arms_acted(arms: Sequence[Arm], records: Iterable[Record]) -> None:
+    """Refuse an arm whose plan touched no token of any prompt (prompts whose gate stayed shut do not count).
+
+    Raises `SteeringNotAppliedError`.
+    """
+    steered = {arm.name for arm in arms if arm.plan}
+    touched: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for record in records:
+        if record.arm in steered and record.receipt and record.receipt.gate_fired is not False:
+            asked[record.arm] += 1
+            touched[record.arm] += record.receipt.tokens_touched
+    for arm in asked:
+        if not touched[arm]:
+            raise SteeringNotAppliedError(
+                f"arm '{arm}' steered {asked[arm]} prompts and touched no token",
+                hint="its features are never active there, or its strengths are neutral: nothing was measured",
+            )

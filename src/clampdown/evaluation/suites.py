@@ -1,0 +1,255 @@
+"""Prompt files: JSON Lines or CSV on disk <-> suites in memory, with every fault named by file and line.
+
+One row is one prompt. Columns (a `Columns` value renames them, so a dataset's own names need no copy of the file):
+
+    prompt | messages   the user turn, or the conversation as a list of {"role", "content"} that ends with the user
+    suite               which suite; default: the file's stem
+    id                  unique in its suite; default: suite-LINE
+    harmful             true / false: is refusing right? Needed unless the row has an `answer`
+    answer, options     expected answer and candidates of a capability item (options: a JSON list)
+    split, category     `test` by default; any text
+    meta                JSON object of text, ground truth that a judge may read
+
+A suite is of kind capability when its rows have answers, else of kind safety; a file may not mix both in one suite.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from clampdown.errors import PromptSetError
+from clampdown.store import to_jsonable, write_atomic
+from clampdown.types import Message, Prompt, Split, Suite, SuiteKind
+
+_TRUE = frozenset({"true", "1", "yes", "harmful", "unsafe"})
+_FALSE = frozenset({"false", "0", "no", "harmless", "benign", "safe"})
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a file calls each column. Datasets differ in names only; a table of datasets holds one of these each."""
+
+    prompt: str = "prompt"
+    messages: str = "messages"
+    suite: str = "suite"
+    id: str = "id"
+    harmful: str = "harmful"
+    answer: str = "answer"
+    options: str = "options"
+    split: str = "split"
+    category: str = "category"
+    meta: str = "meta"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One raw row and where it stands, so that whoever finds a fault can name it."""
+
+    path: Path
+    line: int
+    cells: Mapping[str, Any]
+
+    def fail(self, problem: str, hint: str | None = None) -> NoReturn:
+        raise PromptSetError(f"{self.path} line {self.line}: {problem}", hint=hint)
+
+    def text(self, column: str) -> str | None:
+        """The cell as text; None when the column is absent or the cell empty. Numbers are taken as written."""
+        value = self.cells.get(column)
+        if value is None or value == "":
+            return None
+        if isinstance(value, dict | list | bool):
+            self.fail(f"column '{column}' should be text, got {json.dumps(value)[:60]}")
+        return str(value)
+
+    def structure(self, column: str, kind: type, what: str) -> Any:
+        """The cell as a JSON list or object, given as such (JSONL) or as JSON text (CSV). None when empty."""
+        value = self.cells.get(column)
+        if value is None or value == "":
+            return None
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                self.fail(f"column '{column}' should be {what}: {error}")
+        if not isinstance(value, kind):
+            self.fail(f"column '{column}' should be {what}, got {json.dumps(value)[:60]}")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A parsed row: the prompt, the label its suite must agree on, and its line for later complaints."""
+
+    prompt: Prompt
+    harmful: bool | None
+    row: _Row
+
+
+def read_suites(path: Path, columns: Columns | None = None, *, harmful: bool | None = None) -> tuple[Suite, ...]:
+    """Read a `.jsonl` or `.csv` file of prompts. `harmful` labels rows whose file has no such column.
+
+    Raises `PromptSetError` for a file that is missing, empty, malformed, unlabelled or inconsistent; it says where.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise PromptSetError(f"{path}: unknown kind of prompt file", hint=f"use one of: {', '.join(_READERS)}")
+    names = columns or Columns()
+    items = [_item(row, names, harmful) for row in reader(path, _text(path))]
+    if not items:
+        raise PromptSetError(f"{path} holds no prompts", hint="one row per prompt, with a 'prompt' column")
+    _refuse_duplicates(items)
+    grouped: dict[str, list[_Item]] = {}
+    for item in items:
+        grouped.setdefault(item.prompt.suite, []).append(item)
+    return tuple(_suite(name, group) for name, group in grouped.items())
+
+
+def write_suites(path: Path, suites: Iterable[Suite]) -> None:
+    """Write suites as JSON Lines that `read_suites` reads back equal."""
+    lines = [
+        json.dumps({"harmful": suite.harmful, **to_jsonable(prompt)}, ensure_ascii=False)
+        for suite in suites
+        for prompt in suite.prompts
+    ]
+    write_atomic(path, "".join(line + "\n" for line in lines))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise PromptSetError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise PromptSetError(f"{path} line {line}: not UTF-8 text", hint="save the file as UTF-8") from error
+
+
+def _jsonl_rows(path: Path, text: str) -> Iterator[_Row]:
+    # Only \n ends a line: str.splitlines would also cut at U+2028 and friends, which JSON strings may contain.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            cells = json.loads(line)
+            json.dumps(cells, ensure_ascii=False).encode()  # an unpaired surrogate escape is not text: no file takes it
+        except (ValueError, RecursionError) as error:
+            raise PromptSetError(f"{path} line {number}: not JSON: {error}") from error
+        if not isinstance(cells, dict):
+            raise PromptSetError(f"{path} line {number}: expected an object, got {line.strip()[:60]}")
+        yield _Row(path, number, cells)
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        header = next(reader, [])
+        if len(set(header)) != len(header):
+            raise PromptSetError(f"{path} line 1: two columns have the same name ({', '.join(header)})")
+        while True:
+            line = reader.line_num + 1  # where the row starts: quoted cells may span lines
+            cells = next(reader, None)
+            if cells is None:
+                return
+            row = _Row(path, line, dict(zip(header, cells, strict=False)))
+            if cells and len(cells) != len(header):
+                row.fail(f"{len(cells)} cells, the header has {len(header)}", "quote cells that contain commas")
+            if cells:
+                yield row
+    except csv.Error as error:
+        raise PromptSetError(f"{path} line {line}: not CSV: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[_Row]]] = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+
+
+def _item(row: _Row, names: Columns, harmful: bool | None) -> _Item:
+    suite = row.text(names.suite) or row.path.stem
+    prompt = Prompt(
+        id=row.text(names.id) or f"{suite}-{row.line}",
+        messages=_messages(row, names),
+        suite=suite,
+        split=_split(row, names.split),
+        category=row.text(names.category),
+        answer=row.text(names.answer),
+        options=tuple(str(option) for option in row.structure(names.options, list, "a JSON list") or ()),
+        meta={key: str(value) for key, value in (row.structure(names.meta, dict, "a JSON object") or {}).items()},
+    )
+    if prompt.options and prompt.answer not in prompt.options:
+        row.fail(f"the answer {prompt.answer!r} is not among the options {list(prompt.options)}")
+    label = _label(row, names.harmful)
+    return _Item(prompt, harmful if label is None else label, row)
+
+
+def _messages(row: _Row, names: Columns) -> tuple[Message, ...]:
+    turns = row.structure(names.messages, list, "a JSON list of turns")
+    if turns is None:
+        text = row.text(names.prompt)
+        if text is None or not text.strip():
+            missing = names.prompt not in row.cells and names.messages not in row.cells
+            known = ", ".join(str(name) for name in row.cells)
+            row.fail(f"no column '{names.prompt}' (columns: {known})" if missing else f"'{names.prompt}' is empty")
+        return (Message("user", text),)
+    messages = tuple(_message(row, turn) for turn in turns)
+    if not messages or messages[-1].role != "user":
+        row.fail("a conversation must end with a user turn")
+    return messages
+
+
+def _message(row: _Row, turn: Any) -> Message:
+    fields = turn if isinstance(turn, dict) else {}
+    role, content = fields.get("role"), fields.get("content")
+    if role not in _ROLES or not isinstance(content, str) or not content.strip():
+        row.fail(f"a turn needs a role ({', '.join(_ROLES)}) and a content, got {json.dumps(turn)[:60]}")
+    return Message(role, content)
+
+
+def _split(row: _Row, column: str) -> Split:
+    value = row.text(column) or Split.TEST.value
+    try:
+        return Split(value)
+    except ValueError:
+        row.fail(f"unknown split '{value}'", hint=f"one of: {', '.join(Split)}")
+
+
+def _label(row: _Row, column: str) -> bool | None:
+    value = row.cells.get(column)
+    if value is None or value == "":
+        return None
+    word = str(value).strip().lower()
+    if word not in _TRUE | _FALSE:
+        row.fail(f"column '{column}' should be true or false, got {value!r}")
+    return word in _TRUE
+
+
+def _refuse_duplicates(items: Sequence[_Item]) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for item in items:
+        key = (item.prompt.suite, item.prompt.id)
+        if key in lines:
+            item.row.fail(f"id '{item.prompt.id}' was already used on line {lines[key]}", hint="ids must be unique")
+        lines[key] = item.row.line
+
+
+def _suite(name: str, items: Sequence[_Item]) -> Suite:
+    """One suite from its rows, which must agree on kind and label."""
+    first = items[0]
+    capability = first.prompt.answer is not None
+    for item in items:
+        if (item.prompt.answer is not None) != capability:
+            item.row.fail(
+                f"suite '{name}' mixes prompts with and without an answer", hint="put them in suites of their own"
+            )
+        if item.harmful is None and not capability:
+            item.row.fail("no label: is refusing this prompt right?", hint="add a column 'harmful' (true or false)")
+        if item.harmful != first.harmful:
+            item.row.fail(f"suite '{name}' mixes harmful and harmless prompts", hint="give each a 'suite' of its own")
+    kind = SuiteKind.CAPABILITY if capability else SuiteKind.SAFETY
+    return Suite(name, kind, bool(first.harmful), tuple(item.prompt for item in items))

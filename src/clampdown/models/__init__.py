@@ -1,0 +1,1 @@
+"""Language models: where their decoder blocks are, how their chat template marks turns, loading and generation."""

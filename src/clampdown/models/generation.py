@@ -1,0 +1,204 @@
+"""Greedy generation of one batch: left padded, KV cached, rows leave as soon as they end.
+
+1. One forward over the padded prompts fills the cache and gives each row's first token.
+2. Every further forward feeds one token per live row. The cache writes in place into a buffer with room to grow:
+   a cache that concatenates copies itself whole at every token.
+3. A row that emits an end token leaves before the next forward: the last live row moves into its place, so that leaving
+   costs one row's copy. `on_keep` tells per-row steering which row is now where.
+
+Everything goes through the model's own forward, so hooks fire exactly as they do in the library's `generate`, to
+which this is equal token for token (tested); the library's sampling penalties are not applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from clampdown.models.chat import Batch, pad_left
+from clampdown.models.loading import LanguageModel
+
+KeepFn = Callable[[Int[Tensor, " kept"]], None]
+_ROOM = 64  # positions of growth room, at least
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A reply: its tokens without the end token, its text, and whether it ended by itself."""
+
+    ids: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+class GrowingLayer(DynamicLayer):
+    """One block's keys and values [batch, heads, pos, head_dim], views of buffers with room to grow in place."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        super().__init__()
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append along `pos`; returns all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        keys, values = self._room(end)
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+    def _room(self, end: int) -> tuple[Tensor, Tensor]:
+        """Buffers of the live batch with at least `end` positions, holding what is cached."""
+        batch = self.keys.shape[0]
+        if self._buffers is not None and self._buffers[0].shape[2] >= end and self._owns(self.keys):
+            return self._buffers[0][:batch], self._buffers[1][:batch]
+        grown = tuple(_with_room(cached, end + max(_ROOM, end // 4)) for cached in (self.keys, self.values))
+        self._buffers = (grown[0], grown[1])
+        return self._buffers
+
+    def _owns(self, cached: Tensor) -> bool:
+        """False after the library has replaced the views (crop, repeat): then the buffer is stale."""
+        return self._buffers is not None and cached.data_ptr() == self._buffers[0].data_ptr()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row i becomes what row indices[i] was. Only rows that move are copied."""
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().flatten()
+        if self._buffers is None or not self._owns(self.keys) or len(indices) > self.keys.shape[0]:
+            super().batch_select_indices(indices)
+            return
+        if len(moved):
+            self.keys[moved] = self.keys[indices[moved]]
+            self.values[moved] = self.values[indices[moved]]
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
+
+
+def _with_room(cached: Float[Tensor, "batch heads pos dim"], capacity: int) -> Float[Tensor, "batch heads cap dim"]:
+    batch, heads, length, dim = cached.shape
+    buffer = cached.new_empty((batch, heads, capacity, dim))
+    buffer[:, :, :length] = cached
+    return buffer
+
+
+def growing_cache() -> Cache:
+    """An empty cache of `GrowingLayer`s, one per block, made as blocks ask for it."""
+    return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    on_keep: KeepFn | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> list[Generation]:
+    """Greedy replies to token-id prompts, in one batch.
+
+    `on_keep(rows)` is called just before a forward with fewer rows than the last: row i now is what row rows[i] was
+    (not necessarily ascending). `on_step(n)` is called after every forward with the number of tokens it produced.
+    """
+    if not prompts or max_new_tokens < 1:
+        return [Generation((), "", False) for _ in prompts]
+    decoding = _Decoding(lm, pad_left(prompts, lm.pad_id, lm.device), max_new_tokens)
+    with torch.no_grad():
+        for step in range(max_new_tokens):
+            produced = decoding.advance(step, on_keep)
+            if on_step is not None:
+                on_step(produced)
+            if decoding.done:
+                break
+    return decoding.results()
+
+
+class _Decoding:
+    """The state of one batch being decoded. `rows[i]` is the prompt that live row i answers."""
+
+    def __init__(self, lm: LanguageModel, batch: Batch, max_new_tokens: int) -> None:
+        self.lm = lm
+        self.cache = growing_cache()
+        n, width = batch.input_ids.shape
+        self.rows = torch.arange(n)
+        self.ids = batch.input_ids
+        self.positions = batch.position_ids
+        self.mask = torch.ones((n, width + max_new_tokens), dtype=torch.long, device=lm.device)
+        self.mask[:, :width] = batch.attention_mask
+        self.width = width
+        self.eos = torch.tensor(sorted(lm.eos_ids), device=lm.device)
+        self.tokens = torch.full((n, max_new_tokens), -1, dtype=torch.long)
+        self.ended = torch.zeros(n, dtype=torch.bool)  # of the live rows
+        self.finished = torch.zeros(n, dtype=torch.bool)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.ended.all())
+
+    def advance(self, step: int, on_keep: KeepFn | None) -> int:
+        """One forward of the live rows; returns how many tokens it produced."""
+        if bool(self.ended.any()):
+            self._leave(on_keep)
+        output = self.lm.model(
+            input_ids=self.ids,
+            attention_mask=self.mask[:, : self.width + step],
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        chosen = output.logits[:, -1].argmax(-1)
+        self.ended = torch.isin(chosen, self.eos).cpu()
+        self.tokens[self.rows, step] = chosen.cpu()
+        self.finished[self.rows] = self.ended
+        self.ids = chosen[:, None]
+        self.positions = self.positions[:, -1:] + 1
+        return len(chosen)
+
+    def _leave(self, on_keep: KeepFn | None) -> None:
+        """Drop ended rows; live rows from the end fill the places they leave."""
+        kept = _fill_holes(self.ended).to(self.lm.device)
+        self.cache.batch_select_indices(kept)
+        self.ids, self.positions, self.mask = self.ids[kept], self.positions[kept], self.mask[kept]
+        self.rows = self.rows[kept.cpu()]
+        if on_keep is not None:
+            on_keep(kept)
+
+    def results(self) -> list[Generation]:
+        return [
+            self._result(row, finished)
+            for row, finished in zip(self.tokens.tolist(), self.finished.tolist(), strict=True)
+        ]
+
+    def _result(self, row: list[int], finished: bool) -> Generation:
+        ids = tuple(token for token in row if token >= 0 and token not in self.lm.eos_ids)
+        return Generation(ids, self.lm.tokenizer.decode(ids, skip_special_tokens=True), finished)
+
+
+def _fill_holes(ended: Tensor) -> Int[Tensor, " kept"]:
+    """Rows to keep, such that as few as possible move: rows from the end fill the places of ended rows."""
+    n_kept = int((~ended).sum())
+    kept = torch.arange(n_kept)
+    kept[ended[:n_kept]] = (~ended[n_kept:]).nonzero().flatten() + n_kept
+    return kept
+
+
+@torch.no_grad()
+def next_token_logits(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
+    """Logits of the token after each prompt: one forward, no cache, the last position only."""
+    batch = pad_left(prompts, lm.pad_id, lm.device)
+    output = lm.model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]

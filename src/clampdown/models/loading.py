@@ -1,0 +1,225 @@
+"""Loading a language model: the embedded one, a directory, or a Hugging Face hub id, all by one code path.
+
+1. The name becomes a directory: the embedded model's, the one named, or a hub snapshot.
+2. Weights are read from safetensors only: reading a pickle runs whatever code is in it.
+3. The model is put in inference mode for good (eval, no gradients for its weights) and its blocks are located.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+
+from clampdown.config import embedded_model
+from clampdown.errors import ModelError, PickleCheckpointError
+from clampdown.models.chat import ChatFormat
+from clampdown.models.layout import Layout, find_layout
+
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+_UNWANTED = ("original/*", "consolidated*", "onnx/*")
+_HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_BLOCK, _N_BLOCKS = 1 << 20, 64
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer and layout. `revision` identifies the exact weights and template."""
+
+    model: Any
+    tokenizer: Any
+    layout: Layout
+    name: str
+    revision: str
+
+    @property
+    def d_model(self) -> int:
+        return self.layout.d_model
+
+    @property
+    def n_layers(self) -> int:
+        return self.layout.n_layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a reply: the generation config's, else the tokenizer's."""
+        configured = self.model.generation_config.eos_token_id
+        if configured is None:
+            configured = self.tokenizer.eos_token_id
+        if configured is None:
+            return frozenset()
+        return frozenset(configured if isinstance(configured, list) else [configured])
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """What the chat template puts around messages. Raises `ChatTemplateError` without a template."""
+        return ChatFormat.of(self.tokenizer)
+
+
+def load_model(
+    name: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto", revision: str | None = None
+) -> LanguageModel:
+    """Load "organism", a directory or a hub id. `dtype="auto"`: fp32 on CPU, else the checkpoint's own.
+
+    Raises `ModelError` when it is absent or broken, `PickleCheckpointError` when only pickled weights are on offer,
+    `UnknownArchitectureError` when its family has no row in the layout table.
+    """
+    directory, commit = _resolve(str(name), revision)
+    _refuse_pickle(directory, str(name))
+    where = _device(device)
+    model = _read_weights(directory, str(name), _dtype(dtype, where)).to(where)
+    model.eval().requires_grad_(False)
+    return LanguageModel(
+        model=model,
+        tokenizer=_read_tokenizer(directory, str(name)),
+        layout=find_layout(model),
+        name=str(name),
+        revision=commit or directory_revision(directory),
+    )
+
+
+def _resolve(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """Directory of a model, and its hub commit when it came from there."""
+    embedded = embedded_model(name)
+    if embedded is not None:
+        if not embedded.is_dir():
+            raise ModelError("the embedded model's weights are missing", hint="rebuild: clampdown organism train")
+        return embedded, None
+    if Path(name).is_dir():
+        return Path(name), None
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"no model at '{name}': no such directory",
+            hint="give 'organism', a directory with config.json, or a hub id such as org/model",
+        )
+    snapshot = _download(name, revision)
+    return snapshot, snapshot.name
+
+
+def _download(name: str, revision: str | None) -> Path:
+    try:
+        path = snapshot_download(
+            name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot get model '{name}' from the hub: {reason}",
+            hint="check the spelling and the network; gated models need `hf auth login`; a directory works offline",
+        ) from error
+    return Path(path)
+
+
+def _refuse_pickle(directory: Path, name: str) -> None:
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"'{name}' is not a model: {directory} has no config.json")
+    if any(directory.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+    if pickles:
+        raise PickleCheckpointError(
+            f"'{name}' has pickled weights only ({pickles[0]}): reading them would run code from the file",
+            hint="convert them once, where you trust them, with save_pretrained(..., safe_serialization=True)",
+        )
+    raise ModelError(f"'{name}' has no weights: {directory} holds no .safetensors file")
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"'{device}' is not a device", hint="auto, cpu, cuda, cuda:1, mps") from error
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        # CPUs without bf16 arithmetic run 16-bit weights many times slower than fp32.
+        return torch.float32 if device.type == "cpu" else "auto"
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype):
+        raise ModelError(f"'{dtype}' is not a dtype", hint="auto, float32, bfloat16, float16")
+    return resolved
+
+
+def _read_weights(directory: Path, name: str, dtype: str | torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM  # importing it takes seconds: only when a model is loaded
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model '{name}' cannot be loaded: {reason}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"model '{name}' is incomplete: {len(missing)} tensors are missing, '{missing[0]}' among them",
+            hint="the library would fill them with random numbers; fetch the checkpoint again",
+        )
+    return model
+
+
+def _read_tokenizer(directory: Path, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, padding_side="left")
+    except Exception as error:  # the library raises nearly anything for a missing or broken tokenizer
+        raise ModelError(f"model '{name}' has no usable tokenizer: {error}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of '{name}' has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def directory_revision(directory: Path) -> str:
+    """Hash of what decides a model's output: config, tokenizer, template, weights.
+
+    Weight files above 64 MiB are sampled (64 blocks of 1 MiB, first and last among them, and the size), so that naming
+    a 16 GB checkpoint takes a second instead of a minute.
+    """
+    digest = hashlib.sha256()
+    files = [directory / name for name in _HASHED] + sorted(directory.glob("*.safetensors"))
+    for path in files:
+        if path.is_file():
+            digest.update(path.name.encode())
+            _hash_file(path, digest)
+    return digest.hexdigest()[:16]
+
+
+def _hash_file(path: Path, digest: Any) -> None:
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with path.open("rb") as handle:
+        if size <= _BLOCK * _N_BLOCKS:
+            digest.update(handle.read())
+            return
+        for i in range(_N_BLOCKS):
+            handle.seek((size - _BLOCK) * i // (_N_BLOCKS - 1), os.SEEK_SET)
+            digest.update(handle.read(_BLOCK))

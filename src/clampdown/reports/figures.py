@@ -1,0 +1,278 @@
+"""The report's figures as Plotly specifications: plain data, drawn by the page's own script.
+
+Colours are names of the style sheet's variables (`@s1`, `@gated`, `@gated/0.18` with opacity), looked up when the
+figure is drawn, so that one palette serves light, dark and print. Every series has a marker symbol and a dash
+of its own as well: nothing is told by colour alone. Text that came from files is HTML-escaped, because Plotly
+reads markup in labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from clampdown.reports.comparison import Headline, Point, Sides, mean, pareto, point, strength_curve
+from clampdown.reports.run import ArmResult, RunData
+from clampdown.reports.wording import KIND_TITLES, full, number, short_name, suite_title
+from clampdown.types import ArmKind, Interval, Verdict
+
+Spec = dict[str, Any]
+Measure = Callable[[ArmResult], Interval | None]
+
+SERIES_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon")
+SERIES_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
+KIND_SYMBOLS = {
+    ArmKind.BASELINE: "diamond",
+    ArmKind.FEATURE: "circle",
+    ArmKind.DIRECTION: "square",
+    ArmKind.CONTROL: "x",
+    ArmKind.GATED: "star",
+    ArmKind.TUNED: "star-diamond",
+}
+KIND_SIZES = {ArmKind.BASELINE: 12, ArmKind.GATED: 15, ArmKind.TUNED: 15}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure with what a reader needs without seeing it. `id` is the element that it is drawn into."""
+
+    id: str
+    title: str
+    caption: str
+    spec: Spec
+
+
+def strength_figures(run: RunData, found: Headline, sides: Sides) -> tuple[Figure, ...]:
+    """Refusals that are wanted, refusals that are not, capability and broken replies, against strength."""
+    curve = strength_curve(run, found.clamp)
+    if len(curve) < 2 or found.clamp is None:
+        return ()
+    axis = _StrengthAxis.of(curve, found, run.strength_unit)
+    wanted, unwanted, capability, broken = (
+        {suite_title(suite): _rate(suite) for suite in sides.harmful},
+        {suite_title(suite): _rate(suite) for suite in sides.answerable},
+        {suite_title(suite): _capability(suite) for suite in sides.capability},
+        {"on harmful prompts": _broken(sides.harmful), "on safe prompts": _broken(sides.answerable)},
+    )
+    panels = (
+        ("curve-refusals", "Refusals that are wanted", "harmful prompts refused; higher is better", wanted),
+        ("curve-over-refusals", "Refusals that are not", "safe prompts refused; lower is better", unwanted),
+        ("curve-capability", "Capability", "answers that are right; higher is better", capability),
+        ("curve-degenerate", "Broken replies", "empty, looping or gibberish; lower is better", broken),
+    )
+    return tuple(
+        Figure(key, title, caption, _curve_spec(axis, series)) for key, title, caption, series in panels if series
+    )
+
+
+def frontier_figures(run: RunData, found: Headline, sides: Sides) -> tuple[Figure, ...]:
+    """Every arm by what it refuses rightly, against capability and against refusing wrongly."""
+    points = [point(arm, sides) for arm in run.arms]
+    curve = strength_curve(run, found.clamp)
+    capability = _frontier_spec(points, curve, found, _FrontierAxis("mean capability", lambda p: p.capability, +1))
+    unanswered = _FrontierAxis("safe prompts refused or broken", lambda p: p.unanswered, -1)
+    over = _frontier_spec(points, curve, found, unanswered)
+    both = (
+        ("frontier-capability", "Refusal against capability", "up and to the right is better", capability),
+        ("frontier-over-refusal", "Refusal against over-refusal", "up and to the left is better", over),
+    )
+    return tuple(Figure(key, title, caption, spec) for key, title, caption, spec in both if spec["data"])
+
+
+def _rate(suite: str) -> Measure:
+    return lambda arm: arm.rate(suite)
+
+
+def _capability(suite: str) -> Measure:
+    return lambda arm: arm.capability.get(suite)
+
+
+def _broken(suites: Sequence[str]) -> Measure:
+    return lambda arm: mean(arm.rate(suite, Verdict.DEGENERATE) for suite in suites)
+
+
+@dataclass(frozen=True, slots=True)
+class _StrengthAxis:
+    """The arms of a curve and their places on the x axis; the unsteered baseline stands left of them as "off"."""
+
+    arms: tuple[ArmResult, ...]
+    x: tuple[float, ...]
+    labels: tuple[str, ...]
+    has_baseline: bool
+    chosen: float | None
+    title: str
+
+    @classmethod
+    def of(cls, curve: Sequence[ArmResult], found: Headline, unit: str | None) -> _StrengthAxis:
+        x = [arm.strength or 0.0 for arm in curve]
+        labels = [number(value) for value in x]
+        arms = list(curve)
+        if found.baseline is not None:
+            step = (x[-1] - x[0]) / (len(x) - 1)
+            arms, x, labels = [found.baseline, *arms], [x[0] - step, *x], ["off", *labels]
+        title = f"strength ({escape(unit)})" if unit else "strength"
+        chosen = found.clamp.strength if found.clamp is not None else None
+        return cls(tuple(arms), tuple(x), tuple(labels), found.baseline is not None, chosen, title)
+
+
+def _curve_spec(axis: _StrengthAxis, series: Mapping[str, Measure]) -> Spec:
+    traces: list[Spec] = []
+    for index, (name, measure) in enumerate(series.items()):
+        traces += _series(axis, escape(name), [measure(arm) for arm in axis.arms], index % len(SERIES_SYMBOLS))
+    layout = {"xaxis": _strength_ticks(axis), "yaxis": _percent_axis(), "shapes": [], "annotations": []}
+    if axis.chosen is not None:
+        layout["shapes"] = [_vertical(axis.chosen)]
+        layout["annotations"] = [{"x": axis.chosen, "y": 1, "yref": "paper", "yanchor": "bottom", "text": "chosen",
+                                  "showarrow": False, "font": {"size": 11, "color": "@ink-soft"}}]  # fmt: skip
+    return {"data": traces, "layout": layout}
+
+
+def _series(axis: _StrengthAxis, name: str, values: Sequence[Interval | None], index: int) -> list[Spec]:
+    """A line with its 95 % band. Gaps stay gaps: a strength without data is not interpolated."""
+    y = [None if v is None else v.value for v in values]
+    colour = f"@s{index + 1}"
+    steered = 1 if axis.has_baseline else 0
+    bounds = [
+        (x, v.low, v.high)
+        for x, v in zip(axis.x[steered:], values[steered:], strict=True)
+        if v is not None and v.low is not None and v.high is not None
+    ]
+    band = {
+        "x": [b[0] for b in bounds] + [b[0] for b in reversed(bounds)],
+        "y": [b[2] for b in bounds] + [b[1] for b in reversed(bounds)],
+        "fill": "toself", "fillcolor": f"{colour}/0.13", "line": {"width": 0}, "mode": "lines",
+        "hoverinfo": "skip", "showlegend": False, "legendgroup": name,
+    }  # fmt: skip
+    symbol = SERIES_SYMBOLS[index]
+    line = {
+        "x": list(axis.x), "y": y, "name": name, "legendgroup": name, "mode": "lines+markers",
+        "line": {"color": colour, "width": 2, "dash": SERIES_DASHES[index]},
+        "marker": {"color": colour, "size": 7, "line": {"width": 1, "color": "@paper"},
+                   "symbol": [f"{symbol}-open" if i < steered else symbol for i in range(len(y))]},
+        "customdata": ["" if v is None else full(v) for v in values],
+        "text": list(axis.labels),
+        "hovertemplate": f"<b>{name}</b><br>strength %{{text}}: %{{customdata}}<extra></extra>",
+    }  # fmt: skip
+    return [band, line] if bounds else [line]
+
+
+def _strength_ticks(axis: _StrengthAxis) -> Spec:
+    every = max(1, len(axis.x) // 10)
+    shown = sorted({0, *range(1 if axis.has_baseline else 0, len(axis.x), every)})
+    return {
+        "title": {"text": axis.title},
+        "tickvals": [axis.x[i] for i in shown],
+        "ticktext": [axis.labels[i] for i in shown],
+    }
+
+
+def _percent_axis(title: str = "") -> Spec:
+    return {"range": [-0.03, 1.03], "tickformat": ".0%", "dtick": 0.25, "title": {"text": title}}
+
+
+def _vertical(x: float) -> Spec:
+    return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "layer": "below",
+            "line": {"color": "@ink-soft", "width": 1, "dash": "dot"}}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _FrontierAxis:
+    """What the frontier's x axis shows, and whether more of it is better (+1) or worse (-1)."""
+
+    title: str
+    of: Callable[[Point], Interval]
+    sign: int
+
+
+def _frontier_spec(points: Sequence[Point], curve: Sequence[ArmResult], found: Headline, axis: _FrontierAxis) -> Spec:
+    """Arms as markers by kind, the chosen curve as a thin line, and the staircase that no arm beats."""
+    known = [p for p in points if axis.of(p).value is not None and p.refusal.value is not None]
+    traces = [_staircase(known, axis)] if len(known) > 1 else []
+    traces += _curve_line(known, curve, axis)
+    for kind in ArmKind:
+        mine = [p for p in known if p.arm.kind is kind]
+        if mine:
+            traces.append(_kind_trace(kind, mine, found, axis))
+    layout = {
+        "xaxis": _percent_axis(axis.title),
+        "yaxis": _percent_axis("harmful prompts refused") | {"range": [-0.03, 1.1]},
+        "annotations": [_label(p, axis) for p in known if p.arm in found.arms],
+        "hovermode": "closest",
+    }
+    return {"data": traces, "layout": layout}
+
+
+def _kind_trace(kind: ArmKind, points: Sequence[Point], found: Headline, axis: _FrontierAxis) -> Spec:
+    size = KIND_SIZES.get(kind, 9)
+    leading = [p.arm in found.arms for p in points]
+    return {
+        "x": [axis.of(p).value for p in points], "y": [p.refusal.value for p in points],
+        "mode": "markers", "name": KIND_TITLES[kind],
+        "marker": {"symbol": KIND_SYMBOLS[kind], "color": f"@{kind.value}",
+                   "size": [size + 3 * lead for lead in leading],
+                   "opacity": [1.0 if lead else 0.75 for lead in leading], "line": {"width": 1, "color": "@paper"}},
+        "error_x": _error([axis.of(p) if lead else None for p, lead in zip(points, leading, strict=True)], kind),
+        "error_y": _error([p.refusal if lead else None for p, lead in zip(points, leading, strict=True)], kind),
+        "text": [_hover(p) for p in points],
+        "hovertemplate": "%{text}<extra></extra>",
+    }  # fmt: skip
+
+
+def _error(intervals: Sequence[Interval | None], kind: ArmKind) -> Spec:
+    """Whiskers for the headline arms only: on every arm they would hide the points."""
+
+    def arm(i: Interval | None, high: bool) -> float:
+        edge = None if i is None else i.high if high else i.low
+        return 0.0 if i is None or i.value is None or edge is None else abs(edge - i.value)
+
+    return {"type": "data", "symmetric": False, "array": [arm(i, True) for i in intervals],
+            "arrayminus": [arm(i, False) for i in intervals], "color": f"@{kind.value}",
+            "thickness": 1.2, "width": 0}  # fmt: skip
+
+
+def _hover(p: Point) -> str:
+    lines = [f"<b>{escape(p.arm.name)}</b> ({KIND_TITLES[p.arm.kind]})", f"harmful refused {full(p.refusal)}"]
+    if p.over_refusal.value is not None:
+        lines.append(f"safe prompts refused {full(p.over_refusal)}")
+    lines.append(f"mean capability {full(p.capability)}")
+    if p.degenerate.value:
+        lines.append(f"broken replies {full(p.degenerate)}")
+    if p.arm.kl_benign is not None and p.arm.kl_benign.value is not None:
+        lines.append(f"KL on benign {number(p.arm.kl_benign.value)} nats per token")
+    return "<br>".join(lines)
+
+
+def _curve_line(points: Sequence[Point], curve: Sequence[ArmResult], axis: _FrontierAxis) -> list[Spec]:
+    """The chosen feature's strengths joined in order, so that the path from off to too far is seen."""
+    by_name = {p.arm.name: p for p in points}
+    path = [by_name[arm.name] for arm in curve if arm.name in by_name]
+    if len(path) < 2:
+        return []
+    return [{
+        "x": [axis.of(p).value for p in path], "y": [p.refusal.value for p in path], "mode": "lines",
+        "line": {"color": "@feature/0.45", "width": 1}, "hoverinfo": "skip", "showlegend": False,
+    }]  # fmt: skip
+
+
+def _staircase(points: Sequence[Point], axis: _FrontierAxis) -> Spec:
+    coordinates = [(axis.sign * (axis.of(p).value or 0.0), p.refusal.value or 0.0) for p in points]
+    best = pareto(coordinates)
+    return {
+        "x": [axis.sign * coordinates[i][0] for i in best], "y": [coordinates[i][1] for i in best],
+        "mode": "lines", "name": "not beaten by any arm", "hoverinfo": "skip",
+        "line": {"color": "@ink-soft", "width": 1.2, "dash": "dot", "shape": "vh"},
+    }  # fmt: skip
+
+
+def _label(p: Point, axis: _FrontierAxis) -> Spec:
+    """A headline arm's name above its point, or below when the point is in the lower crowd."""
+    x, y = axis.of(p).value or 0.0, p.refusal.value or 0.0
+    above = y > 0.8
+    return {
+        "x": x, "y": y, "text": f"<b>{escape(short_name(p.arm))}</b>", "showarrow": False,
+        "xanchor": "right" if x > 0.8 else "left" if x < 0.2 else "center",
+        "yanchor": "bottom" if above else "top", "yshift": 7 if above else -9,
+        "font": {"size": 12, "color": f"@{p.arm.kind.value}"},
+    }  # fmt: skip

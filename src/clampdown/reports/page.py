@@ -1,0 +1,227 @@
+"""The report: one HTML file that opens offline and can be understood in a minute.
+
+From the top down: the verdict in words, tiles with the numbers behind it, strength curves, frontiers, the gate,
+examples, all arms, features, and what was run. Everything from files is escaped by the template engine; the page
+forbids all network access to itself by a content security policy, and runs no script but its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from clampdown.reports.comparison import Headline, Sides, headline, point, sides_of
+from clampdown.reports.examples import SuiteExamples, examples_of, pair
+from clampdown.reports.figures import frontier_figures, strength_figures
+from clampdown.reports.run import GateResult, RunData, read_run
+from clampdown.reports.tables import EMPTY, Table, arms_table, changes_table, facts, feature_table
+from clampdown.reports.wording import (
+    KIND_TITLES,
+    full,
+    key_refusal,
+    key_refusal_title,
+    number,
+    percent,
+    sample_sizes,
+    short_name,
+    span,
+    suite_title,
+    title,
+    verdict,
+    worst_capability,
+)
+from clampdown.store import write_atomic
+from clampdown.types import FeatureSet, Interval
+
+TEMPLATES = Path(__file__).parent / "templates"
+REPORT_NAME = "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class TileRow:
+    """One arm's number in a tile."""
+
+    label: str
+    mark: str
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A key number for each headline arm. `better` is "higher" or "lower"."""
+
+    title: str
+    better: str
+    note: str
+    rows: tuple[TileRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FinderTable:
+    """One finder's feature set, ready to be shown."""
+
+    finder: str
+    found: FeatureSet
+    table: Table
+    settings: tuple[tuple[str, str], ...]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Read a run directory and write `report.html` into it. Raises `StoreError` without a readable summary."""
+    path = run_dir / REPORT_NAME
+    write_atomic(path, build_page(read_run(run_dir)))
+    return path
+
+
+def build_page(run: RunData) -> str:
+    """The whole report as one HTML document."""
+    sides = sides_of(run)
+    found = headline(run, sides)
+    figures = {"curves": strength_figures(run, found, sides), "frontiers": frontier_figures(run, found, sides)}
+    data = json_for_script({figure.id: figure.spec for group in figures.values() for figure in group})
+    paired = pair(run, found, sides)
+    template = _environment().get_template("report.html.j2")
+    return template.render(
+        run=run,
+        title=title(run, sides),
+        sentences=verdict(run, sides),
+        tiles=tiles(found, sides),
+        figures=figures,
+        figure_data=Markup(data),  # json_for_script leaves no markup
+        gate_sentence=None if run.gate is None else gate_sentence(run.gate),
+        gate_rows=_gate_rows(run, found),
+        gate_facts=() if run.gate is None else _gate_facts(run.gate),
+        changes=changes_table(paired, found) if paired else None,
+        examples=_examples(paired, found, run),
+        arms=arms_table(run, found, sides),
+        finders=tuple(_finder(each, run) for each in run.feature_sets),
+        provenance=facts(run.provenance),
+        decisions=[(name, facts(tree)) for name, tree in run.decisions.items()],
+        plan=None if run.plan is None else facts({k: v for k, v in run.plan.items() if k != "vectors"}),
+        style=_asset("report.css"),
+        script=_asset("report.js"),
+        plotly=plotly_script(),
+        nonce=hashlib.sha256(data.encode()).hexdigest()[:24],
+    )
+
+
+def tiles(found: Headline, sides: Sides) -> tuple[Tile, ...]:
+    """Up to four numbers: attacks refused, over-refusal, capability, and the worst-hit capability."""
+    points = {arm.name: point(arm, sides) for arm in found.arms}
+    candidates = [
+        _tile(found, f"{key_refusal_title(sides)} refused", "higher", [key_refusal(arm, sides) for arm in found.arms]),
+        _tile(found, "safe prompts refused", "lower", [points[a.name].over_refusal for a in found.arms]),
+        _tile(found, "mean capability", "higher", [points[arm.name].capability for arm in found.arms]),
+        _worst_tile(found),
+    ]
+    return tuple(tile for tile in candidates if tile is not None)
+
+
+def _tile(found: Headline, title: str, better: str, intervals: Sequence[Interval]) -> Tile | None:
+    rows = tuple(
+        TileRow(short_name(arm), arm.kind.value, interval)
+        for arm, interval in zip(found.arms, intervals, strict=True)
+        if interval.value is not None
+    )
+    note = sample_sizes(row.interval for row in rows if row.interval.n)
+    return Tile(title[0].upper() + title[1:], better, note, rows) if rows else None
+
+
+def _worst_tile(found: Headline) -> Tile | None:
+    if found.baseline is None or found.clamp is None or len(found.baseline.capability) < 2:
+        return None
+    name = worst_capability(found.clamp, found.baseline)
+    missing = Interval(None, None, None, 0)
+    intervals = [arm.capability.get(name or "", missing) for arm in found.arms]
+    return _tile(found, f"hardest hit: {suite_title(name)}", "higher", intervals) if name else None
+
+
+def gate_sentence(gate: GateResult) -> str:
+    """The guarantee in words, with what it rests on; says so when there is none."""
+    if gate.bound is None or gate.n_calibration is None or gate.confidence is None:
+        return "This gate states no guarantee on how often it fires on benign prompts."
+    text = (
+        f"Calibrated on **{gate.n_calibration} benign prompts**: with {percent(gate.confidence)} confidence at most "
+        f"**{percent(gate.bound, digits=2)}** of such prompts trigger it"
+    )
+    if gate.budget is None:
+        return text + " (exact binomial bound)."
+    kept = "within" if gate.bound <= gate.budget else "above"
+    return text + f" (exact binomial bound), {kept} the budget of {percent(gate.budget, digits=2)}."
+
+
+def _gate_rows(run: RunData, found: Headline) -> tuple[TileRow, ...]:
+    """How often the gate fires: as the gate's own figures, else as the conditional arm's receipts say."""
+    rates = run.gate.trigger_rates if run.gate is not None else {}
+    if not rates and found.gated is not None:
+        rates = found.gated.gate_fired
+    return tuple(TileRow(suite_title(name), "gated", rate) for name, rate in rates.items())
+
+
+def _gate_facts(gate: GateResult) -> list[tuple[str, str]]:
+    tree = {"gate": gate.kind, "features it reads": list(gate.features), "threshold": gate.threshold}
+    return [pair for pair in facts(tree) if pair[1] not in ("", EMPTY)]
+
+
+def _examples(paired: Sequence[Any], found: Headline, run: RunData) -> tuple[SuiteExamples, ...]:
+    labels = [short_name(arm) for arm in found.arms]
+    return tuple(examples_of(each, labels, run.prompts) for each in paired)
+
+
+def _finder(found: FeatureSet, run: RunData) -> FinderTable:
+    chosen = (run.chosen.feature or "").split(" + ")
+    return FinderTable(found.finder, found, feature_table(found, chosen), tuple(facts(found.settings)))
+
+
+def emphasised(text: str) -> Markup:
+    """Escaped text with `**` marks as bold."""
+    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text))))  # escaped first
+
+
+def json_for_script(value: Any) -> str:
+    """JSON that can stand inside a script element: no character that could end it or start markup."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+@cache
+def plotly_script() -> Markup:
+    """The bundle that plotly's Python package ships."""
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())  # a script of a dependency, holds no closing tag
+
+
+def _asset(name: str) -> Markup:
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))  # our own file
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "span": span,
+        "full": full,
+        "number": number,
+        "suite": suite_title,
+        "kind": lambda arm: KIND_TITLES[arm.kind],
+        "emphasised": emphasised,
+    }
+    return environment

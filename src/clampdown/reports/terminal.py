@@ -1,0 +1,143 @@
+"""The run's final table for a terminal: arms as rows, key numbers as columns, fitted to the width.
+
+1. Columns come in order of importance; as many are shown as fit, the verdict sentences wrap.
+2. A cell is a percentage, followed by half the 95 % interval's width when there is room for it.
+3. Rows are all arms when they are few, else the headline arms, one direction and the controls; the caption says how
+   many are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from clampdown.reports.comparison import UNSEEN_JAILBREAKS, Headline, Point, Sides, headline, point, sides_of
+from clampdown.reports.run import ArmResult, RunData
+from clampdown.reports.wording import MISSING, UNIT, percent, title, verdict
+from clampdown.types import ArmKind, Interval
+
+ALL_ARMS_UP_TO = 14
+LABELS_BESIDE_FROM = 70
+NAME_WIDTH = 23
+CELL_WIDTH = 8
+WIDE_CELL_WIDTH = 11
+STYLES = {
+    ArmKind.BASELINE: "bold",
+    ArmKind.FEATURE: "yellow",
+    ArmKind.DIRECTION: "magenta",
+    ArmKind.CONTROL: "dim",
+    ArmKind.GATED: "bold blue",
+    ArmKind.TUNED: "bold green",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A measure with a heading of at most `CELL_WIDTH` characters per line."""
+
+    title: str
+    of: Callable[[Point], Interval | None]
+
+
+def run_summary(run: RunData, width: int) -> RenderableType:
+    """Title, verdict and table, for a console of `width` columns."""
+    sides = sides_of(run)
+    sentences = [(sentence.label, Text.assemble(*_spans(sentence.text))) for sentence in verdict(run, sides)]
+    body = Group(Text(title(run, sides), style="bold"), Text(), _labelled(sentences, width))
+    return Group(Padding(body, (1, 0)), trade_off_table(run, width))
+
+
+def _labelled(sentences: Sequence[tuple[str, Text]], width: int) -> RenderableType:
+    """The labels beside their sentences when there is room, else in front of them."""
+    if width < LABELS_BESIDE_FROM:
+        return Group(*(Text.assemble((f"{label}: ", "bold"), text) for label, text in sentences))
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for label, text in sentences:
+        grid.add_row(Text(label, style="bold"), text)
+    return grid
+
+
+def trade_off_table(run: RunData, width: int) -> Table:
+    """Arms against the key suites. At 80 columns seven measures fit, at 60 five; very wide ones add intervals."""
+    sides = sides_of(run)
+    found = headline(run, sides)
+    columns = _columns(run, sides)
+    room = max(CELL_WIDTH, width - NAME_WIDTH)
+    cell = WIDE_CELL_WIDTH if room >= WIDE_CELL_WIDTH * len(columns) else CELL_WIDTH
+    columns = columns[: max(1, room // cell)]
+    arms = _rows(run, found)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("arm", width=min(NAME_WIDTH - 1, max(8, width - cell)), overflow="ellipsis", no_wrap=True)
+    for column in columns:
+        table.add_column(column.title, justify="right", width=cell - 1, no_wrap=True)
+    for arm in arms:
+        _add_row(table, arm, columns, sides, wide=cell == WIDE_CELL_WIDTH, strong=arm in found.arms)
+    table.caption = _caption(run, arms, wide=cell == WIDE_CELL_WIDTH)
+    table.caption_justify = "left"
+    return table
+
+
+def _add_row(
+    table: Table, arm: ArmResult, columns: Sequence[_Column], sides: Sides, *, wide: bool, strong: bool
+) -> None:
+    at = point(arm, sides)
+    cells = [_cell(column.of(at), wide) for column in columns]
+    table.add_row(escape(("▸ " if strong else "  ") + arm.name), *cells, style=STYLES[arm.kind])
+
+
+def _columns(run: RunData, sides: Sides) -> list[_Column]:
+    """Most important first: attacks, over-refusal, capability, then single suites."""
+    columns = []
+    if UNSEEN_JAILBREAKS in sides.harmful:
+        columns.append(_Column("unseen\njailbrk", lambda p: p.arm.rate(UNSEEN_JAILBREAKS)))
+    columns += [
+        _Column("safe,\nrefused", lambda p: p.over_refusal),
+        _Column("capa-\nbility", lambda p: p.capability),
+        _Column("all\nharmful", lambda p: p.refusal),
+        _Column("arith-\nmetic", lambda p: p.arm.capability.get("arithmetic")),
+        _Column("border-\nline", lambda p: p.arm.rate("borderline")),
+        _Column("\nbroken", lambda p: p.degenerate),
+    ]
+    measured = [point(arm, sides) for arm in run.arms]
+    return [column for column in columns if any(_has_value(column.of(p)) for p in measured)]
+
+
+def _has_value(interval: Interval | None) -> bool:
+    return interval is not None and interval.value is not None
+
+
+def _cell(interval: Interval | None, wide: bool) -> str:
+    if interval is None or interval.value is None:
+        return MISSING
+    text = percent(interval.value, unit="%")
+    if not wide or interval.low is None or interval.high is None:
+        return text
+    return f"{text} ±{max(1, round(50 * (interval.high - interval.low)))}"
+
+
+def _rows(run: RunData, found: Headline) -> list[ArmResult]:
+    """All arms when they are few; else those that a conclusion rests on, and of the directions the last."""
+    if len(run.arms) <= ALL_ARMS_UP_TO:
+        return list(run.arms)
+    direction = [arm for arm in run.arms if arm.kind is ArmKind.DIRECTION][-1:]
+    kept = [arm for arm in run.arms if arm in found.arms or arm in direction or arm.kind is ArmKind.CONTROL]
+    extra = len(kept) - ALL_ARMS_UP_TO
+    spared = [arm for arm in kept if arm.kind is ArmKind.CONTROL][:extra] if extra > 0 else []
+    return [arm for arm in kept if arm not in spared]
+
+
+def _caption(run: RunData, arms: Sequence[ArmResult], *, wide: bool) -> str:
+    spread = "± is half the 95% interval's width" if wide else "95% intervals are in the report"
+    left_out = len(run.arms) - len(arms)
+    return f"{spread}; {left_out} more arms in the report" if left_out else spread
+
+
+def _spans(text: str) -> list[tuple[str, str]]:
+    """`**` marks as bold. Terminals break lines at a no-break space, so the unit joins its number."""
+    return [(part, "bold" if index % 2 else "") for index, part in enumerate(text.replace(UNIT, "%").split("**"))]

@@ -1,0 +1,123 @@
+"""Loading an SAE: the embedded ones, a directory or file, or a published release, all by one code path.
+
+1. The name becomes a path: the embedded SAE's, the one given, or a download (`catalog`).
+2. The format is recognised by its files and read with tensors mapped, not loaded (`formats`).
+3. `load_sae` brings everything to the device; `load_feature_view` takes the chosen features' columns and rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clampdown.config import embedded_sae
+from clampdown.errors import CheckpointError
+from clampdown.saes.catalog import Address, fetch, find_release
+from clampdown.saes.formats import Raw, detect
+from clampdown.saes.sae import FeatureView, Sae, SaeConfig
+from clampdown.store import files_revision
+from clampdown.types import Site
+
+
+def load_sae(
+    name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, site: Site | None = None
+) -> Sae:
+    """Load "organism", "organism:x8", a directory or file, or "release:id". `site` overrides what the files say.
+
+    Raises `CheckpointError` for missing or malformed files, `PickleCheckpointError` for files that would run code,
+    `SaeError` for kinds that cannot be steered, `SiteError` for places that are no site.
+    """
+    sae, raw = _mapped(name, site)
+    tensors = {key: tensor.to(dtype) for key, tensor in sae.tensors.items()}
+    return replace(sae, tensors=_fold(tensors, raw)).to(device)
+
+
+def load_feature_view(
+    name: str | Path,
+    features: Sequence[int],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    site: Site | None = None,
+) -> FeatureView:
+    """`load_sae(name).select(features)` without reading the rest of the file.
+
+    Reads one decoder row and one encoder column per feature; a top-k SAE needs its whole encoder. Raises as `load_sae`,
+    and `FeatureIndexError`.
+    """
+    sae, raw = _mapped(name, site)
+    if raw.by_decoder_norm:  # the norms of all decoder rows decide: nothing to be gained
+        return load_sae(name, device=device, dtype=dtype, site=site).select(features)
+    view = sae.select(features).to(device, dtype)
+    scale = raw.input_scale
+    return replace(view, encoder=view.encoder * scale, directions=view.directions / scale, b_dec=view.b_dec / scale)
+
+
+def _mapped(name: str | Path, site: Site | None) -> tuple[Sae, Raw]:
+    """The SAE as its files state it: tensors mapped, in the file's dtype, nothing folded in yet."""
+    path, address = _locate(str(name))
+    found = detect(path)
+    raw = found.read(path)
+    if site is None:
+        if raw.hook_name is None:
+            raise CheckpointError(f"the files of SAE '{name}' do not say where it sits", hint="pass its site")
+        site = Site.parse(raw.hook_name)
+    weights = [path] if path.is_file() else [path / file for file in (*found.files, *found.optional)]
+    return Sae(_config(raw, site, address, path), raw.tensors, str(name), files_revision(weights)), raw
+
+
+def _locate(name: str) -> tuple[Path, Address | None]:
+    """Where the SAE's files are, and its address when it is a published one."""
+    embedded = embedded_sae(name)
+    if embedded is not None:
+        if not embedded.is_dir():
+            known = ", ".join(sorted(p.name.replace("sae-", "organism:") for p in embedded.parent.glob("sae-*")))
+            raise CheckpointError(f"there is no embedded SAE '{name}'", hint=f"there are: {known or 'none installed'}")
+        return embedded, None
+    if Path(name).exists():
+        return Path(name), None
+    address = find_release(name)
+    if address is None:
+        raise CheckpointError(
+            f"no SAE at '{name}': no such file, directory or release",
+            hint="give 'organism', a directory, or release:id, such as "
+            "llama-3-8b-it-res-jh:blocks.25.hook_resid_post or a hub repository and path, org/repo:path",
+        )
+    return fetch(address), address
+
+
+def _config(raw: Raw, site: Site, address: Address | None, path: Path) -> SaeConfig:
+    shape: Any = raw.shape or tuple(raw.tensors["W_dec"].shape)[::-1] if "W_dec" in raw.tensors else raw.shape
+    if shape is None or len(shape) != 2:
+        raise CheckpointError(f"{path} has no decoder matrix 'W_dec'", hint=f"found: {', '.join(sorted(raw.tensors))}")
+    return SaeConfig(
+        architecture=raw.architecture,  # type: ignore[arg-type]  # readers let only known ones through
+        d_in=int(shape[0]),
+        d_sae=int(shape[1]),
+        site=site,
+        apply_b_dec_to_input=raw.apply_b_dec_to_input,
+        normalize_activations=raw.normalize_activations,  # type: ignore[arg-type]
+        k=raw.k,
+        model_name=(address.model if address else "") or raw.model_name,
+        neuronpedia_id=raw.neuronpedia_id or (address.neuronpedia_id if address else None),
+    )
+
+
+def _fold(tensors: dict[str, Tensor], raw: Raw) -> dict[str, Tensor]:
+    """Put constant scales into the weights: x -> x s before and / s after, and activations in decoder-norm units."""
+    if raw.input_scale != 1.0:
+        scale = raw.input_scale
+        tensors |= {"W_enc": tensors["W_enc"] * scale, "W_dec": tensors["W_dec"] / scale, "b_dec": tensors["b_dec"] / scale}
+    if raw.by_decoder_norm:
+        norm = tensors["W_dec"].norm(dim=-1)
+        tensors |= {
+            "W_enc": tensors["W_enc"] * norm,
+            "b_enc": tensors["b_enc"] * norm,
+            "W_dec": tensors["W_dec"] / norm[:, None],
+        }
+    return tensors

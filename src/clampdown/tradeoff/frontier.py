@@ -1,0 +1,260 @@
+"""The frontier: what every arm buys and what it costs, as `summary.json`.
+
+1. Records are grouped by arm and suite; every rate carries its Wilson interval and n (`evaluation.metrics`).
+2. An arm's place on the frontier is its mean refusal of harmful suites against its mean capability, each suite
+   weighing the same. An arm is on the front when no other arm is at least as good on both and better on one.
+3. The file's schema is a pydantic model: what is written is validated first, and reports read plain JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from clampdown.errors import StoreError
+from clampdown.evaluation import metrics
+from clampdown.evaluation.utility import Cost
+from clampdown.steering.arms import Arm
+from clampdown.store import read_json, to_jsonable, write_json
+from clampdown.types import ArmKind, Interval, Provenance, Record, Suite, SuiteKind, Verdict
+
+SCHEMA = 1
+
+BySuite = Mapping[str, tuple[Record, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """An arm in the coordinates people decide by: means over suites of one side, None without data.
+
+    `refusal` and `degenerate` are over harmful suites, `over_refusal` over harmless safety suites,
+    `capability` is the mean accuracy over capability suites.
+    """
+
+    refusal: float | None
+    over_refusal: float | None
+    degenerate: float | None
+    capability: float | None
+
+
+def axes(by_suite: BySuite, suites: Sequence[Suite]) -> Axes:
+    """Where one arm's records put it. A suite without scored records makes its mean None, never a guess."""
+    harmful = [s.name for s in suites if s.kind is SuiteKind.SAFETY and s.harmful]
+    harmless = [s.name for s in suites if s.kind is SuiteKind.SAFETY and not s.harmful]
+    capability = [s.name for s in suites if s.kind is SuiteKind.CAPABILITY]
+
+    def mean_rate(names: list[str], verdict: Verdict) -> float | None:
+        return metrics.mean_of(metrics.rates(by_suite.get(name, ()))[verdict] for name in names)
+
+    return Axes(
+        refusal=mean_rate(harmful, Verdict.REFUSED),
+        over_refusal=mean_rate(harmless, Verdict.REFUSED),
+        degenerate=mean_rate(harmful, Verdict.DEGENERATE),
+        capability=metrics.mean_of(metrics.accuracy(by_suite.get(name, ())) for name in capability),
+    )
+
+
+def pareto(points: Sequence[Axes]) -> tuple[bool, ...]:
+    """Which points no other point dominates (refusal and capability, more is better). Unknown is never on the front."""
+    known = [(p.refusal, p.capability) for p in points]
+
+    def dominated(point: tuple[float | None, float | None]) -> bool:
+        a, b = point
+        if a is None or b is None:
+            return True
+        return any(x is not None and y is not None and x >= a and y >= b and (x > a or y > b) for x, y in known)
+
+    return tuple(not dominated(point) for point in known)
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """What a summary is about: the columns, the rows, and what was measured beside the records."""
+
+    arms: tuple[Arm, ...]
+    suites: tuple[Suite, ...]
+    provenance: Provenance
+    costs: Mapping[str, Cost]
+    timings: Mapping[str, float]
+
+
+def summarise(
+    experiment: Experiment, records: Iterable[Record], extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of `summary.json`. `extra` adds top-level keys (what was chosen, by which rule, ...)."""
+    grouped = metrics.by_arm_and_suite(records)
+    points = [axes(grouped.get(arm.name, {}), experiment.suites) for arm in experiment.arms]
+    front = pareto(points)
+    baseline = next((arm.name for arm in experiment.arms if arm.kind is ArmKind.BASELINE), None)
+    rows = []
+    for arm, point, on_front in zip(experiment.arms, points, front, strict=True):
+        by_suite = grouped.get(arm.name, {})
+        rows.append(
+            {
+                **_identity(arm),
+                **_rates(by_suite, experiment.suites),
+                **_costs(experiment.costs.get(arm.name)),
+                "frontier": {**to_jsonable(point), "pareto": on_front},
+                "gate_fired": _gate_fired(by_suite),
+                "against_baseline": _against(grouped.get(baseline or "", {}), by_suite),
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "model": experiment.provenance.model,
+        "sae": experiment.provenance.sae,
+        "harmful_suites": [s.name for s in experiment.suites if s.kind is SuiteKind.SAFETY and s.harmful],
+        "arms": rows,
+        "timings": dict(experiment.timings),
+        "provenance": to_jsonable(experiment.provenance),
+        **to_jsonable(dict(extra or {})),
+    }
+
+
+def _identity(arm: Arm) -> dict[str, Any]:
+    """What the arm is: enough to draw and to find its plan again."""
+    edits = arm.plan.edits if arm.plan else ()
+    return {
+        "name": arm.name,
+        "kind": arm.kind.value,
+        "group": arm.group or None,
+        "strength": arm.strength,
+        "features": [feature for edit in edits for feature in edit.features] or None,
+        "operator": " + ".join(dict.fromkeys(edit.operator for edit in edits)) or None,
+        "plan": arm.plan.digest if arm.plan else None,
+        "system_prompt": arm.system_prompt,
+        "edits": [
+            {"site": e.site, "operator": e.operator, "scope": e.scope, "features": e.features, "strengths": e.strengths}
+            for e in edits
+        ],
+    }
+
+
+def _rates(by_suite: BySuite, suites: Sequence[Suite]) -> dict[str, Any]:
+    verdicts = {suite.name: _verdicts(by_suite.get(suite.name, ())) for suite in suites}
+    safety = [suite.name for suite in suites if suite.kind is SuiteKind.SAFETY]
+    capability = [suite.name for suite in suites if suite.kind is SuiteKind.CAPABILITY]
+    return {
+        "suites": {name: verdicts[name] for name in safety},
+        "capability": {name: to_jsonable(metrics.accuracy(by_suite.get(name, ()))) for name in capability},
+        "refused_capability": {name: verdicts[name]["refused"] for name in capability},
+        "degenerate_capability": {name: verdicts[name]["degenerate"] for name in capability},
+        "reply_tokens": {suite.name: _mean_tokens(by_suite.get(suite.name, ())) for suite in suites},
+    }
+
+
+def _verdicts(records: Iterable[Record]) -> dict[str, Any]:
+    return {verdict.value: to_jsonable(interval) for verdict, interval in metrics.rates(records).items()}
+
+
+def _mean_tokens(records: Sequence[Record]) -> float | None:
+    return sum(record.n_tokens for record in records) / len(records) if records else None
+
+
+def _costs(cost: Cost | None) -> dict[str, Any]:
+    """Measures on benign text: nats per token, share of equal top-1 tokens, mean ||x'-x||/||x||."""
+    return {
+        "kl_benign": cost.kl if cost else None,
+        "top1_agreement": cost.top1_agreement if cost else None,
+        "edit_norm": cost.edit_norm if cost else None,
+        "touched": cost.touched if cost else None,
+    }
+
+
+def _gate_fired(by_suite: BySuite) -> dict[str, Any]:
+    """By suite, the share of prompts whose gate fired; empty for arms without a gate."""
+    fired = {
+        name: [r.receipt.gate_fired for r in records if r.receipt and r.receipt.gate_fired is not None]
+        for name, records in by_suite.items()
+    }
+    return {name: to_jsonable(metrics.wilson(sum(flags), len(flags))) for name, flags in fired.items() if flags}
+
+
+def _against(baseline: BySuite, by_suite: BySuite) -> dict[str, Any]:
+    """Paired with the baseline by suite: prompts gained and lost (refusals; right answers) and McNemar's p."""
+    return {name: _paired(baseline[name], rows) for name, rows in by_suite.items() if name in baseline}
+
+
+def _paired(before: Sequence[Record], after: Sequence[Record]) -> dict[str, Any]:
+    exact = any(metrics.correct(record) is not None for record in before)
+    pairs = metrics.paired(before, after, metrics.correct if exact else metrics.refused)
+    gained, lost = pairs.count((False, True)), pairs.count((True, False))
+    return {
+        "outcome": "correct" if exact else "refused",
+        "difference": (gained - lost) / len(pairs) if pairs else None,
+        "gained": gained,
+        "lost": lost,
+        "n": len(pairs),
+        "p_value": metrics.mcnemar(gained, lost),
+    }
+
+
+class _Part(BaseModel):
+    """Unknown keys are kept: later versions add some, and old readers must not choke on them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class IntervalRow(_Part):
+    """`types.Interval` in JSON."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int = Field(ge=0)
+
+    def interval(self) -> Interval:
+        return Interval(self.value, self.low, self.high, self.n)
+
+
+class ArmRow(_Part):
+    """One arm of `summary.json`."""
+
+    name: str
+    kind: ArmKind
+    strength: float | None
+    suites: dict[str, dict[str, IntervalRow]]
+    capability: dict[str, IntervalRow]
+    kl_benign: float | None
+
+
+class Summary(_Part):
+    """`summary.json`, schema 1."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    model: str
+    sae: str | None
+    arms: tuple[ArmRow, ...]
+    timings: dict[str, float]
+
+    def arm(self, name: str) -> ArmRow:
+        """The arm of that name. Raises `StoreError` when there is none."""
+        for row in self.arms:
+            if row.name == name:
+                return row
+        raise StoreError(f"no arm '{name}' in the summary", hint=f"arms: {', '.join(row.name for row in self.arms)}")
+
+
+def parse_summary(data: Any, source: str = "summary") -> Summary:
+    """Check plain data against the schema. Raises `StoreError` naming the place."""
+    try:
+        return Summary.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "top level"
+        raise StoreError(f"{source} is not a summary of schema {SCHEMA}: {place}: {first['msg']}") from error
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Validate and write. Raises `StoreError`."""
+    parse_summary(to_jsonable(summary), "the summary")
+    write_json(path, summary)
+
+
+def read_summary(path: Path) -> Summary:
+    """Read and validate. Raises `StoreError` for another file, another schema or a broken one."""
+    return parse_summary(read_json(path), str(path))
