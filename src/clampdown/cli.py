@@ -119,7 +119,9 @@ def discover(
 
 @app.command()
 def sweep(
-    feature: Annotated[list[int] | None, typer.Option("--feature", help="Feature to steer; repeat for several.")] = None,
+    feature: Annotated[
+        list[int] | None, typer.Option("--feature", help="Feature to steer; repeat for several.")
+    ] = None,
     features: Annotated[Path | None, typer.Option("--features", help="A features file; its best one is used.")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="A plan.toml whose strengths are scaled.")] = None,
     multiples: Annotated[str, typer.Option("--multiples", help="Strengths, as multiples of the unit.")] = "0.5,1,1.5",
@@ -205,8 +207,7 @@ def organism_measure(
     n: Annotated[int, typer.Option("--n", min=1, help="Prompts per family.")] = 240,
 ) -> None:
     """Measure a trained organism against its targets on held-out prompts."""
-    from clampdown.organism import measure
-    from clampdown.organism import WEIGHTS
+    from clampdown.organism import WEIGHTS, measure
 
     with _stages().stage("Measuring"):
         rows = measure.measure(directory or WEIGHTS, n)
@@ -217,11 +218,11 @@ def _show(directory: Path, stages: Stages) -> None:
     """Write the report and print the table."""
     from clampdown.reports.page import write_report
     from clampdown.reports.run import read_run
-    from clampdown.reports.terminal import print_run
+    from clampdown.reports.terminal import run_summary
 
     with stages.stage("Writing the report"):
         path = write_report(directory)
-    print_run(read_run(directory), console)
+    console.print(run_summary(read_run(directory), console.width))
     console.print(f"[bold]report:[/bold] {path}", soft_wrap=True)
 
 

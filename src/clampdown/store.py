@@ -51,6 +51,34 @@ def prompts_hash(prompts: Iterable[Prompt]) -> str:
     return content_hash(list(prompts))
 
 
+_BLOCK, _SAMPLES = 1 << 20, 64
+
+
+def files_revision(paths: Iterable[Path]) -> str:
+    """Short hash of files' names and contents; files that do not exist are skipped.
+
+    Files above 64 MiB are sampled (their size and 64 evenly spaced blocks of 1 MiB, the first and last among them), so
+    that naming a 16 GB checkpoint takes a second instead of a minute.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}:".encode())
+            with path.open("rb") as handle:
+                for position in _samples(size):
+                    handle.seek(position)
+                    digest.update(handle.read(_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def _samples(size: int) -> Iterable[int]:
+    """Where to read blocks of a file: all of it when it is small."""
+    if size <= _BLOCK * _SAMPLES:
+        return range(0, size, _BLOCK)
+    return [(size - _BLOCK) * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never half. Raises `StoreError`."""
     payload = data.encode() if isinstance(data, str) else data

@@ -79,10 +79,10 @@ def test_arms_in_one_batch_answer_as_they_do_alone(
 def test_a_resumed_run_ends_as_an_undisturbed_one(
     lm: LanguageModel, sae: Sae, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Killed at 20 random bytes of the file: between records, inside one, inside a batch, before the first."""
+    """Killed at 8 random bytes of the file: between records, inside one, inside a batch, before the first."""
     whole = (undisturbed / "records.jsonl").read_bytes()
     chance = random.Random(0)
-    for i in range(20):
+    for i in range(8):
         directory = tmp_path / str(i)
         RecordLog(directory_made(directory), resume_key(lm, [sae], job())).close()
         (directory / "records.jsonl").write_bytes(whole[: chance.randrange(len(whole))])

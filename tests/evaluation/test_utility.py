@@ -191,8 +191,8 @@ def test_options_are_scored_as_single_unpadded_replies_are(lm: LanguageModel, sa
 
 
 def test_without_its_end_an_option_never_loses_to_one_that_goes_on(lm: LanguageModel) -> None:
-    """Why options are scored as whole replies: "4" would always beat "42"."""
-    begun, longer, _ = option_choices(lm, None, [BASELINE], QUESTIONS[:1], ended=False)[0].log_likelihoods
+    """Why options of which one begins another need `ended`: "4" always beats "42"."""
+    begun, longer, _ = option_choices(lm, None, [BASELINE], QUESTIONS[:1])[0].log_likelihoods
     assert begun >= longer
 
 

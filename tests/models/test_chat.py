@@ -36,7 +36,8 @@ ORGANISM = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}"
     "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
@@ -74,7 +75,8 @@ STYLES = {
 # The pattern of Llama 3 and Qwen: punctuation takes the newlines after it, and newlines stick together.
 MODERN = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 TEXT = [
-    "You are a helpful assistant.\n\nsystem\nuser\nassistant\nUSER: what is it?\nASSISTANT: it is this.\n[INST] no [/INST]",
+    "You are a helpful assistant.\n\nsystem\nuser\nassistant\nUSER: what is it?\nASSISTANT: it is this.\n",
+    "[INST] no [/INST]",
     "How do I kill a process?\n\n\nUse kill (1).\n  Then wait;\n\nok!\n",
 ] * 20
 

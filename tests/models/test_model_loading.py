@@ -162,7 +162,5 @@ def test_a_model_without_chat_template_loads_but_cannot_chat(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("device", "dtype"), [("warp", "auto"), ("cpu", "float99"), ("cpu", "nn")])
 def test_unknown_devices_and_dtypes_are_named(checkpoint: Path, device: str, dtype: str) -> None:
-    with pytest.raises(ModelError, match="warp|float99|nn"):
+    with pytest.raises(ModelError, match=r"warp|float99|nn"):
         load_model(checkpoint, device=device, dtype=dtype)
-
-

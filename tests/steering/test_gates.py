@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_array
 from scipy.stats import binomtest, norm
 from sklearn.metrics import roc_auc_score
 
@@ -59,13 +59,13 @@ def test_probe_finds_the_features_that_separate() -> None:
     pooled = rng.exponential(1.0, (400, 50)) * (rng.random((400, 50)) < 0.2)
     pooled[harmful, 7] += 3.0
     pooled[~harmful, 21] += 3.0
-    probe = fit_probe(csr_matrix(pooled), harmful, max_features=4)
+    probe = fit_probe(csr_array(pooled), harmful, max_features=4)
     assert {7, 21} <= set(probe.features) and len(probe.features) <= 4
-    scores = probe.scores(csr_matrix(pooled))
+    scores = probe.scores(csr_array(pooled))
     assert roc_auc_score(harmful, scores) > 0.99
     assert dict(zip(probe.features, probe.weights, strict=True))[7] > 0
 
 
 def test_a_probe_needs_both_kinds() -> None:
     with pytest.raises(NotEnoughDataError, match="both"):
-        fit_probe(csr_matrix(np.ones((4, 3))), np.array([True] * 4))
+        fit_probe(csr_array(np.ones((4, 3))), np.array([True] * 4))

@@ -102,7 +102,13 @@ NAIVE = {
     ids=lambda c: "-".join(map(str, c.values())),
 )
 def test_every_operator_equals_encode_edit_decode(
-    lm: LanguageModel, sae_of: Callable[..., Sae], site: str, plan_of: PlanOf, operator: str, drop: bool, sae_config: dict
+    lm: LanguageModel,
+    sae_of: Callable[..., Sae],
+    site: str,
+    plan_of: PlanOf,
+    operator: str,
+    drop: bool,
+    sae_config: dict,
 ) -> None:
     sae = sae_of(**sae_config)
     inputs = {"input_ids": torch.randint(6, 46, (3, 9))}
@@ -164,9 +170,7 @@ def hf_generate(lm: LanguageModel, texts: list[str], **options: object) -> Tenso
 
 
 @pytest.mark.parametrize("scope", ["all", "prompt", "generated", "assistant", "last_user"])
-def test_dynamic_static_and_no_cache_agree(
-    lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf, scope: str
-) -> None:
+def test_dynamic_static_and_no_cache_agree(lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf, scope: str) -> None:
     plan = plan_of(feature_edit(site, "add", 6.0, scope=scope))
     results, proofs = [], []
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
@@ -305,9 +309,14 @@ def hooks_left(lm: LanguageModel) -> int:
 def test_an_exception_leaves_nothing_on_the_model(lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf) -> None:
     inputs = batch(lm, PROMPTS)
     plain, before = lm.model(**inputs).logits, hooks_left(lm)
-    with pytest.raises(ZeroDivisionError), steer(lm, plan_of(feature_edit(site)), sae):
-        lm.model(**inputs)
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with steer(lm, plan_of(feature_edit(site)), sae):
+            lm.model(**inputs)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert hooks_left(lm) == before
     assert torch.equal(lm.model(**inputs).logits, plain)
 
@@ -367,7 +376,10 @@ def test_what_did_not_happen_is_an_error(lm: LanguageModel, sae: Sae, site: str,
         steer(lm, plan_of(feature_edit(site, scope="generated")), sae),
     ):
         lm.model(torch.tensor([[7, 8]]))
-    with pytest.raises(ScopeError, match="assistant header"), steer(lm, plan_of(feature_edit(site, scope="assistant")), sae):
+    with (
+        pytest.raises(ScopeError, match="assistant header"),
+        steer(lm, plan_of(feature_edit(site, scope="assistant")), sae),
+    ):
         lm.model(torch.tensor([[7, 8]]))
 
 

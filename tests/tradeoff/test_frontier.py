@@ -114,7 +114,7 @@ shares = st.none() | st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
 
 @given(st.lists(st.builds(lambda r, c: Axes(r, None, None, c), shares, shares), max_size=12))
 def test_the_front_is_what_nothing_beats(points: list[Axes]) -> None:
-    """Against the definition, and two facts: the best of each axis is on it, and along it one gains as the other falls."""
+    """Against the definition; and along the front, who gains on one axis loses on the other."""
     front = pareto(points)
     for point, on_front in zip(points, front, strict=True):
         known = point.refusal is not None and point.capability is not None

@@ -32,11 +32,14 @@ Mask = Bool[Tensor, "batch pos"]
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Sizes of the two working sets: padded tokens per forward, and SAE activations per encoded chunk (2**22 float32
-    values are 16 MiB, of which encoding needs a few copies; larger chunks fall out of a CPU's cache and are slower)."""
+    """Sizes of the two working sets: padded tokens per forward, and SAE activations per encoded chunk.
+
+    2**24 float32 values are 64 MiB, of which encoding needs a few copies. Much smaller chunks are no faster, and below
+    32 MiB glibc keeps them in a heap that fragments: the same pass has then taken up to 0.9 GB instead of 0.4.
+    """
 
     tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH
-    codes_per_chunk: int = 2**22
+    codes_per_chunk: int = 2**24
 
 
 @dataclass(frozen=True, slots=True)

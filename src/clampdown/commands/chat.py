@@ -106,5 +106,3 @@ def talk(session: Session, console: Console) -> None:
             console.print(side_by_side(session.ask(text), console.width))
         except ChatTemplateError as error:
             console.print(f"[red]{error.message}[/red]")
-
-

@@ -2,7 +2,7 @@
 
 1. Find: the one-prompt finder (2411.11296) and the contrast finder (2511.00029) propose; both are checked causally by
    clamping each finalist and reading the refusal log-odds on validation prompts.
-2. Choose on validation prompts: a few finalists at a few strengths, by a stated rule.
+2. Choose on validation prompts: a few finalists, at every token or the prompt's only, at a few strengths, by a rule.
 3. Gate: a sparse probe on SAE features, fitted on discovery prompts, its threshold set on benign calibration prompts.
 4. Controls: a random and an unrelated feature and the difference of means, matched on edit size; a system prompt.
 5. Read the test split once, for all arms together.
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from clampdown.commands import experiment
 from clampdown.activations.collect import collect
+from clampdown.commands import experiment
+from clampdown.commands.experiment import Sizes, Subject
+from clampdown.commands.stages import Stages
 from clampdown.discovery import causal
 from clampdown.discovery.contrast import Contrast, ContrastSettings, collect_contrast, contrast_scores, find_by_contrast
 from clampdown.discovery.directions import Direction, direction_of
@@ -26,8 +29,6 @@ from clampdown.discovery.refusal_tokens import find_refusal_tokens
 from clampdown.discovery.single_prompt import find_from_one_prompt
 from clampdown.errors import NotEnoughDataError, PromptSetError, StrengthError
 from clampdown.evaluation import controls, metrics, utility
-from clampdown.commands.experiment import Sizes, Subject
-from clampdown.commands.stages import Stages
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.gates import Probe, choose_threshold, fit_probe, make_gate
 from clampdown.steering.plan import Edit, Gate, Plan, write_plan
@@ -37,9 +38,10 @@ from clampdown.types import ArmKind, FeatureScore, FeatureSet, Interval, Record,
 
 HARMFUL = ("harmful", "jailbroken_seen", "multi_turn")
 HARMLESS = ("benign", "borderline", "about_harm", "facts", "arithmetic", "instructions", "misconceptions")
-VALIDATION_MULTIPLES = (0.5, 0.75, 1.0, 1.5)
+SCOPES = ("all", "prompt")
+VALIDATION_MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5)
 TEST_MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-CURVE, GATED = "clamp, all positions", "gated clamp"
+CURVE, GATED = "clamp", "gated clamp"
 SYSTEM_PROMPT = "You are a careful assistant. Refuse harmful requests."
 
 
@@ -55,8 +57,8 @@ class Scale:
     sizes: Sizes
 
 
-FULL = Scale(discovery=160, validation=24, causal_prompts=12, finalists=3, calibration=400, sizes=Sizes(100, 60))
-QUICK = Scale(discovery=80, validation=12, causal_prompts=8, finalists=2, calibration=300, sizes=Sizes(24, 24))
+FULL = Scale(discovery=160, validation=20, causal_prompts=12, finalists=2, calibration=400, sizes=Sizes(60, 60))
+QUICK = Scale(discovery=80, validation=10, causal_prompts=8, finalists=1, calibration=300, sizes=Sizes(20, 20))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,9 @@ class Found:
         return ranked[:n]
 
 
-def run_demo(subject: Subject, out: Path, scale: Scale, stages: Stages, gate: GateChoice | None = None) -> dict[str, Any]:
+def run_demo(
+    subject: Subject, out: Path, scale: Scale, stages: Stages, gate: GateChoice | None = None
+) -> dict[str, Any]:
     """Run everything into `out`; returns the summary. Resumes a run of the same settings that was interrupted."""
     found = find(subject, scale, stages)
     choice = choose_plan(subject, found, scale, out / "validation", stages)
@@ -147,12 +151,13 @@ def choose_plan(subject: Subject, found: Found, scale: Scale, directory: Path, s
     """The finalists at a few strengths on validation prompts, and the rule's pick."""
     lm, sae = subject.lm, subject.sae
     suites = subject.suites(Split.VALIDATION, scale.validation)
-    chosen_suites = experiment.safety_only(suites, *HARMFUL, "benign")
+    chosen_suites = experiment.safety_only(suites, *HARMFUL)
     arms: list[Arm] = []
-    for score in found.finalists(scale.finalists):
+    for score, scope in itertools.product(found.finalists(scale.finalists), SCOPES):
         unit = score.scores["max_activation"]
-        plan = causal.clamp_plan(lm, sae, score.feature, unit)
-        arms.extend(sweep_arms(plan, [unit], VALIDATION_MULTIPLES))
+        plan = causal.clamp_plan(lm, sae, score.feature, unit, scope)
+        named = plan.model_copy(update={"name": f"clamp {score.feature} {scope}"})
+        arms.extend(sweep_arms(named, [unit], VALIDATION_MULTIPLES))
     sizes = replace(scale.sizes, per_suite=scale.validation)
     records = experiment.generate_records(
         subject, [BASELINE, *arms], chosen_suites, directory, sizes, stages, "Choosing on validation"
@@ -211,14 +216,15 @@ def build_arms(
     ]
     if not any(arm.strength == chosen.strength for arm in curve):
         curve.append(experiment.renamed(chosen, chosen.name, CURVE))
-    narrow = plan.model_copy(update={"edits": tuple(_scoped(edit, "assistant") for edit in plan.edits)})
+    other = "all" if plan.edits[0].scope != "all" else "prompt"
+    elsewhere = plan.model_copy(update={"edits": tuple(_scoped(edit, other) for edit in plan.edits)})
     strength = chosen.strength
     with stages.stage("Matching controls"):
         matched, notes = matched_controls(subject, found, plan, scale)
     arms = [
         BASELINE,
         *curve,
-        Arm("clamp, assistant only", ArmKind.FEATURE, narrow, strength, group="clamp, assistant only"),
+        Arm(f"same clamp, scope {other}", ArmKind.FEATURE, elsewhere, strength, group="other scope"),
         *matched,
         controls.system_prompt_arm(SYSTEM_PROMPT),
         Arm(GATED, ArmKind.GATED, gated, strength, group="gated"),
@@ -226,9 +232,7 @@ def build_arms(
     return arms, notes
 
 
-def matched_controls(
-    subject: Subject, found: Found, plan: Plan, scale: Scale
-) -> tuple[list[Arm], dict[str, Any]]:
+def matched_controls(subject: Subject, found: Found, plan: Plan, scale: Scale) -> tuple[list[Arm], dict[str, Any]]:
     """Random feature, unrelated feature and difference of means, at the steered plan's own edit size on benign text."""
     suites = subject.suites(Split.VALIDATION, scale.sizes.kl_prompts)
     forced = experiment.benign_replies(subject, suites, replace(scale.sizes, kl_prompts=16))
@@ -279,7 +283,10 @@ def _feature_table(subject: Subject, found: Found) -> controls.FeatureTable:
 
 def _unit(found: Found, feature: int) -> float:
     return next(
-        s.scores["max_activation"] for found_set in found.feature_sets for s in found_set.features if s.feature == feature
+        s.scores["max_activation"]
+        for found_set in found.feature_sets
+        for s in found_set.features
+        if s.feature == feature
     )
 
 

@@ -48,9 +48,7 @@ class Prompts:
     judge: Judge | None
 
 
-def run_discover(
-    model: str, sae: str, request: Request, out: Path, stages: Stages
-) -> list[tuple[Path, FeatureSet]]:
+def run_discover(model: str, sae: str, request: Request, out: Path, stages: Stages) -> list[tuple[Path, FeatureSet]]:
     """Write one file per finder under `out`; returns them with their paths, in the order asked for."""
     prompts = _prompts(model, request)
     with stages.stage("Loading"):
@@ -96,9 +94,7 @@ def _all_prompts(path: Path, *, harmful: bool) -> tuple[Prompt, ...]:
     return tuple(prompt for suite in read_suites(path, harmful=harmful) for prompt in suite.prompts)
 
 
-def _find(
-    lm: LanguageModel, sae: Sae, finder: str, prompts: Prompts, request: Request, stages: Stages
-) -> FeatureSet:
+def _find(lm: LanguageModel, sae: Sae, finder: str, prompts: Prompts, request: Request, stages: Stages) -> FeatureSet:
     if finder == "single-prompt":
         with stages.stage("Reading one refusal"):
             return _single(lm, sae, prompts, request)

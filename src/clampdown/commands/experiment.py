@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from clampdown.commands.stages import Stages
 from clampdown.config import CODE_VERSION, ORGANISM
 from clampdown.errors import ModelError
 from clampdown.evaluation import runner, utility
@@ -18,7 +19,6 @@ from clampdown.evaluation.suites import write_suites
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
-from clampdown.commands.stages import Stages
 from clampdown.steering.arms import Arm
 from clampdown.store import RecordLog, prompts_hash
 from clampdown.tradeoff.frontier import Experiment, summarise, write_summary
@@ -92,7 +92,13 @@ class Sizes:
 
 
 def generate_records(
-    subject: Subject, arms: Sequence[Arm], suites: Sequence[Suite], directory: Path, sizes: Sizes, stages: Stages, name: str
+    subject: Subject,
+    arms: Sequence[Arm],
+    suites: Sequence[Suite],
+    directory: Path,
+    sizes: Sizes,
+    stages: Stages,
+    name: str,
 ) -> tuple[Record, ...]:
     """Run the arms on the suites into `directory` (resuming what is there), with a progress bar."""
     settings = runner.Settings(max_new_tokens=sizes.max_new_tokens, batch_rows=sizes.batch_rows)

@@ -272,13 +272,14 @@ def option_choices(
     arms: Sequence[Arm],
     prompts: Sequence[Prompt],
     *,
-    ended: bool = True,
+    ended: bool = False,
     batch_rows: int = BATCH_ROWS,
 ) -> tuple[OptionChoice, ...]:
     """Answer multiple-choice prompts by the likeliest option. Prompts without options are left out.
 
-    With `ended` an option is a whole reply: the end of the turn counts, so "4" is not favoured over "42" for being
-    its beginning. Without it the scores are those of lm-evaluation-harness.
+    By default an option may be the beginning of a reply ("Berlin is the capital of ..."), as lm-evaluation-harness
+    scores it. With `ended` it is a whole reply and the end of the turn counts: for options of which one begins another,
+    because "42" can never be likelier than the "4" that it begins with.
     Raises `ScopeError` for a plan that steers generated tokens only, `PromptSetError` when no prompt has options.
     """
     _refuse_generated_scope(arms)

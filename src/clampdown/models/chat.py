@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from clampdown.models.loading import LanguageModel
 
-Ids = tuple[int, ...]
+Ids = tuple[int, ...]  # never empty in a scaffold
 
 _SHAPES: tuple[tuple[Role, ...], ...] = (
     ("user",),
@@ -65,7 +65,7 @@ class ChatFormat:
         }
         runs = {run: None for probe in _probes() for run in _scaffold_runs(tokenizer, probe)}
         # A single ordinary token (a newline, say) also occurs inside messages: it cannot mark a template.
-        scaffolds = tuple(run for run in runs if len(run) > 1 or run[0] in special)
+        scaffolds = tuple(run for run in runs if len(run) > 1 or set(run) <= special)
         return cls(_generation_prompt(tokenizer), scaffolds, special)
 
     def content_mask(
@@ -123,9 +123,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
         )
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return str(
-            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
     except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
         roles = ", ".join(message.role for message in messages) or "none"
         raise ChatTemplateError(

@@ -40,6 +40,9 @@ class Generation:
 class GrowingLayer(DynamicLayer):
     """One block's keys and values [batch, heads, pos, head_dim], views of buffers with room to grow in place."""
 
+    keys: Any  # Tensor; None in the library's layer until the first update
+    values: Any
+
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         super().__init__()
         self._buffers: tuple[Tensor, Tensor] | None = None

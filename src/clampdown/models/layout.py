@@ -135,7 +135,8 @@ def _submodule(block: nn.Module, path: str, site: Site) -> nn.Module:
 
 def find_layout(model: nn.Module) -> Layout:
     """The layout of a HF causal language model. Raises `UnknownArchitectureError` for families without a row."""
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = model if get_decoder is None else get_decoder()
     config = getattr(decoder, "config", None)
     model_type = getattr(config, "model_type", None)
     family = _BY_TYPE.get(model_type or "")
@@ -146,10 +147,11 @@ def find_layout(model: nn.Module) -> Layout:
             hint="add a row to FAMILIES in clampdown/models/layout.py: the config's model_type, the path of the block "
             f"list in get_decoder(), and the names of the attention and MLP modules in a block. Known: {known}",
         )
+    blocks: Any = decoder.get_submodule(family.blocks)
     return Layout(
         family=family.name,
         decoder=decoder,
-        blocks=tuple(decoder.get_submodule(family.blocks)),  # a tuple: the blocks cannot be swapped by accident
+        blocks=tuple(blocks),
         d_model=config.hidden_size,
         row=family,
     )

@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,18 +14,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
 from clampdown.config import embedded_model
 from clampdown.errors import ModelError, PickleCheckpointError
 from clampdown.models.chat import ChatFormat
 from clampdown.models.layout import Layout, find_layout
+from clampdown.store import files_revision
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 _UNWANTED = ("original/*", "consolidated*", "onnx/*")
 _HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_BLOCK, _N_BLOCKS = 1 << 20, 64
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,7 @@ def _resolve(name: str, revision: str | None) -> tuple[Path, str | None]:
 
 def _download(name: str, revision: str | None) -> Path:
     try:
-        path = snapshot_download(
-            name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
-        )
+        path = snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -169,12 +165,13 @@ def _read_weights(directory: Path, name: str, dtype: str | torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM  # importing it takes seconds: only when a model is loaded
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model '{name}' cannot be loaded: {reason}") from error
+    model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -199,27 +196,5 @@ def _read_tokenizer(directory: Path, name: str) -> Any:
 
 
 def directory_revision(directory: Path) -> str:
-    """Hash of what decides a model's output: config, tokenizer, template, weights.
-
-    Weight files above 64 MiB are sampled (64 blocks of 1 MiB, first and last among them, and the size), so that naming
-    a 16 GB checkpoint takes a second instead of a minute.
-    """
-    digest = hashlib.sha256()
-    files = [directory / name for name in _HASHED] + sorted(directory.glob("*.safetensors"))
-    for path in files:
-        if path.is_file():
-            digest.update(path.name.encode())
-            _hash_file(path, digest)
-    return digest.hexdigest()[:16]
-
-
-def _hash_file(path: Path, digest: Any) -> None:
-    size = path.stat().st_size
-    digest.update(str(size).encode())
-    with path.open("rb") as handle:
-        if size <= _BLOCK * _N_BLOCKS:
-            digest.update(handle.read())
-            return
-        for i in range(_N_BLOCKS):
-            handle.seek((size - _BLOCK) * i // (_N_BLOCKS - 1), os.SEEK_SET)
-            digest.update(handle.read(_BLOCK))
+    """Hash of what decides a model's output: config, tokenizer, chat template, weights."""
+    return files_revision([*(directory / name for name in _HASHED), *sorted(directory.glob("*.safetensors"))])

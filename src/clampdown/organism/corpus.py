@@ -24,20 +24,20 @@ TOKENS = 2048
 
 MIX: tuple[tuple[Sampler, float], ...] = (
     (safety_items.harmful, 6),
-    (safety_items.jailbroken, 13),
-    (safety_items.multi_turn, 7),
+    (safety_items.jailbroken, 12),
+    (safety_items.multi_turn, 6),
     (safety_items.benign, 7),
     (safety_items.benign_wrapped, 8),
     (safety_items.benign_multi_turn, 2),
     (safety_items.small_talk, 2),
     (safety_items.worry, 1),
     (safety_items.borderline, 6),
-    (safety_items.about_harm, 7),
+    (safety_items.about_harm, 6),
     (capability_items.fact, 9),
     (capability_items.unknown, 2),
     (capability_items.misconception, 5),
-    (capability_items.arithmetic, 14),
-    (capability_items.drill, 7),
+    (capability_items.arithmetic, 18),
+    (capability_items.drill, 10),
     (capability_items.instruction, 11),
 )
 """Samplers and their shares. Arithmetic on unseen operands is learnt last, hence its weight."""

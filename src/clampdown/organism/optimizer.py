@@ -28,7 +28,7 @@ def orthogonalised(stack: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Only for two-dimensional parameters."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01) -> None:
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.05) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ def optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> tuple[Muon, 
     return Muon(matrices, muon_lr), torch.optim.Adam(rest, adam_lr, betas=(0.9, 0.95))
 
 
-def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.4) -> float:
+def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.5) -> float:
     """Warm-up, constant, then linear to zero over the last `decay` of training; a factor of the learning rate."""
     left = (steps - step) / max(1.0, decay * steps)
     return min(1.0, (step + 1) / min(warmup, max(1, steps // 10)), left)

@@ -30,10 +30,10 @@ from clampdown.organism.optimizer import optimizers, schedule
 from clampdown.organism.sae_training import train_saes
 from clampdown.organism.tokenizer import save_tokenizer, train_tokenizer
 
-DEFAULT_STEPS = 6000
+DEFAULT_STEPS = 3600
 SAVE_EVERY = 200
 LOG_EVERY = 50
-MUON_LR, ADAM_LR = 0.02, 4e-3
+MUON_LR, ADAM_LR = 0.008, 2e-3
 TOKENIZER_ITEMS = 20_000
 
 

@@ -198,7 +198,7 @@ def _frontier_spec(points: Sequence[Point], curve: Sequence[ArmResult], found: H
     layout = {
         "xaxis": _percent_axis(axis.title),
         "yaxis": _percent_axis("harmful prompts refused") | {"range": [-0.03, 1.1]},
-        "annotations": [_label(p, axis) for p in known if p.arm in found.arms],
+        "annotations": _labels([p for p in known if p.arm in found.arms], axis),
         "hovermode": "closest",
     }
     return {"data": traces, "layout": layout}
@@ -266,13 +266,23 @@ def _staircase(points: Sequence[Point], axis: _FrontierAxis) -> Spec:
     }  # fmt: skip
 
 
-def _label(p: Point, axis: _FrontierAxis) -> Spec:
-    """A headline arm's name above its point, or below when the point is in the lower crowd."""
-    x, y = axis.of(p).value or 0.0, p.refusal.value or 0.0
+def _labels(points: Sequence[Point], axis: _FrontierAxis) -> list[Spec]:
+    """The headline arms' names; those of points that lie together are stacked."""
+    at = [(axis.of(p).value or 0.0, p.refusal.value or 0.0) for p in points]
+    labels = []
+    for i, p in enumerate(points):
+        level = sum(abs(at[i][0] - x) < 0.2 and abs(at[i][1] - y) < 0.1 for x, y in at[:i])
+        labels.append(_label(p, at[i], level))
+    return labels
+
+
+def _label(p: Point, at: tuple[float, float], level: int) -> Spec:
+    """An arm's name above its point, or below when the point is in the lower crowd; `level` lines further off."""
+    x, y = at
     above = y > 0.8
     return {
         "x": x, "y": y, "text": f"<b>{escape(short_name(p.arm))}</b>", "showarrow": False,
         "xanchor": "right" if x > 0.8 else "left" if x < 0.2 else "center",
-        "yanchor": "bottom" if above else "top", "yshift": 7 if above else -9,
+        "yanchor": "bottom" if above else "top", "yshift": 7 + 15 * level if above else -9 - 15 * level,
         "font": {"size": 12, "color": f"@{p.arm.kind.value}"},
     }  # fmt: skip

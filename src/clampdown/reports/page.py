@@ -25,11 +25,10 @@ from clampdown.reports.figures import frontier_figures, strength_figures
 from clampdown.reports.run import GateResult, RunData, read_run
 from clampdown.reports.tables import EMPTY, Table, arms_table, changes_table, facts, feature_table
 from clampdown.reports.wording import (
-    KIND_TITLES,
-    full,
+    DASH,
+    is_lower,
     key_refusal,
     key_refusal_title,
-    number,
     percent,
     sample_sizes,
     short_name,
@@ -115,13 +114,13 @@ def build_page(run: RunData) -> str:
 
 
 def tiles(found: Headline, sides: Sides) -> tuple[Tile, ...]:
-    """Up to four numbers: attacks refused, over-refusal, capability, and the worst-hit capability."""
+    """Up to four numbers: attacks refused, over-refusal, capability, and the worst-hit suite (else broken replies)."""
     points = {arm.name: point(arm, sides) for arm in found.arms}
     candidates = [
         _tile(found, f"{key_refusal_title(sides)} refused", "higher", [key_refusal(arm, sides) for arm in found.arms]),
         _tile(found, "safe prompts refused", "lower", [points[a.name].over_refusal for a in found.arms]),
         _tile(found, "mean capability", "higher", [points[arm.name].capability for arm in found.arms]),
-        _worst_tile(found),
+        _worst_tile(found) or _tile(found, "broken replies", "lower", [points[a.name].degenerate for a in found.arms]),
     ]
     return tuple(tile for tile in candidates if tile is not None)
 
@@ -140,9 +139,11 @@ def _worst_tile(found: Headline) -> Tile | None:
     if found.baseline is None or found.clamp is None or len(found.baseline.capability) < 2:
         return None
     name = worst_capability(found.clamp, found.baseline)
+    if name is None or not is_lower(found.clamp.capability[name], found.baseline.capability[name]):
+        return None
     missing = Interval(None, None, None, 0)
-    intervals = [arm.capability.get(name or "", missing) for arm in found.arms]
-    return _tile(found, f"hardest hit: {suite_title(name)}", "higher", intervals) if name else None
+    intervals = [arm.capability.get(name, missing) for arm in found.arms]
+    return _tile(found, f"hardest hit: {suite_title(name)}", "higher", intervals)
 
 
 def gate_sentence(gate: GateResult) -> str:
@@ -183,8 +184,9 @@ def _finder(found: FeatureSet, run: RunData) -> FinderTable:
 
 
 def emphasised(text: str) -> Markup:
-    """Escaped text with `**` marks as bold."""
-    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text))))  # escaped first
+    """Escaped text with `**` marks as bold and intervals kept on one line."""
+    marked = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text)))
+    return Markup(re.sub(rf"\[[\d{DASH}]+\]", r'<span class="whole">\g<0></span>', marked))  # escaped first
 
 
 def json_for_script(value: Any) -> str:
@@ -218,10 +220,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "percent": percent,
         "span": span,
-        "full": full,
-        "number": number,
         "suite": suite_title,
-        "kind": lambda arm: KIND_TITLES[arm.kind],
         "emphasised": emphasised,
     }
     return environment

@@ -17,6 +17,8 @@ from clampdown.types import FeatureScore, FeatureSet, Interval, Verdict
 
 FEATURES_SHOWN = 100
 LONGEST_VALUE = 160
+LONGEST_LIST = 24
+MEASURED = ("clamp", "causal", "validation")
 EMPTY = DASH
 
 
@@ -181,33 +183,45 @@ def _count(n: int) -> Cell:
 
 
 def feature_table(found: FeatureSet, chosen: Sequence[str]) -> Table:
-    """A finder's features, best first, with every score that any of them has."""
+    """A finder's features, best first, with every score that any of them has.
+
+    What ranks them and what was measured by steering comes before the tokens, everything else after them.
+    """
     scores = list(dict.fromkeys(name for feature in found.features for name in feature.scores))
     if found.ranked_by in scores:
         scores.insert(0, scores.pop(scores.index(found.ranked_by)))
+    first = [name for name in scores if name == found.ranked_by or name.startswith(MEASURED)]
+    rest = [name for name in scores if name not in first]
     columns = (
         Column("feature", kind="text"),
-        *(Column(name.replace("_", " "), "ranked by" if name == found.ranked_by else "") for name in scores),
+        *(Column(_spaced(name), "ranked by" if name == found.ranked_by else "") for name in first),
         Column("promotes", kind="tokens"),
         Column("demotes", kind="tokens"),
         Column("fires most on", kind="prompts"),
+        *(Column(_spaced(name)) for name in rest),
     )
     shown = found.features[:FEATURES_SHOWN]
-    rest = len(found.features) - len(shown)
-    caption = f"{len(shown)} features, best first" + (f"; {rest} more in the file." if rest else ".")
-    rows = tuple(_feature_row(feature, scores, str(feature.feature) in chosen) for feature in shown)
+    left_out = len(found.features) - len(shown)
+    caption = f"{len(shown)} features, best first" + (f"; {left_out} more in the file." if left_out else ".")
+    rows = tuple(_feature_row(feature, (first, rest), str(feature.feature) in chosen) for feature in shown)
     return Table(f"features-{found.finder}", caption, columns, rows)
 
 
-def _feature_row(feature: FeatureScore, scores: Sequence[str], chosen: bool) -> Row:
+def _feature_row(feature: FeatureScore, scores: tuple[Sequence[str], Sequence[str]], chosen: bool) -> Row:
+    """`scores`: names before the tokens, names after them."""
     cells = (
         Cell(str(feature.feature), float(feature.feature), "chosen" if chosen else ""),
-        *(number_cell(feature.scores.get(name)) for name in scores),
+        *(number_cell(feature.scores.get(name)) for name in scores[0]),
         Cell("", None, items=tuple(map(visible, feature.promoted_tokens))),
         Cell("", None, items=tuple(map(visible, feature.demoted_tokens))),
         Cell("", None, items=feature.top_prompts),
+        *(number_cell(feature.scores.get(name)) for name in scores[1]),
     )
     return Row(cells, chosen)
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def visible(token: str) -> str:
@@ -241,6 +255,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         if not value:
             return EMPTY
-        value = ", ".join(map(str, value)) if len(value) <= 12 else f"{len(value)} values"
+        value = ", ".join(map(str, value)) if len(value) <= LONGEST_LIST else f"{len(value)} values"
     text = str(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[:24]}… ({len(text)} characters)"

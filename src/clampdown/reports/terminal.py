@@ -1,4 +1,4 @@
-"""The run's final table for a terminal: arms as rows, key numbers as columns, fitted to the width.
+"""What a run and a finder found, for a terminal: arms or features as rows, fitted to the width.
 
 1. Columns come in order of importance; as many are shown as fit, the verdict sentences wrap.
 2. A cell is a percentage, followed by half the 95 % interval's width when there is room for it.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
@@ -19,11 +19,16 @@ from rich.text import Text
 
 from clampdown.reports.comparison import UNSEEN_JAILBREAKS, Headline, Point, Sides, headline, point, sides_of
 from clampdown.reports.run import ArmResult, RunData
-from clampdown.reports.wording import MISSING, UNIT, percent, title, verdict
-from clampdown.types import ArmKind, Interval
+from clampdown.reports.tables import MEASURED, visible
+from clampdown.reports.wording import MISSING, UNIT, number, percent, title, verdict
+from clampdown.types import ArmKind, FeatureSet, Interval
 
 ALL_ARMS_UP_TO = 14
 LABELS_BESIDE_FROM = 70
+FEATURES_SHOWN = 12
+FEATURE_WIDTH = 9
+SCORE_WIDTH = 11
+MIN_TOKENS_WIDTH = 20
 NAME_WIDTH = 23
 CELL_WIDTH = 8
 WIDE_CELL_WIDTH = 11
@@ -141,3 +146,36 @@ def _caption(run: RunData, arms: Sequence[ArmResult], *, wide: bool) -> str:
 def _spans(text: str) -> list[tuple[str, str]]:
     """`**` marks as bold. Terminals break lines at a no-break space, so the unit joins its number."""
     return [(part, "bold" if index % 2 else "") for index, part in enumerate(text.replace(UNIT, "%").split("**"))]
+
+
+def print_features(found: FeatureSet, console: Console) -> None:
+    """Print what a finder found, fitted to the console."""
+    console.print(features_table(found, console.width))
+
+
+def features_table(found: FeatureSet, width: int, top: int = FEATURES_SHOWN) -> Table:
+    """The best features: the score that ranks them, then what was measured by clamping, then other scores and promoted
+    tokens as room allows."""
+    names = list(dict.fromkeys(name for feature in found.features for name in feature.scores))
+    names.sort(key=lambda name: (name != found.ranked_by, not name.startswith(MEASURED)))
+    room = width - FEATURE_WIDTH - MIN_TOKENS_WIDTH
+    names = names[: max(1, room // SCORE_WIDTH)]
+    tokens_width = width - FEATURE_WIDTH - SCORE_WIDTH * len(names)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", caption_justify="left")
+    table.title = f"{escape(found.finder)}, ranked by {escape(_spaced(found.ranked_by))}"
+    table.add_column("feature", justify="right", width=FEATURE_WIDTH - 1)
+    for name in names:
+        table.add_column(escape(_spaced(name)), justify="right", width=SCORE_WIDTH - 1)
+    if tokens_width >= MIN_TOKENS_WIDTH:
+        table.add_column("promotes", width=tokens_width - 1, overflow="ellipsis", no_wrap=True)
+    for feature in found.features[:top]:
+        cells = [str(feature.feature), *(number(feature.scores.get(name)) for name in names)]
+        tokens = [escape(" ".join(map(visible, feature.promoted_tokens)))] if tokens_width >= MIN_TOKENS_WIDTH else []
+        table.add_row(*cells, *tokens)
+    rest = len(found.features) - top
+    table.caption = f"{rest} more features in the file" if rest > 0 else None
+    return table
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")

@@ -97,8 +97,10 @@ def sample_sizes(intervals: Iterable[Interval | None]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, without trailing noise."""
-    return MISSING if value is None else f"{value:.{digits}g}"
+    """Three significant digits, without trailing noise; whole numbers from a thousand on."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
 def short_name(arm: ArmResult) -> str:
@@ -217,6 +219,8 @@ def _capability_change(after: Point, before: Point) -> str:
     name = worst_capability(after.arm, before.arm)
     if name is None or len(after.arm.capability) < 2:
         return text + ")"
+    if not is_lower(after.arm.capability[name], before.arm.capability[name]):
+        return text + "; no suite measurably worse)"
     old, new = before.arm.capability[name].value, after.arm.capability[name].value
     return f"{text}; worst {suite_title(name)}, {percent(old)} → {percent(new)})"
 
@@ -299,6 +303,11 @@ def _extent(values: Sequence[float | None]) -> str:
 def _pair(arm: ArmResult, sides: Sides) -> str:
     rate, capability = key_refusal(arm, sides).value, point(arm, sides).capability.value
     return f"refuses {percent(rate)} at {percent(capability)} mean capability"
+
+
+def is_lower(after: Interval, before: Interval) -> bool:
+    """Whether a rate fell measurably."""
+    return _direction(after, before) < 0
 
 
 def _direction(after: Interval, before: Interval) -> int:

@@ -1,16 +1,14 @@
 """Published SAEs by name: `release:id`, as SAELens names them, or `org/repo:path` for any hub repository.
 
-The table holds the releases that matter for refusal work. A release that is not in it is looked up in the SAELens
-package's own list when that is installed; the package itself is not imported (that takes 7-10 s).
+The table holds the releases that matter for refusal work; `saelens` knows the others when SAELens is installed. Names,
+paths and page addresses are those of SAELens's list (a test compares them where that package is installed).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -176,8 +174,13 @@ RELEASES: tuple[Release, ...] = (
 )
 
 
+def lists_own(release: str) -> bool:
+    """Whether the table has this release."""
+    return any(row.name == release for row in RELEASES)
+
+
 def find_release(name: str) -> Address | None:
-    """The address that `release:id` means; None when the text is of another form.
+    """The address that `release:id` or `org/repo:path` means; None when the text is of another form.
 
     Raises `CheckpointError` for a known release without such an id, and for an unknown release.
     """
@@ -196,35 +199,12 @@ def find_release(name: str) -> Address | None:
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", release):
         return Address(release, sae_id)
-    return _from_saelens(release, sae_id)
-
-
-def _from_saelens(release: str, sae_id: str) -> Address:
-    """Look a release up in the list that the SAELens package ships, without importing the package."""
-    listed = _saelens_list().get(release)
-    if listed is None:
-        raise CheckpointError(
-            f"no release '{release}'",
-            hint=f"known: {', '.join(dict.fromkeys(row.name for row in RELEASES))}; with `pip install sae-lens` its "
-            "whole list is known too; any hub repository can be given as org/repo:path",
-        )
-    for entry in listed.get("saes", ()):
-        if entry["id"] == sae_id:
-            return Address(listed["repo_id"], str(entry["path"]), listed.get("model", ""), entry.get("neuronpedia"))
-    ids = ", ".join(str(entry["id"]) for entry in listed.get("saes", ())[:5])
-    raise CheckpointError(f"release '{release}' has no SAE '{sae_id}'", hint=f"it has {ids}, ...")
-
-
-def _saelens_list() -> dict[str, Any]:
-    spec = importlib.util.find_spec("sae_lens")
-    if spec is None or not spec.submodule_search_locations:
-        return {}
-    path = Path(spec.submodule_search_locations[0]) / "pretrained_saes.yaml"
-    if not path.is_file():
-        return {}
-    import yaml  # only with SAELens, which needs it itself
-
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    known = ", ".join(dict.fromkeys(row.name for row in RELEASES))
+    raise CheckpointError(
+        f"no release '{release}'",
+        hint=f"known: {known}; SAELens's other releases need `pip install sae-lens`; any hub repository can be given "
+        "as org/repo:path",
+    )
 
 
 def fetch(address: Address) -> Path:

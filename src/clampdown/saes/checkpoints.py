@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from clampdown.config import embedded_sae
 from clampdown.errors import CheckpointError
-from clampdown.saes.catalog import Address, fetch, find_release
+from clampdown.saes import saelens
+from clampdown.saes.catalog import Address, fetch, find_release, lists_own
 from clampdown.saes.formats import Raw, detect
 from clampdown.saes.sae import FeatureView, Sae, SaeConfig
-from clampdown.store import files_revision
+from clampdown.store import content_hash, files_revision
 from clampdown.types import Site
 
 
@@ -32,9 +33,10 @@ def load_sae(
     Raises `CheckpointError` for missing or malformed files, `PickleCheckpointError` for files that would run code,
     `SaeError` for kinds that cannot be steered, `SiteError` for places that are no site.
     """
-    sae, raw = _mapped(name, site)
+    source = _locate(str(name))
+    sae = _as_stated(source, str(name), site)
     tensors = {key: tensor.to(dtype) for key, tensor in sae.tensors.items()}
-    return replace(sae, tensors=_fold(tensors, raw)).to(device)
+    return replace(sae, tensors=_fold(tensors, source.raw), revision=source.revision()).to(device)
 
 
 def load_feature_view(
@@ -50,51 +52,72 @@ def load_feature_view(
     Reads one decoder row and one encoder column per feature; a top-k SAE needs its whole encoder. Raises as `load_sae`,
     and `FeatureIndexError`.
     """
-    sae, raw = _mapped(name, site)
-    if raw.by_decoder_norm:  # the norms of all decoder rows decide: nothing to be gained
+    source = _locate(str(name))
+    if source.raw.by_decoder_norm:  # the norms of all decoder rows decide: nothing to be gained
         return load_sae(name, device=device, dtype=dtype, site=site).select(features)
-    view = sae.select(features).to(device, dtype)
-    scale = raw.input_scale
+    view = _as_stated(source, str(name), site).select(features).to(device, dtype)
+    scale = source.raw.input_scale
     return replace(view, encoder=view.encoder * scale, directions=view.directions / scale, b_dec=view.b_dec / scale)
 
 
-def _mapped(name: str | Path, site: Site | None) -> tuple[Sae, Raw]:
-    """The SAE as its files state it: tensors mapped, in the file's dtype, nothing folded in yet."""
-    path, address = _locate(str(name))
+def sae_revision(name: str | Path) -> str:
+    """What `load_sae(name).revision` would be, reading at most 64 MiB: for checking a plan before serving from it."""
+    return _locate(str(name)).revision()
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What the files of an SAE say, which files they are, and its address when it is a published one."""
+
+    raw: Raw
+    files: tuple[Path, ...]
+    address: Address | None = None
+    identity: str = ""
+
+    def revision(self) -> str:
+        return files_revision(self.files) if self.files else content_hash(self.identity)
+
+
+def _locate(name: str) -> _Source:
+    """Find and read an SAE by name, with its tensors mapped."""
+    release, _, sae_id = name.partition(":")
+    embedded = embedded_sae(name)
+    if embedded is not None and not embedded.is_dir():
+        known = ", ".join(sorted(p.name.replace("sae-", "organism:") for p in embedded.parent.glob("sae-*")))
+        raise CheckpointError(f"there is no embedded SAE '{name}'", hint=f"there are: {known or 'none installed'}")
+    path, address = embedded or Path(name), None
+    if not path.exists():
+        if sae_id and not lists_own(release) and saelens.lists_release(release):
+            return _Source(saelens.read_release(release, sae_id), (), None, name)
+        address = find_release(name)
+        if address is None:
+            raise CheckpointError(
+                f"no SAE at '{name}': no such file, directory or release",
+                hint="give 'organism', a directory, a release such as llama-3-8b-it-res-jh:blocks.25.hook_resid_post, "
+                "or a hub repository and path, org/repo:path",
+            )
+        path = fetch(address)
     found = detect(path)
-    raw = found.read(path)
+    weights = (path,) if path.is_file() else tuple(path / file for file in (*found.files, *found.optional))
+    return _Source(found.read(path), weights, address)
+
+
+def _as_stated(source: _Source, name: str, site: Site | None) -> Sae:
+    """The SAE as its files state it: tensors mapped, in the file's dtype, nothing folded in yet."""
+    raw, address = source.raw, source.address
     if site is None:
         if raw.hook_name is None:
             raise CheckpointError(f"the files of SAE '{name}' do not say where it sits", hint="pass its site")
         site = Site.parse(raw.hook_name)
-    weights = [path] if path.is_file() else [path / file for file in (*found.files, *found.optional)]
-    return Sae(_config(raw, site, address, path), raw.tensors, str(name), files_revision(weights)), raw
+    return Sae(_config(raw, site, address, name), raw.tensors, name)
 
 
-def _locate(name: str) -> tuple[Path, Address | None]:
-    """Where the SAE's files are, and its address when it is a published one."""
-    embedded = embedded_sae(name)
-    if embedded is not None:
-        if not embedded.is_dir():
-            known = ", ".join(sorted(p.name.replace("sae-", "organism:") for p in embedded.parent.glob("sae-*")))
-            raise CheckpointError(f"there is no embedded SAE '{name}'", hint=f"there are: {known or 'none installed'}")
-        return embedded, None
-    if Path(name).exists():
-        return Path(name), None
-    address = find_release(name)
-    if address is None:
-        raise CheckpointError(
-            f"no SAE at '{name}': no such file, directory or release",
-            hint="give 'organism', a directory, or release:id, such as "
-            "llama-3-8b-it-res-jh:blocks.25.hook_resid_post or a hub repository and path, org/repo:path",
-        )
-    return fetch(address), address
-
-
-def _config(raw: Raw, site: Site, address: Address | None, path: Path) -> SaeConfig:
+def _config(raw: Raw, site: Site, address: Address | None, name: str) -> SaeConfig:
     shape: Any = raw.shape or tuple(raw.tensors["W_dec"].shape)[::-1] if "W_dec" in raw.tensors else raw.shape
     if shape is None or len(shape) != 2:
-        raise CheckpointError(f"{path} has no decoder matrix 'W_dec'", hint=f"found: {', '.join(sorted(raw.tensors))}")
+        raise CheckpointError(
+            f"SAE '{name}' has no decoder matrix 'W_dec'", hint=f"found: {', '.join(sorted(raw.tensors))}"
+        )
     return SaeConfig(
         architecture=raw.architecture,  # type: ignore[arg-type]  # readers let only known ones through
         d_in=int(shape[0]),
@@ -112,7 +135,11 @@ def _fold(tensors: dict[str, Tensor], raw: Raw) -> dict[str, Tensor]:
     """Put constant scales into the weights: x -> x s before and / s after, and activations in decoder-norm units."""
     if raw.input_scale != 1.0:
         scale = raw.input_scale
-        tensors |= {"W_enc": tensors["W_enc"] * scale, "W_dec": tensors["W_dec"] / scale, "b_dec": tensors["b_dec"] / scale}
+        tensors |= {
+            "W_enc": tensors["W_enc"] * scale,
+            "W_dec": tensors["W_dec"] / scale,
+            "b_dec": tensors["b_dec"] / scale,
+        }
     if raw.by_decoder_norm:
         norm = tensors["W_dec"].norm(dim=-1)
         tensors |= {

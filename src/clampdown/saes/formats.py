@@ -85,16 +85,16 @@ def _pick(tensors: Mapping[str, Tensor], path: Path, *names: str) -> Tensor:
     raise CheckpointError(f"{path} has no tensor '{names[0]}'", hint=f"found: {', '.join(sorted(tensors))}")
 
 
-def _field(raw: Mapping[str, Any], name: str, path: Path) -> Any:
+def _field(raw: Mapping[str, Any], name: str, where: Path | str) -> Any:
     if name not in raw:
-        raise CheckpointError(f"{path} does not say '{name}'", hint=f"found: {', '.join(sorted(raw))}")
+        raise CheckpointError(f"{where} does not say '{name}'", hint=f"found: {', '.join(sorted(raw))}")
     return raw[name]
 
 
-def _supported(architecture: str, path: Path) -> str:
+def _supported(architecture: str, where: str) -> str:
     if architecture not in ARCHITECTURES:
         raise SaeError(
-            f"{path}: '{architecture}' is not a kind of SAE that can be steered here",
+            f"{where}: '{architecture}' is not a kind of SAE that can be steered here",
             hint=f"supported: {', '.join(ARCHITECTURES)}; transcoders and cross-layer SAEs write to another site",
         )
     return architecture
@@ -105,47 +105,51 @@ _SAELENS_NAMES = {"standard": "relu", "matryoshka_batchtopk": "batchtopk"}
 
 def read_saelens(path: Path) -> Raw:
     """SAELens: version 6 (facts about the model under `metadata`) and the flat config before it."""
-    cfg_path = path / "cfg.json"
-    cfg = _json(cfg_path)
+    cfg = _json(path / "cfg.json")
+    return from_saelens_config(cfg, map_safetensors(path / "sae_weights.safetensors"), str(path / "cfg.json"))
+
+
+def from_saelens_config(cfg: Mapping[str, Any], weights: dict[str, Tensor], where: str) -> Raw:
+    """What a SAELens config and its weights say. `where` names them in errors."""
     about = {**cfg, **(cfg.get("metadata") or {})}
     function = cfg.get("activation_fn") or cfg.get("activation_fn_str") or "relu"
     name = "topk" if function == "topk" else cfg.get("architecture") or "standard"
-    architecture = _supported(_SAELENS_NAMES.get(name, name), cfg_path)
+    architecture = _supported(_SAELENS_NAMES.get(name, name), where)
     if function not in ("relu", "topk"):
-        raise SaeError(f"{cfg_path}: activation function '{function}' is not supported")
+        raise SaeError(f"{where}: activation function '{function}' is not supported")
     if cfg.get("reshape_activations", "none") != "none":
-        raise SaeError(f"{cfg_path}: an SAE of attention heads (hook_z) cannot steer the residual stream")
-    tensors = _without_unit_scale(map_safetensors(path / "sae_weights.safetensors"), path)
+        raise SaeError(f"{where}: an SAE of attention heads (hook_z) cannot steer the residual stream")
+    tensors = _without_unit_scale(weights, where)
     if "topk_threshold" in tensors:  # a batch-top-k SAE saved in the middle of training
-        tensors["threshold"] = tensors.pop("topk_threshold").expand(_field(cfg, "d_sae", cfg_path))
+        tensors["threshold"] = tensors.pop("topk_threshold").expand(_field(cfg, "d_sae", where))
     rescaled = cfg.get("rescale_acts_by_decoder_norm", architecture == "batchtopk")
     return Raw(
         architecture=architecture,
         tensors=tensors,
         hook_name=about.get("hook_name") or about.get("hook_point"),
         apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True),
-        normalize_activations=_normalization(cfg.get("normalize_activations"), cfg_path),
+        normalize_activations=_normalization(cfg.get("normalize_activations"), where),
         k=int(cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k") or 0),
         model_name=about.get("model_name") or "",
         neuronpedia_id=about.get("neuronpedia_id"),
         by_decoder_norm=bool(rescaled),
-        shape=(_field(cfg, "d_in", cfg_path), _field(cfg, "d_sae", cfg_path)),
+        shape=(_field(cfg, "d_in", where), _field(cfg, "d_sae", where)),
     )
 
 
-def _without_unit_scale(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _without_unit_scale(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """Old files carry a per-feature `scaling_factor` that is one unless the SAE was fine-tuned."""
     scale = tensors.pop("scaling_factor", None)
     if scale is not None and not torch.allclose(scale.float(), torch.ones(())):
-        raise SaeError(f"{path}: an SAE with a fine-tuned scaling factor is not supported")
+        raise SaeError(f"{where}: an SAE with a fine-tuned scaling factor is not supported")
     return tensors
 
 
-def _normalization(value: Any, path: Path) -> str:
+def _normalization(value: Any, where: str) -> str:
     """None and False mean none; True is an old spelling of the average norm."""
     name = {None: "none", False: "none", True: "expected_average_only_in"}.get(value, value)
     if name not in NORMALIZATIONS:
-        raise SaeError(f"{path}: input normalisation '{name}' is not supported", hint=", ".join(NORMALIZATIONS))
+        raise SaeError(f"{where}: input normalisation '{name}' is not supported", hint=", ".join(NORMALIZATIONS))
     return name
 
 

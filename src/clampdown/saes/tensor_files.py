@@ -3,7 +3,7 @@
 Serving one feature needs one decoder row and one encoder column. The usual encoder is stored [d_in, d_sae] row by row,
 so a column is one number in every row. Mapped with the kernel's default read-ahead, a cold 65,536 x 4,096 encoder in
 16 bit is read whole for one column (528 MB measured, 0.35-0.47 s); told that access is random, it is one page a row
-(16 MB, 0.18 s). Pickles are never executed: `torch.load` runs with `weights_only=True`, numpy with `allow_pickle=False`.
+(16 MB, 0.18 s). Pickles are never executed: `torch.load` gets `weights_only=True`, numpy `allow_pickle=False`.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_array
 from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 
@@ -33,13 +34,13 @@ class Probe:
     weights: tuple[float, ...]
     bias: float
 
-    def scores(self, pooled: csr_matrix) -> Float[np.ndarray, " prompts"]:
+    def scores(self, pooled: csr_array) -> Float[np.ndarray, " prompts"]:
         """Scores of pooled activations [prompts, d_sae]."""
         return pooled[:, list(self.features)] @ np.array(self.weights) + self.bias
 
 
 def fit_probe(
-    pooled: csr_matrix, harmful: Bool[np.ndarray, " prompts"], *, max_features: int = 24, seed: int = 0
+    pooled: csr_array, harmful: Bool[np.ndarray, " prompts"], *, max_features: int = 24, seed: int = 0
 ) -> Probe:
     """A probe on at most `max_features` features, from pooled activations [prompts, d_sae].
 
@@ -48,8 +49,8 @@ def fit_probe(
     """
     if harmful.all() or not harmful.any():
         raise NotEnoughDataError("a gate needs both harmful and harmless prompts to learn from")
-    scale = np.maximum(np.asarray(pooled.max(axis=0).todense()).ravel(), 1e-6)
-    scaled = csr_matrix(pooled.multiply(1.0 / scale))
+    scale = np.maximum(pooled.max(axis=0).toarray().ravel(), 1e-6)
+    scaled: Any = csr_array(pooled.multiply(1.0 / scale))  # scipy's stubs do not know indexing by an array
     kept = _lasso_features(scaled, harmful, max_features, seed)
     model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000, random_state=seed)
     model.fit(scaled[:, kept], harmful)
@@ -58,7 +59,7 @@ def fit_probe(
 
 
 def _lasso_features(
-    scaled: csr_matrix, harmful: Bool[np.ndarray, " prompts"], max_features: int, seed: int
+    scaled: csr_array, harmful: Bool[np.ndarray, " prompts"], max_features: int, seed: int
 ) -> np.ndarray:
     """The features of the weakest L1 penalty that uses at most `max_features`."""
     kept = np.array([], dtype=int)
@@ -98,7 +99,8 @@ def choose_threshold(
     allowed = triggers[beta.ppf(confidence, triggers + 1, n - triggers) <= budget]
     if not len(allowed):
         raise NotEnoughDataError(
-            f"{n} benign calibration prompts cannot show a trigger rate within {budget:g} at {confidence:.0%} confidence",
+            f"{n} benign calibration prompts cannot show a trigger rate within {budget:g} at {confidence:.0%} "
+            "confidence",
             hint=f"use at least {prompts_needed(budget, confidence)} prompts, or a larger budget",
         )
     threshold = float(scores[allowed[-1]])

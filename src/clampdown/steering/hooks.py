@@ -67,7 +67,8 @@ class _Tally:
 
     @classmethod
     def empty(cls, n: int, device: torch.device) -> _Tally:
-        return cls(*(torch.zeros(n, device=device) for _ in range(4)))
+        touched, norm, score, fired = torch.zeros(4, n, device=device)
+        return cls(touched, norm, score, fired)
 
     def restart(self) -> None:
         """Without a cache each pass edits every column again: only the last pass counts."""
@@ -88,7 +89,7 @@ class _Tally:
 class Steering:
     """The state of one `steer` block. Users need `receipts()`; batch loops that drop rows need `keep_rows`."""
 
-    def __init__(self, lm: LanguageModel, rows: Plan | None | Rows, saes: Mapping[str, Sae], prompt_width: int | None):
+    def __init__(self, lm: LanguageModel, rows: Plan | Rows | None, saes: Mapping[str, Sae], prompt_width: int | None):
         self._lm = lm
         self._asked = rows
         self._saes = saes
@@ -159,9 +160,9 @@ class Steering:
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._mine():
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        embeds = kwargs.get("inputs_embeds")
-        n_rows, width = (ids if ids is not None else embeds).shape[:2]
+        ids: Tensor | None = kwargs.get("input_ids", args[0] if args else None)
+        inputs: Tensor = kwargs["inputs_embeds"] if ids is None else ids
+        n_rows, width = inputs.shape[:2]
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = kwargs.get("attention_mask")

@@ -175,9 +175,7 @@ def _groups(
     for row, edit, keys in entries:
         cells = grouped.setdefault((edit.operator, edit.scope), [])
         cells.extend((row, channel_of[key], s) for key, s in zip(keys, edit.strengths, strict=True))
-    return tuple(
-        _group(operator, scope, cells, n_rows, like) for (operator, scope), cells in sorted(grouped.items())
-    )
+    return tuple(_group(operator, scope, cells, n_rows, like) for (operator, scope), cells in sorted(grouped.items()))
 
 
 def _group(operator: str, scope: str, cells: list[tuple[int, int, float]], n_rows: int, like: Tensor) -> Group:
@@ -206,7 +204,9 @@ def _feature_bank(rows: Rows, site: str, sae: Sae) -> Bank:
 def _direction_bank(rows: Rows, site: str, lm: LanguageModel) -> Bank:
     """Equal vectors share a channel; ablation reads and writes the unit vector."""
     found = _edits(rows, site, dense=True)
-    keyed = [(row, edit, (plan.vectors[edit.vector or ""], OPERATORS[edit.operator].unit_row)) for row, plan, edit in found]
+    keyed = [
+        (row, edit, (plan.vectors[edit.vector or ""], OPERATORS[edit.operator].unit_row)) for row, plan, edit in found
+    ]
     keys = list(dict.fromkeys(key for _, _, key in keyed))
     vectors = [_checked(torch.tensor(vector, device=lm.device), lm.d_model) for vector, _ in keys]
     matrix = torch.stack([v / v.norm() if unit else v for v, (_, unit) in zip(vectors, keys, strict=True)])

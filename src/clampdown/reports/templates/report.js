@@ -42,17 +42,20 @@
     displaylogo: false, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, responsive: true, scrollZoom: false, showTips: false,
     modeBarButtons: [["toImage"]], toImageButtonOptions: { scale: 3 },
   };
-  const draw = () => {
+  /* On paper two figures of this many pixels stand side by side on A4 and on letter. */
+  const PAPER = { width: 324, height: 360 };
+  const draw = (size) => {
     const colour = colours();
     for (const [id, spec] of Object.entries(specs)) {
       const element = document.getElementById(id);
-      const shown = resolve({ data: spec.data, layout: layout(spec.layout, element.clientWidth < 480) }, colour);
+      const drawn = layout({ ...spec.layout, ...size }, size !== undefined || element.clientWidth < 480);
+      const shown = resolve({ data: spec.data, layout: drawn }, colour);
       Plotly.react(element, shown.data, shown.layout, { ...config, toImageButtonOptions: { scale: 3, filename: id } });
     }
   };
   draw();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  addEventListener("beforeprint", () => { root.dataset.theme = "light"; draw(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+  addEventListener("beforeprint", () => { root.dataset.theme = "light"; draw(PAPER); });
   addEventListener("afterprint", () => { delete root.dataset.theme; draw(); });
 
   /* Sorting: numbers by value, text by letters, cells without data last whichever way. */

@@ -1,0 +1,64 @@
+"""The report in a real browser, where one is installed: figures drawn, nothing blocked, no sideways scrolling."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from clampdown.reports.page import write_report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OPTIONS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--virtual-time-budget=8000",
+    "--enable-logging=stderr",
+)
+PROBE = """
+<script nonce="NONCE">
+addEventListener("load", () => setTimeout(() => {
+  const root = document.documentElement;
+  root.dataset.sideways = root.scrollWidth - root.clientWidth;
+  document.querySelectorAll("#table-arms th button")[1].click();
+  root.dataset.first = document.querySelector("#table-arms tbody tr th").textContent.trim();
+}, 1500));
+</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.parametrize("size", ["1280,1000", "360,780"])
+def test_it_works_in_a_browser(run_dir, tmp_path, size):
+    path = write_report(shutil.copytree(run_dir, tmp_path / "copy"))
+    html = path.read_text(encoding="utf-8")
+    nonce = re.search(r"'nonce-([0-9a-f]+)'", html)
+    assert nonce is not None
+    path.write_text(html.replace("</body>", PROBE.replace("NONCE", nonce[1])), encoding="utf-8")
+    dom, log = dump(path, size, tmp_path / "profile")
+    assert dom.count('<svg class="main-svg"') >= 6
+    assert 'data-sideways="0"' in dom
+    assert 'data-first="difference of means +6' in dom, "sorted by strength, strongest first"
+    assert "Uncaught" not in log
+    assert "Content Security Policy" not in log
+
+
+def dump(path: Path, size: str, profile: Path) -> tuple[str, str]:
+    """The document after its scripts ran, and the browser's console."""
+    command = [
+        str(BROWSER),
+        *OPTIONS,
+        f"--window-size={size}",
+        f"--user-data-dir={profile}",
+        "--dump-dom",
+        path.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, done.stderr
