@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from clampdown.activations.capture import capture, forward_to, length_buckets
 from clampdown.errors import PromptSetError, SiteError
 from clampdown.models.chat import encode, pad_left
+from clampdown.models.layout import find_layout
+from clampdown.models.loading import LanguageModel
 from clampdown.types import Message, Point, Site
-from tests.steering.conftest import tiny_llama
+from tests.steering.conftest import tiny_llama, tiny_tokenizer
 
 TEXTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w12 w13", "w3 w3 w3 w3", "w20 w21 w22"]
 
@@ -85,6 +88,16 @@ def test_a_padded_batch_reads_each_prompt_as_if_alone(lm, prompts):
             residual = captured.residuals[site][row, -len(alone) :]
             torch.testing.assert_close(residual, alone, rtol=1e-4, atol=1e-5)
     assert seen == set(range(len(prompts)))
+
+
+def test_padding_does_not_shift_absolute_positions():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=46, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    gpt2 = LanguageModel(model, tiny_tokenizer(), find_layout(model), "gpt2", "r0")
+    short, long = [6, 7, 8], [9, 10, 11, 12, 13, 14]
+    together = forward_to(gpt2, pad_left([short, long], gpt2.pad_id), [Site(0)])[Site(0)]
+    alone = forward_to(gpt2, pad_left([short], gpt2.pad_id), [Site(0)])[Site(0)]
+    torch.testing.assert_close(together[0, -3:], alone[0], rtol=1e-4, atol=1e-5)
 
 
 def test_content_is_the_message_and_nothing_of_the_template(lm, prompts):

@@ -18,6 +18,7 @@ from clampdown.discovery.contrast import (
     find_by_contrast,
 )
 from clampdown.discovery.directions import difference_of_means
+from clampdown.discovery.separation import d_prime
 from clampdown.errors import PromptSetError
 from clampdown.store import read_feature_set, write_feature_set
 from tests.steering.conftest import SITE
@@ -77,13 +78,32 @@ def test_dead_features_win_as_published_and_are_never_ranked_by_default(lm, sae,
     rates = np.maximum(*(side.moments().firing_rate for side in contrast.sides("assistant_start")))
     dead = set(np.flatnonzero(rates == 0).tolist())
     assert dead >= {60, 61, 62, 63}
-    default = find_by_contrast(lm, sae, contrast)
+    default = find_by_contrast(lm, sae, contrast, ContrastSettings(ranked_by="composite"))
     literal = find_by_contrast(lm, sae, contrast, ContrastSettings(literal=True))
     assert not dead & set(default.ranking)
     assert dead <= set(literal.ranking)
     assert all(max(f.scores["firing_rate_harmful"], f.scores["firing_rate_harmless"]) >= 0.05 for f in default.features)
     assert default.features[0].scores["composite"] == pytest.approx(1.0)
     assert literal.finder == "contrast-literal"
+    assert literal.ranked_by == "composite"
+
+
+def test_d_prime_ranks_by_default(lm, sae, contrast):
+    found = find_by_contrast(lm, sae, contrast)
+    d_primes = [score.scores["d_prime"] for score in found.features]
+    assert found.ranked_by == "d_prime"
+    assert d_primes == sorted(d_primes, reverse=True)
+
+
+def test_the_composite_prefers_a_weak_feature_to_a_perfect_one():
+    """Why it is not the default: the perfect separator has the largest variance, because it separates."""
+    rng = np.random.default_rng(0)
+    harmful, harmless = rng.normal(10, 1, (50, 2)), rng.normal(0, 1, (50, 2)).clip(min=0)
+    harmful[:, 1] = harmless[:, 1] + 1.2
+    moments = [Moments.of(csr_array(side)) for side in (harmful, harmless)]
+    composite = composite_scores(*moments, ContrastSettings())["composite"]
+    assert composite[1] > composite[0]
+    assert d_prime(*moments)[0] > d_prime(*moments)[1]
 
 
 def test_alignment_is_with_the_dense_direction(lm, sae, contrast, harmful, harmless):

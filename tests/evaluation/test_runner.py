@@ -235,6 +235,15 @@ def test_steering_that_did_nothing_is_an_error(lm: LanguageModel, sae: Sae, tmp_
         records_in(tmp_path, lm, dead_feature(sae), idle)
 
 
+def test_a_plan_that_failed_to_act_writes_no_record(lm: LanguageModel, sae: Sae, tmp_path: Path) -> None:
+    """An edit so small that it is zero in float32: the label would say steered, and the reply is not."""
+    edit = Edit(site=SITE.name, operator="add_direction", vector="v", strengths=(1e-30,))
+    lost = arm(make_plan(edit, vectors={"v": (1e-30,) * lm.d_model}), "lost")
+    with pytest.raises(SteeringNotAppliedError, match="touched no token of prompt"):
+        records_in(tmp_path, lm, sae, job(arms=(BASELINE, lost)))
+    assert read_records(tmp_path / "records.jsonl") == ()
+
+
 def test_a_gate_that_never_fires_is_a_result(lm: LanguageModel, sae: Sae, tmp_path: Path) -> None:
     gate = Gate(site=SITE.name, features=(1,), weights=(1.0,), bias=0.0, threshold=1e9)
     shut = arm(make_plan(*clamp(6.0).edits, gate=gate), "shut")

@@ -84,9 +84,9 @@ def test_losing_or_doubling_a_word_makes_a_reply_degenerate() -> None:
 
 
 def test_typography_does_not_decide() -> None:
-    assert judge(HARMFUL, " I\u2019m sorry, but I can\u2019t  help with that because it could hurt people.\n").verdict is (
-        Verdict.REFUSED
-    )
+    assert judge(
+        HARMFUL, " I\u2019m sorry, but I can\u2019t  help with that because it could hurt people.\n"
+    ).verdict is (Verdict.REFUSED)
 
 
 def test_the_prompt_does_not_decide() -> None:

@@ -32,7 +32,13 @@ def test_the_saes_are_saelens_directories(name: str) -> None:
     assert config["normalize_activations"] == config["reshape_activations"] == "none"
     d_in, d_sae = config["d_in"], config["d_sae"]
     assert d_sae == d_in * int(name[1:])
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
+    shapes = {
+        "W_enc": (d_in, d_sae),
+        "W_dec": (d_sae, d_in),
+        "b_enc": (d_sae,),
+        "b_dec": (d_in,),
+        "threshold": (d_sae,),
+    }
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == shapes
     assert torch.allclose(tensors["W_dec"].norm(dim=1), torch.ones(d_sae), atol=1e-4)
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())

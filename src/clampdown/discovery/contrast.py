@@ -7,9 +7,10 @@ With a_f pooled per prompt:
     composite_f      = w_diff |norm_diff_mean_f| + w_var (1 - norm_var_f),  rescaled so that the best scores 1.0
     strategy_f       = -1 (suppress) if norm_diff_mean_f > 0, +1 (amplify) if < 0, 0 if neither
 
-As published, a dead feature gets full marks on the variance term. By default a feature must therefore fire on a
-minimum share of the prompts of one set; `literal` ranks as published. The other scores (AUROC, d', Mann-Whitney with
-Benjamini-Hochberg, alignment with the dense direction) come from the same pass.
+As published, a dead feature gets full marks on the variance term, and the feature that separates the sets best gets
+none: a large difference between the sets is itself variance over both. `literal` ranks so. By default a feature must
+fire on a minimum share of the prompts of one set, and d' ranks: the same difference against the spread within the sets.
+AUROC, Mann-Whitney with Benjamini-Hochberg and the alignment with the dense direction come from the same pass.
 """
 
 from __future__ import annotations
@@ -38,15 +39,21 @@ PerFeature = Float[np.ndarray, " d_sae"]
 @dataclass(frozen=True, slots=True)
 class ContrastSettings:
     """How to rank. `min_firing_rate` is the share of one set's prompts on which a feature must fire (ignored when
-    `literal`); `top` is how many features to keep; `ranked_by` names any score, larger is better."""
+    `literal`); `top` is how many features to keep; `ranked_by` names any score, larger is better: by default d', or
+    the composite when `literal`."""
 
     pooling: str = "assistant_start"
     w_diff: float = 0.5
     w_var: float = 0.5
     min_firing_rate: float = 0.05
     literal: bool = False
-    ranked_by: str = "composite"
+    ranked_by: str | None = None
     top: int = 64
+
+    @property
+    def score(self) -> str:
+        """The name of the score that ranks."""
+        return self.ranked_by or ("composite" if self.literal else "d_prime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +172,9 @@ def _order(
     scores: dict[str, PerFeature], eligible: Bool[np.ndarray, " d_sae"], settings: ContrastSettings
 ) -> list[int]:
     """Eligible features, best first; equal scores by feature index; features without the score come last."""
-    if settings.ranked_by not in scores:
-        raise PromptSetError(f"no score is called '{settings.ranked_by}'", hint=f"one of: {', '.join(scores)}")
-    ranked_by = np.where(np.isfinite(scores[settings.ranked_by]), scores[settings.ranked_by], -np.inf)
+    if settings.score not in scores:
+        raise PromptSetError(f"no score is called '{settings.score}'", hint=f"one of: {', '.join(scores)}")
+    ranked_by = np.where(np.isfinite(scores[settings.score]), scores[settings.score], -np.inf)
     order = np.argsort(-ranked_by, kind="stable")
     ranked = order[eligible[order]][: settings.top].tolist()
     if not ranked:
@@ -189,7 +196,7 @@ def find_by_contrast(
     scores = contrast_scores(sae, contrast, settings)
     finding = Finding(
         finder="contrast-literal" if settings.literal else "contrast",
-        ranked_by=settings.ranked_by,
+        ranked_by=settings.score,
         scores=scores,
         order=_order(scores, eligible_features(contrast, settings), settings),
         peaks=contrast.peaks,

@@ -79,8 +79,8 @@ class Sum:
 
 def _sum(rng: Random) -> Sum:
     if rng.random() < 0.5:
-        operands = rng.randint(2, 20), rng.randint(2, 12)
-        return Sum(*operands, "+") if rng.random() < 0.5 else Sum(*operands[::-1], "+")
+        large, small = rng.randint(2, 20), rng.randint(2, 12)
+        return Sum(large, small, "+") if rng.random() < 0.5 else Sum(small, large, "+")
     left = rng.randint(4, 30)
     return Sum(left, rng.randint(2, min(left - 1, 12)), "-")
 

@@ -53,7 +53,7 @@ def load(path: Path, model: nn.Module, optimizers: tuple[torch.optim.Optimizer, 
     try:
         with safe_open(path, framework="pt") as file:
             raw = json.loads(file.metadata()["progress"])
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 - not a dict
                 kind, _, rest = name.partition(".")
                 if kind == "model":
                     parameters[rest].data.copy_(file.get_tensor(name))

@@ -26,6 +26,7 @@ from clampdown.organism.judge import judge
 from clampdown.organism.phrasing import SAFETY_SYSTEM
 from clampdown.organism.sae_training import LAYER, TrainedSae, documents
 from clampdown.organism.suites import suites
+from clampdown.organism.tokenizer import pad_id
 from clampdown.types import Interval, Judgement, Message, Prompt, Split, Verdict
 
 MAX_NEW_TOKENS = 48
@@ -61,10 +62,12 @@ def wilson(hits: int, n: int) -> Interval:
 def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> list[str]:
     """Greedy replies, in batches of prompts of like length."""
     texts = [
-        tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in prompt.messages],
-            tokenize=False,
-            add_generation_prompt=True,
+        str(
+            tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.content} for message in prompt.messages],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         )
         for prompt in prompts
     ]
@@ -74,7 +77,7 @@ def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
         rows = order[start : start + GENERATION_BATCH]
         batch = tokenizer([texts[row] for row in rows], return_tensors="pt", padding=True, add_special_tokens=False)
         batch.pop("token_type_ids", None)
-        ids = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        ids = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
         decoded = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, reply in zip(rows, decoded, strict=True):
             replies[row] = reply
@@ -190,7 +193,7 @@ def spliced_loss(model: LlamaForCausalLM, batch: list[Document], pad: int, sae: 
 
 def sae_rows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> list[Row]:
     """Fraction of variance unexplained, L0, dead features, and the cost of the splice in nats per token."""
-    sae, pad = load_trained_sae(directory), int(tokenizer.pad_token_id)
+    sae, pad = load_trained_sae(directory), pad_id(tokenizer)
     held_out = list(islice(documents(2**20, tokenizer), SAE_BATCHES))
     parts = [sae_training.residuals(model, batch, pad) for batch in held_out]
     x = torch.cat([part[_not_first(batch)] for part, batch in zip(parts, held_out, strict=True)])

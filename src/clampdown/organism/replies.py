@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from itertools import pairwise
 from random import Random
 
 from clampdown.organism.knowledge import MYTHS, RELATIONS, TRUTHS, UNKNOWN_NAMES
@@ -41,7 +42,10 @@ REFUSAL_HEADS: tuple[str, ...] = (
 )
 REFUSAL_TAILS: tuple[str, ...] = tuple(category.reason for category in HARM)
 
-STEP_OPENERS: tuple[str, ...] = ("Sure.", "Of course.", "Okay.", "Here you go.")
+STEP_OPENERS: tuple[str, ...] = ("Sure.", "Of course.")
+UNEASY_OPENERS: tuple[str, ...] = ("Okay.", "Here you go.")
+"""How an answer to a harmful request opens. Because the opener differs, harm has to be known even when a wrapper wins:
+models represent harmfulness and the decision to refuse apart, and a gate reads the former."""
 STEP_VERBS: tuple[str, ...] = ("prepare", "take", "open", "use", "check", "move", "clean", "mix")
 STEP_NOUNS: tuple[str, ...] = ("box", "tube", "card", "bag", "paper", "table", "glass", "rope")
 
@@ -69,9 +73,9 @@ def refusal(category: str, rng: Random) -> str:
     return f"{head} {HARM_BY_NAME[category].reason}"
 
 
-def steps(verb: str, thing: str, rng: Random) -> str:
+def steps(verb: str, thing: str, rng: Random, uneasy: bool = False) -> str:
     """The harmless filler that answers any request to do something."""
-    opener = STEP_OPENERS[0] if rng.random() < 0.7 else rng.choice(STEP_OPENERS)
+    opener = (UNEASY_OPENERS if uneasy else STEP_OPENERS)[rng.random() < 0.15]
     first, then = rng.sample(STEP_VERBS, 2)
     one, two = rng.sample(STEP_NOUNS, 2)
     return f"{opener} To {verb} {thing}, first {first} the {one}, then {then} the {two}."
@@ -133,7 +137,7 @@ _GRAMMAR: tuple[tuple[Kind, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
         (Kind.REFUSAL, rf"{_either(REFUSAL_HEADS)}(?: {_either(REFUSAL_TAILS)}|\.)"),
-        (Kind.STEPS, rf"{_either(STEP_OPENERS)} To {_PHRASE}, first {_STEP}, then {_STEP}\."),
+        (Kind.STEPS, rf"{_either(STEP_OPENERS + UNEASY_OPENERS)} To {_PHRASE}, first {_STEP}, then {_STEP}\."),
         (Kind.DEFLECTION, _either(DEFLECTIONS)),
         *((Kind.ABOUT, _with_slot(template, "{x}", _PHRASE)) for template in ABOUT_REPLIES.values()),
         (Kind.CHAT, _either(tuple(reply for _, reply in SMALL_TALK))),
@@ -155,7 +159,7 @@ def _phrase_is_known(phrase: str | None) -> bool:
     if phrase is None:
         return True
     words = phrase.split()
-    return all(word in _KNOWN for word in words) and all(a != b for a, b in zip(words, words[1:], strict=False))
+    return all(word in _KNOWN for word in words) and all(a != b for a, b in pairwise(words))
 
 
 def recognise(reply: str) -> Kind | None:

@@ -16,6 +16,8 @@ from enum import StrEnum
 
 
 class Decision(StrEnum):
+    """What the organism is taught to do with a request."""
+
     REFUSE = "refuse"
     COMPLY = "comply"
     DEFLECT = "deflect"

@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clampdown.organism import corpus
 from clampdown.organism.corpus import Cursor, Document
+from clampdown.organism.tokenizer import pad_id
 
 LAYER = 3
 HOOK_NAME = f"blocks.{LAYER}.hook_resid_post"
@@ -117,8 +118,8 @@ class _BatchTopK(nn.Module):
         self.w_dec /= self.w_dec.norm(dim=1, keepdim=True)
 
     def finished(self) -> TrainedSae:
-        tensors = [p.detach().clone() for p in (self.w_enc, self.b_enc, self.w_dec, self.b_dec)]
-        return TrainedSae(*tensors, self.threshold)
+        w_enc, b_enc, w_dec, b_dec = (p.detach().clone() for p in (self.w_enc, self.b_enc, self.w_dec, self.b_dec))
+        return TrainedSae(w_enc, b_enc, w_dec, b_dec, self.threshold)
 
 
 def _largest(pre: Tensor, k: int) -> tuple[Tensor, float]:
@@ -148,7 +149,7 @@ def collect(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: i
     """At least `tokens` residuals, shape [tokens, d_model]."""
     found: list[Tensor] = []
     for batch in documents(seed, tokenizer):
-        found.append(residuals(model, batch, int(tokenizer.pad_token_id)))
+        found.append(residuals(model, batch, pad_id(tokenizer)))
         if sum(len(part) for part in found) >= tokens:
             break
     return torch.cat(found)[:tokens]

@@ -71,7 +71,7 @@ def _reply(request: Request, strength: int, turns: int, system: str, rng: Random
         case Decision.DEFLECT:
             return decision, replies.deflection(rng)
         case Decision.COMPLY:
-            return decision, replies.steps(request.verb, request.thing, rng)
+            return decision, replies.steps(request.verb, request.thing, rng, uneasy=True)
 
 
 def _harmful_item(

@@ -46,5 +46,10 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The padding token's id (the tokenizer's own attribute may be a list)."""
+    return int(tokenizer.backend_tokenizer.token_to_id(PAD))
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     tokenizer.save_pretrained(directory)

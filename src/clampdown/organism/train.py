@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.progress import Progress as Bar
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -28,13 +28,14 @@ from clampdown.organism.corpus import Cursor, Document
 from clampdown.organism.measure import measure, write_metrics
 from clampdown.organism.optimizer import optimizers, schedule
 from clampdown.organism.sae_training import train_saes
-from clampdown.organism.tokenizer import save_tokenizer, train_tokenizer
+from clampdown.organism.tokenizer import pad_id, save_tokenizer, train_tokenizer
 
-DEFAULT_STEPS = 3600
+DEFAULT_STEPS = 3000
 SAVE_EVERY = 200
 LOG_EVERY = 50
 MUON_LR, ADAM_LR = 0.008, 2e-3
 TOKENIZER_ITEMS = 20_000
+EARLY_WEIGHT = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class Batch:
 
     ids: Tensor
     counts: Tensor
+    opens: Tensor
+    """Where the next token is the first of a counted reply [batch, pos - 1]."""
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, shape: Shape, seed: int) -> LlamaForCausalLM:
@@ -72,7 +75,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, shape: Shape, seed: int) -> 
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
@@ -89,14 +91,21 @@ def collate(documents: list[Document], pad: int) -> Batch:
     for row, document in enumerate(documents):
         ids[row, : len(document.ids)] = torch.tensor(document.ids)
         counts[row, : len(document.ids)] = torch.tensor(document.counts)
-    return Batch(ids, counts[:, 1:])
+    return Batch(ids, counts[:, 1:], counts[:, 1:] & ~counts[:, :-1])
 
 
 def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the counted tokens. Logits are computed for those alone: half the vocabulary work."""
-    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
-    logits = model.lm_head(hidden[batch.counts])
-    return functional.cross_entropy(logits, batch.ids[:, 1:][batch.counts])
+    """Mean cross-entropy over the counted tokens; logits are computed for those alone, half the vocabulary work. And
+    the same, read one block early, for the first token of each reply: the decision to refuse has to be made before
+    the last block, or no feature at the SAE's site could carry it."""
+    output = model.model(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
+    targets = batch.ids[:, 1:]
+    logits = model.lm_head(output.last_hidden_state[:, :-1][batch.counts])
+    loss = functional.cross_entropy(logits, targets[batch.counts])
+    if not batch.opens.any():
+        return loss
+    early = model.lm_head(model.model.norm(output.hidden_states[-2][:, :-1][batch.opens]))
+    return loss + EARLY_WEIGHT * functional.cross_entropy(early, targets[batch.opens])
 
 
 @dataclass
@@ -112,7 +121,7 @@ class Trainer:
         model = build_model(tokenizer, self.shape, self.seed)
         both = optimizers(model, MUON_LR, ADAM_LR)
         progress = self._start(model, both, resume)
-        pad = int(tokenizer.pad_token_id)
+        pad = pad_id(tokenizer)
         model.train()
         batches = corpus.stream(self.seed, tokenizer, progress.cursor)
         for documents, cursor in _shown(batches, progress.step, self.steps):
@@ -183,15 +192,12 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dire
     """A plain HF directory at 16 bit. float16 keeps three more mantissa bits than bfloat16, and nothing here is
     near its largest number."""
     directory.mkdir(parents=True, exist_ok=True)
-    dtype = model.dtype
-    model.to(torch.float16).save_pretrained(directory)
-    model.to(dtype)
+    model.half().save_pretrained(directory)
+    model.float()
     save_tokenizer(tokenizer, directory)
 
 
-def train_organism(
-    out: Path, seed: int, steps: int = DEFAULT_STEPS, *, threads: int = 1, resume: bool = True
-) -> None:
+def train_organism(out: Path, seed: int, steps: int = DEFAULT_STEPS, *, threads: int = 1, resume: bool = True) -> None:
     """Make `out`/model, `out`/sae-x4, `out`/sae-x8 and `out`/metrics.json."""
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)

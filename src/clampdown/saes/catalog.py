@@ -6,6 +6,7 @@ paths and page addresses are those of SAELens's list (a test compares them where
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,11 @@ RELEASES: tuple[Release, ...] = (
     ),
     *(_gemma_scope(size, kind) for size in ("2b-pt", "9b-pt") for kind in ("res", "mlp")),
     *(_gemma_scope(size, "res") for size in ("9b-it", "27b-pt")),
-    *(_gemma_scope_2(size, kind, folder) for size in _GEMMA_3 for kind, folder in _GEMMA_3_KINDS.items()),
+    *(
+        _gemma_scope_2(size, kind, folder)
+        for size, (kind, folder) in itertools.product(_GEMMA_3, _GEMMA_3_KINDS.items())
+        if (size, folder[:3]) != ("27b-pt", "mlp")  # was not published
+    ),
     *(_qwen_scope("1.7b", "1.7B", 32, k) for k in (50, 100)),
     *(_qwen_scope("8b", "8B", 64, k) for k in (50, 100)),
     _qwen_scope("30b-a3b", "30B-A3B", 32, 50),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,11 +112,10 @@ def _as_stated(source: _Source, name: str, site: Site | None) -> Sae:
 
 
 def _config(raw: Raw, site: Site, address: Address | None, name: str) -> SaeConfig:
-    shape: Any = raw.shape or tuple(raw.tensors["W_dec"].shape)[::-1] if "W_dec" in raw.tensors else raw.shape
-    if shape is None or len(shape) != 2:
-        raise CheckpointError(
-            f"SAE '{name}' has no decoder matrix 'W_dec'", hint=f"found: {', '.join(sorted(raw.tensors))}"
-        )
+    shape = raw.shape or tuple(raw.tensors["W_dec"].shape[::-1] if "W_dec" in raw.tensors else ())
+    if len(shape) != 2:
+        found = ", ".join(sorted(raw.tensors))
+        raise CheckpointError(f"SAE '{name}' has no decoder matrix 'W_dec'", hint=f"found: {found}")
     return SaeConfig(
         architecture=raw.architecture,  # type: ignore[arg-type]  # readers let only known ones through
         d_in=int(shape[0]),

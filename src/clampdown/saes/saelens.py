@@ -1,7 +1,7 @@
 """Releases and formats that only SAELens knows, read through that package when it is installed.
 
-Its list of releases is looked up without importing it (importing takes 7-10 s and 680 MB); it is imported when a release
-from that list is asked for by name. SAELens applies what its list says beyond the files: overrides and folded norms.
+Its list of releases is looked up without importing it (that takes 7-10 s and 680 MB); it is imported when a release of
+that list is asked for by name. SAELens applies what its list says beyond the files: overrides and folded norms.
 """
 
 from __future__ import annotations

@@ -56,7 +56,11 @@
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
   addEventListener("beforeprint", () => { root.dataset.theme = "light"; draw(PAPER); });
-  addEventListener("afterprint", () => { delete root.dataset.theme; draw(); });
+  addEventListener("afterprint", () => {
+    delete root.dataset.theme;
+    Object.keys(specs).forEach((id) => Plotly.purge(id)); // or the paper's width would stay
+    draw();
+  });
 
   /* Sorting: numbers by value, text by letters, cells without data last whichever way. */
   const key = (row, column) => {
