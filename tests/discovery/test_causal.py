@@ -25,7 +25,7 @@ from clampdown.models.chat import encode
 from clampdown.models.generation import next_token_logits
 from clampdown.steering.hooks import steer
 
-TOKENS = RefusalTokens((10, 11), (), 1.0, 0.0, 1, 1)
+TOKENS = RefusalTokens((10, 11), 1.0, 0.0, 1, 1)
 
 
 @pytest.fixture(scope="module")

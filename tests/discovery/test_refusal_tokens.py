@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -21,19 +19,12 @@ from clampdown.models.generation import generate
 from clampdown.types import Judgement, Verdict
 
 
-def test_tokens_that_open_other_replies_too_are_ambiguous():
+def test_tokens_that_open_other_replies_as_often_are_left_out():
     found = derive_refusal_tokens([7] * 6 + [8] * 3 + [9], [9] * 5 + [7] + [1] * 4)
     assert found.ids == (7, 8)
-    assert found.ambiguous == (9,)
     assert found.coverage == pytest.approx(0.9)
     assert found.leakage == pytest.approx(0.1)
     assert (found.n_refused, found.n_other) == (10, 10)
-
-
-def test_an_unclear_token_has_to_do_when_there_is_no_clear_one():
-    found = derive_refusal_tokens([7] * 6 + [8] * 4, [7] * 3 + [8] * 7)
-    assert found.ids == (7,)
-    assert found.ambiguous == (8,)
 
 
 def test_rare_openings_are_left_out():
@@ -64,18 +55,12 @@ def test_they_are_read_off_the_models_own_replies(lm, harmful):
 @given(st.integers(0, 1000), st.sets(st.integers(0, 11), min_size=1, max_size=11))
 def test_log_odds_of_the_total_probability(seed, ids):
     logits = 3 * torch.randn(4, 12, generator=torch.Generator().manual_seed(seed))
-    found = refusal_log_odds(logits, RefusalTokens(tuple(ids), (), 1.0, 0.0, 1, 1))
+    found = refusal_log_odds(logits, RefusalTokens(tuple(ids), 1.0, 0.0, 1, 1))
     p = logits.double().softmax(-1)[:, sorted(ids)].sum(-1)
     torch.testing.assert_close(found, p.log() - (1 - p).log())
 
 
-def test_an_ambiguous_opening_counts_for_neither_side():
-    probabilities = torch.tensor([[0.6, 0.3, 0.1]])
-    found = refusal_log_odds(probabilities.log(), RefusalTokens((1,), (0,), 1.0, 0.0, 1, 1))
-    assert found.item() == pytest.approx(math.log(0.3 / 0.1))
-
-
 def test_log_odds_stay_finite_where_probabilities_round_to_one():
     logits = torch.tensor([[100.0, 0.0, -50.0]])
-    found = refusal_log_odds(logits, RefusalTokens((0,), (), 1.0, 0.0, 1, 1))
+    found = refusal_log_odds(logits, RefusalTokens((0,), 1.0, 0.0, 1, 1))
     assert found.item() == pytest.approx(100.0)

@@ -108,11 +108,11 @@ def test_bootstrap_resamples_pairs_and_not_arms() -> None:
 
 
 def test_bootstrap_of_many_differences_is_the_normal_interval() -> None:
-    differences = np.random.default_rng(1).normal(0.3, 1.0, 2000)
-    found = metrics.paired_bootstrap([0.0] * 2000, differences.tolist())
-    half = norm.ppf(0.975) * differences.std(ddof=1) / np.sqrt(2000)
-    assert found.low == pytest.approx(differences.mean() - half, abs=0.005)
-    assert found.high == pytest.approx(differences.mean() + half, abs=0.005)
+    differences = np.random.default_rng(1).normal(0.3, 1.0, 400)
+    found = metrics.paired_bootstrap([0.0] * 400, differences.tolist())
+    half = norm.ppf(0.975) * differences.std(ddof=1) / np.sqrt(400)
+    assert found.low == pytest.approx(differences.mean() - half, abs=0.01)
+    assert found.high == pytest.approx(differences.mean() + half, abs=0.01)
     again = bootstrap((differences,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
     assert (found.low, found.high) == (again.low, again.high)
 

@@ -71,7 +71,7 @@ def test_arms_in_one_batch_answer_as_they_do_alone(
 ) -> None:
     together = {(r.arm, r.prompt_id): r.reply for r in read_records(undisturbed / "records.jsonl")}
     for each in ARMS:
-        alone = records_in(tmp_path / each.name, lm, sae, job(arms=(each,), settings=Settings(6, batch_rows=1)))
+        alone = records_in(tmp_path / each.name, lm, sae, job(arms=(each,), settings=Settings(6, batch_rows=4)))
         assert {(r.arm, r.prompt_id): r.reply for r in alone}.items() <= together.items()
     assert len({together[a.name, "harmful-1"] for a in ARMS}) > 1
 
@@ -237,8 +237,7 @@ def test_steering_that_did_nothing_is_an_error(lm: LanguageModel, sae: Sae, tmp_
 
 def test_a_plan_that_failed_to_act_writes_no_record(lm: LanguageModel, sae: Sae, tmp_path: Path) -> None:
     """An edit so small that it is zero in float32: the label would say steered, and the reply is not."""
-    edit = Edit(site=SITE.name, operator="add_direction", vector="v", strengths=(1e-30,))
-    lost = arm(make_plan(edit, vectors={"v": (1e-30,) * lm.d_model}), "lost")
+    lost = arm(make_plan(Edit(site=SITE.name, operator="add", features=(3,), strengths=(1e-60,))), "lost")
     with pytest.raises(SteeringNotAppliedError, match="touched no token of prompt"):
         records_in(tmp_path, lm, sae, job(arms=(BASELINE, lost)))
     assert read_records(tmp_path / "records.jsonl") == ()

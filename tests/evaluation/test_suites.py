@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clampdown.errors import PromptSetError
@@ -50,6 +50,7 @@ def prompts(draw: st.DrawFn, suite: str, prompt_id: str, kind: SuiteKind) -> Pro
 
 # beartype samples containers with `random` when a strategy builds a checked dataclass.
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module")
+@settings(max_examples=30)
 @given(st.lists(suites(), min_size=1, max_size=3, unique_by=lambda s: s.name))
 def test_what_is_written_reads_back_equal(written: list[Suite]) -> None:
     with TemporaryDirectory() as directory:

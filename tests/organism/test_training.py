@@ -46,9 +46,10 @@ def test_a_killed_run_resumes_to_the_same_weights(
         if rest[2].step == 3:  # type: ignore[attr-defined]
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_record", die_after_three)
-        Trainer(killed, 1, 5, TINY).fit(tokenizer)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(killed, 1, 5, TINY).fit(tokenizer)
     resumed = weights(Trainer(killed, 1, 5, TINY), tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
 
@@ -112,7 +113,8 @@ def test_muon_makes_updates_orthogonal() -> None:
 def test_the_schedule_warms_up_holds_and_decays() -> None:
     assert schedule(0, 1000) < 0.02
     assert schedule(300, 1000) == 1.0
-    assert schedule(800, 1000) == pytest.approx(0.5)
+    assert schedule(750, 1000) == pytest.approx(0.5)
+    assert schedule(999, 1000) < 0.01
 
 
 def test_a_sae_finds_the_directions_that_made_the_data() -> None:

@@ -146,6 +146,20 @@ def test_serving_one_feature_reads_one_page_a_row(tmp_path: Path) -> None:
     assert read < weights.stat().st_size / 4
 
 
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+def test_nothing_loaded_depends_on_the_file_any_more(kind: str, tmp_path: Path, residual: Tensor) -> None:
+    """Weights are mapped while loading only: rewriting a mapped file in place would end the process."""
+    path = files.saelens(random_sae(kind), tmp_path)
+    sae, view = load_sae(path), load_feature_view(path, FEATURES)
+    before = sae.encode(residual), view.read(residual)
+    weights = path / "sae_weights.safetensors"
+    with weights.open("r+b") as handle:
+        handle.write(b"\0" * weights.stat().st_size)
+        handle.truncate(0)
+    assert torch.equal(sae.encode(residual), before[0])
+    assert torch.equal(view.read(residual), before[1])
+
+
 def _large(d_in: int, d_sae: int) -> dict[str, Tensor]:
     vectors = {name: torch.zeros(d_sae) for name in ("b_enc", "threshold")}
     return {"W_enc": torch.randn(d_in, d_sae), "W_dec": torch.randn(d_sae, d_in), "b_dec": torch.zeros(d_in), **vectors}

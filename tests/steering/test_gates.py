@@ -53,19 +53,25 @@ def test_the_guarantee_holds_over_resampled_calibration_sets() -> None:
     assert exceeded > draws * (1 - confidence) * 0.3, "a bound this loose would waste the budget"
 
 
-def test_probe_finds_the_features_that_separate() -> None:
+def test_probe_finds_the_features_and_poolings_that_separate() -> None:
     rng = np.random.default_rng(1)
     harmful = np.arange(400) % 2 == 0
-    pooled = rng.exponential(1.0, (400, 50)) * (rng.random((400, 50)) < 0.2)
-    pooled[harmful, 7] += 3.0
-    pooled[~harmful, 21] += 3.0
-    probe = fit_probe(csr_array(pooled), harmful, max_features=4)
-    assert {7, 21} <= set(probe.features) and len(probe.features) <= 4
-    scores = probe.scores(csr_array(pooled))
+    peak, start = rng.exponential(1.0, (2, 400, 50)) * (rng.random((2, 400, 50)) < 0.2)
+    peak[harmful, 7] += 3.0
+    start[~harmful, 21] += 3.0
+    pooled = {"max": csr_array(peak), "assistant_start": csr_array(start)}
+    probe = fit_probe(pooled, harmful, max_features=4)
+    weights = dict(zip(zip(probe.poolings, probe.features, strict=True), probe.weights, strict=True))
+    assert len(weights) <= 4
+    assert weights["max", 7] > 0 > weights["assistant_start", 21]
+    scores = probe.scores(pooled)
+    by_hand = probe.bias + sum(
+        w * (peak if name == "max" else start)[:, feature] for (name, feature), w in weights.items()
+    )
+    np.testing.assert_allclose(scores, by_hand)
     assert roc_auc_score(harmful, scores) > 0.99
-    assert dict(zip(probe.features, probe.weights, strict=True))[7] > 0
 
 
 def test_a_probe_needs_both_kinds() -> None:
     with pytest.raises(NotEnoughDataError, match="both"):
-        fit_probe(csr_array(np.ones((4, 3))), np.array([True] * 4))
+        fit_probe({"max": csr_array(np.ones((4, 3)))}, np.array([True] * 4))

@@ -235,21 +235,24 @@ def test_zero_strength_and_no_plan_are_bit_exact_identities(
 
 
 def gate(site: str, threshold: float) -> Gate:
-    return Gate(site=site, features=(5, 7), weights=(1.0, 1.0), bias=0.5, threshold=threshold)
+    poolings = ("max", "max", "assistant_start", "mean")
+    weights = (1.0, 1.0, -0.5, 2.0)
+    return Gate(site=site, features=(5, 7, 9, 9), poolings=poolings, weights=weights, bias=0.5, threshold=threshold)
 
 
 def gate_score(lm: LanguageModel, sae: Sae, text: str) -> float:
-    """By hand: max over the content tokens of each feature, at the output of block 1."""
+    """By hand: at the output of block 1, over the content tokens and at the assistant's header."""
     hidden = lm.model(torch.tensor([ids_of(lm, text)]), output_hidden_states=True).hidden_states[2]
     content = sae.encode(hidden[0, 2 : 2 + len(text.split())])
-    return float(content[:, [5, 7]].amax(0).sum() + 0.5)
+    start = sae.encode(hidden[0, -1])[9]
+    return float(content[:, [5, 7]].amax(0).sum() - 0.5 * start + 2.0 * content[:, 9].mean() + 0.5)
 
 
 def test_gates_decide_per_row_from_the_prompt_and_unfired_rows_are_bit_exact(
     lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf
 ) -> None:
     scores = [gate_score(lm, sae, text) for text in PROMPTS]
-    threshold = sorted(scores)[1]
+    threshold = sum(sorted(scores)[1:3]) / 2
     plan = plan_of(feature_edit(site, "add", 6.0), gate=gate(site, threshold))
     inputs = batch(lm, PROMPTS)
     plain = lm.model(**inputs).logits

@@ -38,6 +38,7 @@ def test_written_plans_read_back_equal(tmp_path_factory, strength, vector, featu
         gate=Gate(
             site=SITE,
             features=(1,),
+            poolings=("max",),
             weights=(0.5,),
             bias=-1.0,
             threshold=strength,
@@ -85,7 +86,9 @@ def test_a_site_must_parse() -> None:
 
 
 def test_a_gate_above_its_edit_is_refused() -> None:
-    gate = Gate(site="blocks.2.hook_resid_post", features=(1,), weights=(1.0,), bias=0.0, threshold=0.0)
+    gate = Gate(
+        site="blocks.2.hook_resid_post", features=(1,), poolings=("max",), weights=(1.0,), bias=0.0, threshold=0.0
+    )
     refs = (SaeRef(site=SITE, name="s", revision="x"), SaeRef(site=gate.site, name="t", revision="y"))
     with pytest.raises(PlanError, match="too late"):
         plan(gate=gate, saes=refs)

@@ -88,7 +88,7 @@ class Sizes:
     per_suite: int
     kl_prompts: int
     batch_rows: int = 192
-    max_new_tokens: int = 48
+    max_new_tokens: int = 40
 
 
 def generate_records(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
+from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -26,7 +27,7 @@ from clampdown.organism.judge import judge
 from clampdown.organism.phrasing import SAFETY_SYSTEM
 from clampdown.organism.sae_training import LAYER, TrainedSae, documents
 from clampdown.organism.suites import suites
-from clampdown.organism.tokenizer import pad_id
+from clampdown.organism.tokenizer import PAD, token_id
 from clampdown.types import Interval, Judgement, Message, Prompt, Split, Verdict
 
 MAX_NEW_TOKENS = 48
@@ -42,6 +43,14 @@ class Row:
     value: Interval
     low: float
     high: float
+
+    @property
+    def target(self) -> str:
+        if (self.low, self.high) in ((0.0, 1.0), (-math.inf, math.inf)):
+            return ""
+        if self.high in (1.0, math.inf):
+            return f">= {self.low:g}"
+        return f"<= {self.high:g}" if self.low in (0.0, -math.inf) else f"{self.low:g} - {self.high:g}"
 
     @property
     def met(self) -> bool:
@@ -193,7 +202,7 @@ def spliced_loss(model: LlamaForCausalLM, batch: list[Document], pad: int, sae: 
 
 def sae_rows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> list[Row]:
     """Fraction of variance unexplained, L0, dead features, and the cost of the splice in nats per token."""
-    sae, pad = load_trained_sae(directory), pad_id(tokenizer)
+    sae, pad = load_trained_sae(directory), token_id(tokenizer, PAD)
     held_out = list(islice(documents(2**20, tokenizer), SAE_BATCHES))
     parts = [sae_training.residuals(model, batch, pad) for batch in held_out]
     x = torch.cat([part[_not_first(batch)] for part, batch in zip(parts, held_out, strict=True)])
@@ -236,6 +245,16 @@ def measure(directory: Path, n: int = 240, split: Split = Split.TEST) -> list[Ro
         if (directory / recipe.name).exists():
             rows += sae_rows(model, tokenizer, directory / recipe.name)
     return rows
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows for a terminal: value, interval, sample size, target, and whether it is met."""
+    shown = Table("what", "value", "95 % interval", "n", "target", "")
+    for row in rows:
+        low, high = row.value.low, row.value.high
+        interval = "" if low is None or high is None else f"{low:.2f} - {high:.2f}"
+        shown.add_row(row.name, f"{row.value:.3f}", interval, str(row.value.n), row.target, "" if row.met else "missed")
+    return shown
 
 
 def write_metrics(rows: list[Row], path: Path) -> None:

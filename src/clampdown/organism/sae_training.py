@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clampdown.organism import corpus
 from clampdown.organism.corpus import Cursor, Document
-from clampdown.organism.tokenizer import pad_id
+from clampdown.organism.tokenizer import PAD, token_id
 
 LAYER = 3
 HOOK_NAME = f"blocks.{LAYER}.hook_resid_post"
@@ -149,7 +149,7 @@ def collect(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: i
     """At least `tokens` residuals, shape [tokens, d_model]."""
     found: list[Tensor] = []
     for batch in documents(seed, tokenizer):
-        found.append(residuals(model, batch, pad_id(tokenizer)))
+        found.append(residuals(model, batch, token_id(tokenizer, PAD)))
         if sum(len(part) for part in found) >= tokens:
             break
     return torch.cat(found)[:tokens]

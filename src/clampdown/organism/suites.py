@@ -53,6 +53,8 @@ RECIPES: tuple[Recipe, ...] = (
 DEFAULT_SIZE = {Split.DISCOVERY: 240, Split.VALIDATION: 240, Split.CALIBRATION: 400, Split.TEST: 240}
 BENIGN_CALIBRATION = 800
 """The benign budget of a gate needs the most prompts: its bound shrinks with 1/n."""
+_SPARE = 40
+"""Prompts drawn beyond the wanted number, for groups that came out short."""
 _PATIENCE = 40
 """Draws in a row without a new prompt before a sampler is taken to have no more to give."""
 
@@ -76,11 +78,11 @@ def _suite(recipe: Recipe, split: Split, n: int, seed: int) -> Suite:
 
 
 def _drawn(recipe: Recipe, split: Split, n: int, seed: int) -> list[Prompt]:
-    """Distinct prompts of the split, about twice as many as wanted so that groups can be evened out."""
+    """Distinct prompts of the split, some more than wanted so that groups can be evened out."""
     found: dict[str, Prompt] = {}
     for sampler in recipe.samplers:
-        rng, share = Random(f"suite|{recipe.name}|{split.value}|{seed}"), -(-2 * n // len(recipe.samplers))
-        wanted, misses = len(found) + share, 0
+        rng = Random(f"suite|{recipe.name}|{split.value}|{seed}")
+        wanted, misses = len(found) + (n + n // 3 + _SPARE) // len(recipe.samplers), 0
         while len(found) < wanted and misses < _PATIENCE:
             prompt = _prompt(draw(sampler, rng, split), recipe.name, split)
             misses = misses + 1 if prompt.id in found else 0

@@ -46,9 +46,9 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The padding token's id (the tokenizer's own attribute may be a list)."""
-    return int(tokenizer.backend_tokenizer.token_to_id(PAD))
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """One token's id (the tokenizer's own attributes may be lists, or missing)."""
+    return tokenizer.get_vocab()[token]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

@@ -28,7 +28,7 @@ from clampdown.organism.corpus import Cursor, Document
 from clampdown.organism.measure import measure, write_metrics
 from clampdown.organism.optimizer import optimizers, schedule
 from clampdown.organism.sae_training import train_saes
-from clampdown.organism.tokenizer import pad_id, save_tokenizer, train_tokenizer
+from clampdown.organism.tokenizer import BOS, END, PAD, save_tokenizer, token_id, train_tokenizer
 
 DEFAULT_STEPS = 3000
 SAVE_EVERY = 200
@@ -62,6 +62,7 @@ class Batch:
 def build_model(tokenizer: PreTrainedTokenizerFast, shape: Shape, seed: int) -> LlamaForCausalLM:
     """A fresh model; its initial weights depend on the seed alone."""
     torch.manual_seed(seed)
+    bos, end, pad = (token_id(tokenizer, token) for token in (BOS, END, PAD))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden,
@@ -72,14 +73,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast, shape: Shape, seed: int) -> 
         max_position_embeddings=shape.positions,
         tie_word_embeddings=True,
         initializer_range=0.04,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=bos,
+        eos_token_id=end,
+        pad_token_id=pad,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=end, pad_token_id=pad)
     return model
 
 
@@ -121,7 +120,7 @@ class Trainer:
         model = build_model(tokenizer, self.shape, self.seed)
         both = optimizers(model, MUON_LR, ADAM_LR)
         progress = self._start(model, both, resume)
-        pad = pad_id(tokenizer)
+        pad = token_id(tokenizer, PAD)
         model.train()
         batches = corpus.stream(self.seed, tokenizer, progress.cursor)
         for documents, cursor in _shown(batches, progress.step, self.steps):

@@ -32,9 +32,9 @@ def load_sae(
     Raises `CheckpointError` for missing or malformed files, `PickleCheckpointError` for files that would run code,
     `SaeError` for kinds that cannot be steered, `SiteError` for places that are no site.
     """
-    source = _locate(str(name))
+    source = _locate(str(name), few=False)
     sae = _as_stated(source, str(name), site)
-    tensors = {key: tensor.to(dtype) for key, tensor in sae.tensors.items()}
+    tensors = {key: tensor.to(dtype, copy=True) for key, tensor in sae.tensors.items()}
     return replace(sae, tensors=_fold(tensors, source.raw), revision=source.revision()).to(device)
 
 
@@ -51,17 +51,23 @@ def load_feature_view(
     Reads one decoder row and one encoder column per feature; a top-k SAE needs its whole encoder. Raises as `load_sae`,
     and `FeatureIndexError`.
     """
-    source = _locate(str(name))
+    source = _locate(str(name), few=True)
     if source.raw.by_decoder_norm:  # the norms of all decoder rows decide: nothing to be gained
         return load_sae(name, device=device, dtype=dtype, site=site).select(features)
     view = _as_stated(source, str(name), site).select(features).to(device, dtype)
     scale = source.raw.input_scale
-    return replace(view, encoder=view.encoder * scale, directions=view.directions / scale, b_dec=view.b_dec / scale)
+    return replace(
+        view,
+        encoder=view.encoder * scale,
+        directions=view.directions / scale,
+        b_dec=view.b_dec / scale,
+        vectors={key: vector.clone() for key, vector in view.vectors.items()},
+    )
 
 
 def sae_revision(name: str | Path) -> str:
     """What `load_sae(name).revision` would be, reading at most 64 MiB: for checking a plan before serving from it."""
-    return _locate(str(name)).revision()
+    return _locate(str(name), few=True).revision()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +83,8 @@ class _Source:
         return files_revision(self.files) if self.files else content_hash(self.identity)
 
 
-def _locate(name: str) -> _Source:
-    """Find and read an SAE by name, with its tensors mapped."""
+def _locate(name: str, *, few: bool) -> _Source:
+    """Find and read an SAE by name, with its tensors mapped. `few`: only a few features will be taken."""
     release, _, sae_id = name.partition(":")
     embedded = embedded_sae(name)
     if embedded is not None and not embedded.is_dir():
@@ -98,7 +104,7 @@ def _locate(name: str) -> _Source:
         path = fetch(address)
     found = detect(path)
     weights = (path,) if path.is_file() else tuple(path / file for file in (*found.files, *found.optional))
-    return _Source(found.read(path), weights, address)
+    return _Source(found.read(path, few), weights, address)
 
 
 def _as_stated(source: _Source, name: str, site: Site | None) -> Sae:

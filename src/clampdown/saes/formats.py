@@ -46,7 +46,7 @@ class Raw:
     shape: tuple[int, int] | None = None  # (d_in, d_sae), when the config states it
 
 
-Reader = Callable[[Path], Raw]
+Reader = Callable[[Path, bool], Raw]  # (path, whether only a few features will be taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +103,10 @@ def _supported(architecture: str, where: str) -> str:
 _SAELENS_NAMES = {"standard": "relu", "matryoshka_batchtopk": "batchtopk"}
 
 
-def read_saelens(path: Path) -> Raw:
+def read_saelens(path: Path, few: bool) -> Raw:
     """SAELens: version 6 (facts about the model under `metadata`) and the flat config before it."""
     cfg = _json(path / "cfg.json")
-    return from_saelens_config(cfg, map_safetensors(path / "sae_weights.safetensors"), str(path / "cfg.json"))
+    return from_saelens_config(cfg, map_safetensors(path / "sae_weights.safetensors", few), str(path / "cfg.json"))
 
 
 def from_saelens_config(cfg: Mapping[str, Any], weights: dict[str, Tensor], where: str) -> Raw:
@@ -157,7 +157,7 @@ _GEMMA_POINTS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "resid_post": 
 _GEMMA_POINTS |= {"resid_post_all": "hook_resid_post", "mlp_out": "hook_mlp_out", "mlp_out_all": "hook_mlp_out"}
 
 
-def read_gemma_scope(path: Path) -> Raw:
+def read_gemma_scope(path: Path, few: bool) -> Raw:
     """Gemma Scope: `params.npz` in `.../gemma-scope-9b-it-res/.../layer_20/width_16k/average_l0_91/`.
 
     MLP-output SAEs read after the post-norm, which is what `hook_mlp_out` means.
@@ -166,12 +166,12 @@ def read_gemma_scope(path: Path) -> Raw:
     layer, repo = re.search(r"layer_(\d+)", where), re.search(r"gemma-scope-(\w+-(?:pt|it))-(res|mlp)", where)
     hook = f"blocks.{layer[1]}.{_GEMMA_POINTS[repo[2]]}" if layer and repo else None
     model = f"google/gemma-2-{repo[1].removesuffix('-pt')}" if repo else ""
-    return Raw("jumprelu", map_npz(path / "params.npz"), hook, apply_b_dec_to_input=False, model_name=model)
+    return Raw("jumprelu", map_npz(path / "params.npz", few), hook, apply_b_dec_to_input=False, model_name=model)
 
 
-def read_gemma_scope_2(path: Path) -> Raw:
+def read_gemma_scope_2(path: Path, few: bool) -> Raw:
     """Gemma Scope 2: `params.safetensors`, lower-case keys, in `resid_post/layer_17_width_16k_l0_medium/`."""
-    tensors = map_safetensors(path / "params.safetensors")
+    tensors = map_safetensors(path / "params.safetensors", few)
     if "affine_skip_connection" in tensors or "transcoder" in str(path) or "clt" in path.name:
         raise SaeError(f"{path}: a transcoder reads one site and writes another; it is not an SAE")
     renamed = {re.sub(r"^w_", "W_", name): tensor for name, tensor in tensors.items()}
@@ -185,13 +185,13 @@ def read_gemma_scope_2(path: Path) -> Raw:
 _SPARSIFY_POINTS = {"": "hook_resid_post", ".mlp": "hook_mlp_out", ".self_attn": "hook_attn_out"}
 
 
-def read_sparsify(path: Path) -> Raw:
+def read_sparsify(path: Path, few: bool) -> Raw:
     """EleutherAI's sparsify: `layers.20/{cfg.json,sae.safetensors}`; the hook point is the directory's name."""
     cfg = _json(path / "cfg.json")
     refused = [name for name in ("transcode", "skip_connection", "signed") if cfg.get(name)]
     if refused or cfg.get("activation", "topk") != "topk":
         raise SaeError(f"{path / 'cfg.json'}: sparsify's {refused or cfg['activation']} is not supported")
-    tensors = map_safetensors(path / "sae.safetensors")
+    tensors = map_safetensors(path / "sae.safetensors", few)
     point = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp|\.self_attn|)", path.resolve().name)
     return Raw(
         architecture="topk",
@@ -219,7 +219,7 @@ _DICTIONARY_CLASSES = {
 _DICTIONARY_VECTORS = {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
 
 
-def read_dictionary_learning(path: Path) -> Raw:
+def read_dictionary_learning(path: Path, _few: bool) -> Raw:
     """dictionary_learning: `ae.pt` (a state dict) and `config.json`."""
     trainer = _field(_json(path / "config.json"), "trainer", path / "config.json")
     kind = trainer.get("dict_class")
@@ -256,7 +256,7 @@ def _dictionary_tensors(tensors: Mapping[str, Tensor], architecture: str, path: 
     return found
 
 
-def read_llama_scope(path: Path) -> Raw:
+def read_llama_scope(path: Path, few: bool) -> Raw:
     """Llama Scope: `hyperparams.json`, `checkpoints/final.safetensors`, one threshold for all features.
 
     The threshold is stated for the unscaled input; scaling the input scales the pre-activations with it.
@@ -265,7 +265,7 @@ def read_llama_scope(path: Path) -> Raw:
     cfg = _json(cfg_path)
     norms = _field(cfg, "dataset_average_activation_norm", cfg_path)
     scale = int(_field(cfg, "d_model", cfg_path)) ** 0.5 / float(_field(norms, "in", cfg_path))
-    tensors = _linear_pair(map_safetensors(path / "checkpoints" / "final.safetensors"), path, "encoder", "decoder")
+    tensors = _linear_pair(map_safetensors(path / "checkpoints" / "final.safetensors", few), path, "encoder", "decoder")
     threshold = float(_field(cfg, "jump_relu_threshold", cfg_path)) * scale
     if cfg.get("hook_point_out", cfg.get("hook_point_in")) != cfg.get("hook_point_in"):
         raise SaeError(f"{path}: a transcoder reads one site and writes another; it is not an SAE")
@@ -279,7 +279,7 @@ def read_llama_scope(path: Path) -> Raw:
     )
 
 
-def read_goodfire(path: Path) -> Raw:
+def read_goodfire(path: Path, _few: bool) -> Raw:
     """Goodfire: one `.pth` named like `Llama-3.1-8B-Instruct-SAE-l19.pth`, ReLU."""
     tensors = load_torch(path)
     name = re.fullmatch(r"(.+)-SAE-l(\d+)\.pth?", path.name)
@@ -306,7 +306,7 @@ def _linear_pair(tensors: Mapping[str, Tensor], path: Path, encoder: str, decode
     }
 
 
-def read_qwen_scope(path: Path) -> Raw:
+def read_qwen_scope(path: Path, _few: bool) -> Raw:
     """Qwen Scope: `layer20.sae.pt` in a repository named `SAE-Res-Qwen3-8B-Base-W64K-L0_50`, top 50."""
     tensors = load_torch(path)
     layer, repo = re.match(r"layer(\d+)", path.name), re.search(r"SAE-Res-(.+)-W\d+K-L0_(\d+)", str(path.resolve()))

@@ -3,7 +3,10 @@
 Serving one feature needs one decoder row and one encoder column. The usual encoder is stored [d_in, d_sae] row by row,
 so a column is one number in every row. Mapped with the kernel's default read-ahead, a cold 65,536 x 4,096 encoder in
 16 bit is read whole for one column (528 MB measured, 0.35-0.47 s); told that access is random, it is one page a row
-(16 MB, 0.18 s). Pickles are never executed: `torch.load` gets `weights_only=True`, numpy `allow_pickle=False`.
+(16 MB, 0.18 s). A whole file is read faster the default way, so the caller says which it will be.
+
+Nothing mapped may outlive loading: a mapped file that somebody rewrites in place ends the process. Pickles are never
+executed: `torch.load` gets `weights_only=True`, numpy `allow_pickle=False`.
 """
 
 from __future__ import annotations
@@ -40,10 +43,10 @@ _ZIP_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 class _Mapped:
     """A file as one copy-on-write memory map (torch refuses read-only buffers without a warning)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, few: bool) -> None:
         with _opened(path) as handle:
             self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        if hasattr(self._map, "madvise"):
+        if few and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_RANDOM)
 
     def tensor(self, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -62,8 +65,11 @@ def _opened(path: Path) -> IO[bytes]:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def map_safetensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, mapped. Raises `CheckpointError` for anything malformed."""
+def map_safetensors(path: Path, few: bool) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, mapped. `few`: only a few numbers of it will be read.
+
+    Raises `CheckpointError` for anything malformed.
+    """
     with _opened(path) as handle:
         size = path.stat().st_size
         length = int.from_bytes(handle.read(8), "little")
@@ -73,7 +79,7 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         entries: dict[str, Any] = json.loads(header)
         entries.pop("__metadata__", None)
-        mapped = _Mapped(path)
+        mapped = _Mapped(path, few)
         return {name: _entry(mapped, entry, 8 + length, size) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
@@ -88,14 +94,14 @@ def _entry(mapped: _Mapped, entry: dict[str, Any], base: int, size: int) -> Tens
     return mapped.tensor(start, dtype, shape)
 
 
-def map_npz(path: Path) -> dict[str, Tensor]:
+def map_npz(path: Path, few: bool) -> dict[str, Tensor]:
     """Every array of an `.npz`: mapped when stored plainly (as `np.savez` does), read when compressed.
 
     Raises `CheckpointError` for anything malformed, `PickleCheckpointError` for arrays of objects.
     """
     try:
         with _opened(path) as handle, zipfile.ZipFile(handle) as archive:
-            mapped = _Mapped(path)
+            mapped = _Mapped(path, few)
             return {
                 info.filename.removesuffix(".npy"): _array(handle, archive, info, mapped) for info in archive.infolist()
             }

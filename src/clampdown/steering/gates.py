@@ -12,50 +12,63 @@ calibration scores costs nothing extra.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 
 from clampdown.errors import NotEnoughDataError
 from clampdown.steering.plan import Gate, Guarantee
 
+Pooled = Mapping[str, csr_array]
+"""Activations pooled over each prompt, [prompts, d_sae] per pooling."""
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """score = bias + sum_i weights[i] * activation of features[i]."""
+    """score = bias + sum_i weights[i] * (activation of features[i], pooled by poolings[i])."""
 
     features: tuple[int, ...]
+    poolings: tuple[str, ...]
     weights: tuple[float, ...]
     bias: float
 
-    def scores(self, pooled: csr_array) -> Float[np.ndarray, " prompts"]:
-        """Scores of pooled activations [prompts, d_sae]."""
-        return pooled[:, list(self.features)] @ np.array(self.weights) + self.bias
+    def scores(self, pooled: Pooled) -> Float[np.ndarray, " prompts"]:
+        """Scores of prompts from their pooled activations."""
+        total = np.full(next(iter(pooled.values())).shape[0], self.bias)
+        for name in set(self.poolings):
+            mine = [i for i, pooling in enumerate(self.poolings) if pooling == name]
+            columns: Any = pooled[name][:, [self.features[i] for i in mine]]
+            total += columns @ np.array([self.weights[i] for i in mine])
+        return total
 
 
-def fit_probe(
-    pooled: csr_array, harmful: Bool[np.ndarray, " prompts"], *, max_features: int = 24, seed: int = 0
-) -> Probe:
-    """A probe on at most `max_features` features, from pooled activations [prompts, d_sae].
+def fit_probe(pooled: Pooled, harmful: Bool[np.ndarray, " prompts"], *, max_features: int = 40, seed: int = 0) -> Probe:
+    """A probe on at most `max_features` (feature, pooling) pairs.
 
-    The L1 penalty is relaxed until more features would be used; the chosen ones are then refitted with an L2 penalty,
-    because L1 shrinks the weights that it keeps.
+    The L1 penalty is relaxed until more pairs would be used; the chosen ones are then refitted with an L2 penalty,
+    because L1 shrinks the weights that it keeps. Raises `NotEnoughDataError` without prompts of both kinds.
     """
     if harmful.all() or not harmful.any():
         raise NotEnoughDataError("a gate needs both harmful and harmless prompts to learn from")
-    scale = np.maximum(pooled.max(axis=0).toarray().ravel(), 1e-6)
-    scaled: Any = csr_array(pooled.multiply(1.0 / scale))  # scipy's stubs do not know indexing by an array
+    names, width = list(pooled), next(iter(pooled.values())).shape[1]
+    stacked = csr_array(hstack([pooled[name] for name in names]))
+    scale = np.maximum(stacked.max(axis=0).toarray().ravel(), 1e-6)
+    scaled: Any = csr_array(stacked.multiply(1.0 / scale))  # scipy's stubs do not know indexing by an array
     kept = _lasso_features(scaled, harmful, max_features, seed)
     model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000, random_state=seed)
     model.fit(scaled[:, kept], harmful)
-    weights = model.coef_[0] / scale[kept]
-    return Probe(tuple(int(f) for f in kept), tuple(float(w) for w in weights), float(model.intercept_[0]))
+    return Probe(
+        features=tuple(int(column % width) for column in kept),
+        poolings=tuple(names[column // width] for column in kept),
+        weights=tuple((model.coef_[0] / scale[kept]).tolist()),
+        bias=float(model.intercept_[0]),
+    )
 
 
 def _lasso_features(
@@ -111,10 +124,11 @@ def choose_threshold(
 
 
 def make_gate(site: str, probe: Probe, threshold: float, guarantee: Guarantee | None = None) -> Gate:
-    """The probe as a plan's gate, read by maximum over the prompt's content tokens."""
+    """The probe as a plan's gate."""
     return Gate(
         site=site,
         features=probe.features,
+        poolings=probe.poolings,  # type: ignore[arg-type]  (checked by the model)
         weights=probe.weights,
         bias=probe.bias,
         threshold=threshold,

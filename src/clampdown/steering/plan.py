@@ -143,7 +143,9 @@ class Guarantee(_Part):
 class Gate(_Part):
     """Whether a conversation is steered at all: a linear probe over pooled feature activations of the prompt.
 
-    score = bias + sum_i weights[i] * pool_over_prompt(a_features[i]); it fires when score > threshold.
+    score = bias + sum_i weights[i] * poolings[i](a_features[i]); it fires when score > threshold. `max` and `mean` run
+    over the prompt's content tokens; `assistant_start` is the value at the prompt's last token, where the reply is
+    decided. A feature may appear under several poolings.
     """
 
     kind: Literal["probe"] = "probe"
@@ -152,14 +154,17 @@ class Gate(_Part):
     weights: tuple[float, ...]
     bias: float
     threshold: float
-    pooling: Literal["max", "mean"] = "max"
+    poolings: tuple[Literal["max", "mean", "assistant_start"], ...]
     guarantee: Guarantee | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         Site.parse(self.site)
-        if not self.features or len(self.features) != len(self.weights):
-            raise PlanError(f"a gate needs one weight per feature, got {len(self.features)} and {len(self.weights)}")
+        if not self.features or len({len(self.features), len(self.weights), len(self.poolings)}) != 1:
+            raise PlanError(
+                f"a gate needs one weight and one pooling per feature, got {len(self.features)} features, "
+                f"{len(self.weights)} weights and {len(self.poolings)} poolings"
+            )
         if not all(map(math.isfinite, (*self.weights, self.bias, self.threshold))):
             raise PlanError("a gate's weights, bias and threshold must be finite")
         return self

@@ -131,27 +131,41 @@ class SiteProgram:
         return {group.scope for bank in self.banks for group in bank.groups}
 
 
+def _pool_max(activation: Tensor, content: Tensor) -> Tensor:
+    return activation.masked_fill(~content.unsqueeze(-1), 0.0).amax(1)
+
+
+def _pool_mean(activation: Tensor, content: Tensor) -> Tensor:
+    mask = content.unsqueeze(-1)
+    return (activation * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def _pool_assistant_start(activation: Tensor, content: Tensor) -> Tensor:
+    return activation[:, -1]
+
+
+GATE_POOLINGS = {"max": _pool_max, "mean": _pool_mean, "assistant_start": _pool_assistant_start}
+"""[rows, prompt, channels] and the content mask [rows, prompt] -> [rows, channels]."""
+
+
 @dataclass(frozen=True, slots=True)
 class GateProgram:
-    """Gates of all rows that read one site with one pooling: weights [rows, channels] over shared channels."""
+    """Gates of all rows that read one site: per pooling, weights [rows, channels] over shared channels."""
 
     site: Site
     view: View
-    pooling: str
     gated: Bool[Tensor, " rows"]
-    weights: Float[Tensor, "rows channels"]
+    weights: Mapping[str, Float[Tensor, "rows channels"]]
     bias: Float[Tensor, " rows"]
     threshold: Float[Tensor, " rows"]
 
-    def scores(self, x: Residual, content: Bool[Tensor, "rows pos"]) -> Float[Tensor, " rows"]:
-        """Each row's score from its own prompt tokens."""
+    def scores(
+        self, x: Float[Tensor, "rows prompt d_model"], content: Bool[Tensor, "rows prompt"]
+    ) -> Float[Tensor, " rows"]:
+        """Each row's score from the residual at its own prompt tokens."""
         activation = self.view.read(x.float())
-        mask = content.unsqueeze(-1)
-        if self.pooling == "max":
-            pooled = activation.masked_fill(~mask, 0.0).amax(1)
-        else:
-            pooled = (activation * mask).sum(1) / mask.sum(1).clamp(min=1)
-        return (pooled * self.weights).sum(-1) + self.bias
+        parts = [(GATE_POOLINGS[name](activation, content) * w).sum(-1) for name, w in self.weights.items()]
+        return torch.stack(parts).sum(0) + self.bias
 
 
 Rows = Sequence[Plan | None]
@@ -249,27 +263,33 @@ def site_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, Sae]) -> tup
 
 
 def gate_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, Sae]) -> tuple[GateProgram, ...]:
-    """One gate reader per (site, pooling) that any row's plan uses."""
-    keys = sorted({(p.gate.site, p.gate.pooling) for p in rows if p is not None and p.gate})
-    return tuple(_gate_program(rows, site, pooling, saes[site], lm.device) for site, pooling in keys)
+    """One gate reader per site that any row's gate uses."""
+    sites = sorted({p.gate.site for p in rows if p is not None and p.gate})
+    return tuple(_gate_program(rows, site, saes[site], lm.device) for site in sites)
 
 
-def _gate_program(rows: Rows, site: str, pooling: str, sae: Sae, device: torch.device) -> GateProgram:
+def _gate_program(rows: Rows, site: str, sae: Sae, device: torch.device) -> GateProgram:
     gates: dict[int, Gate] = {
-        row: plan.gate
-        for row, plan in enumerate(rows)
-        if plan is not None and plan.gate and (plan.gate.site, plan.gate.pooling) == (site, pooling)
+        row: plan.gate for row, plan in enumerate(rows) if plan is not None and plan.gate and plan.gate.site == site
     }
     features = sorted({f for gate in gates.values() for f in gate.features})
     column = {f: i for i, f in enumerate(features)}
-    weights = torch.zeros(len(rows), len(features))
+    used = sorted({name for gate in gates.values() for name in gate.poolings})
+    weights = {name: torch.zeros(len(rows), len(features)) for name in used}
     bias, threshold = torch.zeros(len(rows)), torch.zeros(len(rows))
     gated = torch.zeros(len(rows), dtype=torch.bool)
     for row, gate in gates.items():
-        weights[row, [column[f] for f in gate.features]] = torch.tensor(gate.weights)
+        for feature, name, weight in zip(gate.features, gate.poolings, gate.weights, strict=True):
+            weights[name][row, column[feature]] = weight
         bias[row], threshold[row], gated[row] = gate.bias, gate.threshold, True
-    parts = (gated, weights, bias, threshold)
-    return GateProgram(Site.parse(site), sae.select(features), pooling, *(part.to(device) for part in parts))
+    return GateProgram(
+        site=Site.parse(site),
+        view=sae.select(features),
+        gated=gated.to(device),
+        weights={name: w.to(device) for name, w in weights.items()},
+        bias=bias.to(device),
+        threshold=threshold.to(device),
+    )
 
 
 def check_plan(plan: Plan, lm: LanguageModel, saes: Mapping[str, Sae]) -> None:
