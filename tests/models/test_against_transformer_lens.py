@@ -34,15 +34,14 @@ def test_the_same_name_is_the_same_place(name: str, tmp_path: Path) -> None:
     model = build(name)
     model.save_pretrained(tmp_path)
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, 64)}}
-    tokenizer = PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w3")),
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
-    )
-    tokenizer.save_pretrained(tmp_path)
+    ).save_pretrained(tmp_path)
     try:
-        bridge = TransformerBridge.boot_transformers(str(tmp_path), device="cpu", tokenizer=tokenizer)
+        bridge = TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
     except (ValueError, KeyError, NotImplementedError) as error:
         pytest.skip(f"TransformerLens cannot open it: {error}")
     _, cache = bridge.run_with_cache(IDS)

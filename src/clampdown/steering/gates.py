@@ -29,6 +29,12 @@ Pooled = Mapping[str, csr_array]
 """Activations pooled over each prompt, [prompts, d_sae] per pooling."""
 
 
+def _shape(pooled: Pooled) -> tuple[int, int]:
+    """(prompts, d_sae), the same for every pooling."""
+    first: Any = next(iter(pooled.values()))
+    return first.shape[0], first.shape[1]
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """score = bias + sum_i weights[i] * (activation of features[i], pooled by poolings[i])."""
@@ -40,7 +46,7 @@ class Probe:
 
     def scores(self, pooled: Pooled) -> Float[np.ndarray, " prompts"]:
         """Scores of prompts from their pooled activations."""
-        total = np.full(next(iter(pooled.values())).shape[0], self.bias)
+        total = np.full(_shape(pooled)[0], self.bias)
         for name in set(self.poolings):
             mine = [i for i, pooling in enumerate(self.poolings) if pooling == name]
             columns: Any = pooled[name][:, [self.features[i] for i in mine]]
@@ -56,17 +62,18 @@ def fit_probe(pooled: Pooled, harmful: Bool[np.ndarray, " prompts"], *, max_feat
     """
     if harmful.all() or not harmful.any():
         raise NotEnoughDataError("a gate needs both harmful and harmless prompts to learn from")
-    names, width = list(pooled), next(iter(pooled.values())).shape[1]
+    names, width = list(pooled), _shape(pooled)[1]
     stacked = csr_array(hstack([pooled[name] for name in names]))
     scale = np.maximum(stacked.max(axis=0).toarray().ravel(), 1e-6)
     scaled: Any = csr_array(stacked.multiply(1.0 / scale))  # scipy's stubs do not know indexing by an array
     kept = _lasso_features(scaled, harmful, max_features, seed)
-    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000, random_state=seed)
+    model: Any = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000, random_state=seed)
     model.fit(scaled[:, kept], harmful)
+    coefficients = model.coef_[0]
     return Probe(
         features=tuple(int(column % width) for column in kept),
         poolings=tuple(names[column // width] for column in kept),
-        weights=tuple((model.coef_[0] / scale[kept]).tolist()),
+        weights=tuple((coefficients / scale[kept]).tolist()),
         bias=float(model.intercept_[0]),
     )
 
@@ -77,7 +84,7 @@ def _lasso_features(
     """The features of the weakest L1 penalty that uses at most `max_features`."""
     kept = np.array([], dtype=int)
     for strength in np.geomspace(0.003, 30, 14):
-        model = LogisticRegression(
+        model: Any = LogisticRegression(
             l1_ratio=1.0, C=strength, solver="liblinear", class_weight="balanced", max_iter=500, random_state=seed
         )
         used = np.flatnonzero(model.fit(scaled, harmful).coef_[0])
