@@ -46,7 +46,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     [
         (("discover", "--model", "/no/such/model"), "no model at"),
         (("chat", "--model", "nowhere/at-all", "--prompt", "x"), "cannot get model"),
-        (("demo", "--sae", "/no/such/sae"), "no such directory"),
+        (("demo", "--sae", "/no/such/sae"), "no SAE at"),
         (("sweep", "--feature", "99999"), "feature 99999 does not exist"),
         (("sweep",), "exactly one way"),
         (("sweep", "--feature", "1", "--multiples", "a,b"), "not a list of numbers"),
@@ -56,7 +56,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("report", "/no/such/run"), "has no summary.json"),
         (("chat", "--plan", "/no/such/plan.toml", "--prompt", "x"), "cannot read"),
         (("discover", "--pooling", "sideways"), "unknown pooling"),
-        (("organism", "measure", "/no/such/organism"), "/no/such/organism"),
+        (("organism", "measure", "/no/such/organism"), "no organism at"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

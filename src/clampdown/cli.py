@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from clampdown.config import CODE_VERSION, ORGANISM
-from clampdown.errors import ClampdownError
+from clampdown.errors import ClampdownError, ModelError
 
 if TYPE_CHECKING:
     from clampdown.commands.stages import Stages
@@ -42,10 +42,11 @@ class Finder(StrEnum):
     BOTH = "both"
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         console.print(f"clampdown {CODE_VERSION}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
@@ -209,8 +210,13 @@ def organism_measure(
     """Measure a trained organism against its targets on held-out prompts."""
     from clampdown.organism import WEIGHTS, measure
 
+    where = directory or WEIGHTS
+    if not (where / "model" / "config.json").is_file():
+        raise ModelError(
+            f"no organism at {where}: it has no model/config.json", hint="give a directory of `clampdown organism train`"
+        )
     with _stages().stage("Measuring"):
-        rows = measure.measure(directory or WEIGHTS, n)
+        rows = measure.measure(where, n)
     console.print(measure.table(rows))
 
 

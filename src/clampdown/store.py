@@ -35,7 +35,9 @@ def to_jsonable(value: Any) -> Any:
         return str(value)
     if isinstance(value, Mapping):
         return {str(key): to_jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, set | frozenset):
+        return sorted((to_jsonable(item) for item in value), key=json.dumps)
+    if isinstance(value, list | tuple):
         return [to_jsonable(item) for item in value]
     return value
 
@@ -135,7 +137,8 @@ class RecordLog:
         self.path = directory / "records.jsonl"
         self._claim(directory / "manifest.json", key)
         self._records = {(r.arm, r.suite, r.prompt_id): r for r in self._recover()}
-        self._handle = self.path.open("a", encoding="utf-8")
+        # Unbuffered: what a full disk refused must not linger in a buffer and be written by a later call.
+        self._handle = self.path.open("ab", buffering=0)
 
     def _claim(self, manifest: Path, key: Any) -> None:
         digest = content_hash(key)
@@ -158,9 +161,9 @@ class RecordLog:
         if len(whole) != len(raw):
             with self.path.open("r+b") as handle:
                 handle.truncate(len(whole))
-        return [self._parse(number, line) for number, line in enumerate(whole.decode().splitlines(), 1)]
+        return [self._parse(number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
 
-    def _parse(self, number: int, line: str) -> Record:
+    def _parse(self, number: int, line: bytes) -> Record:
         try:
             return record_from_json(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
@@ -175,14 +178,18 @@ class RecordLog:
 
     def append(self, records: Sequence[Record]) -> None:
         """Write records that are not there yet, and wait until they are on disk."""
-        fresh = [r for r in records if (r.arm, r.suite, r.prompt_id) not in self._records]
+        keyed = {(r.arm, r.suite, r.prompt_id): r for r in reversed(records)}
+        fresh = {key: keyed[key] for key in reversed(keyed) if key not in self._records}
+        lines = "".join(json.dumps(to_jsonable(r), ensure_ascii=False) + "\n" for r in fresh.values()).encode()
+        before = self.path.stat().st_size
         try:
-            self._handle.writelines(json.dumps(to_jsonable(r), ensure_ascii=False) + "\n" for r in fresh)
-            self._handle.flush()
+            while lines:
+                lines = lines[self._handle.write(lines) :]
             os.fsync(self._handle.fileno())
         except OSError as error:
+            os.ftruncate(self._handle.fileno(), before)
             raise StoreError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self._records.update({(r.arm, r.suite, r.prompt_id): r for r in fresh})
+        self._records.update(fresh)
 
     def close(self) -> None:
         self._handle.close()
@@ -215,16 +222,20 @@ def read_feature_set(path: Path) -> FeatureSet:
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("kind") != "feature_set" or raw.get("schema") != SCHEMA:
         raise StoreError(f"{path} is not a feature set of schema {SCHEMA}")
-    scores = tuple(
-        FeatureScore(
-            f["feature"],
-            f["scores"],
-            tuple(f["top_prompts"]),
-            tuple(f["promoted_tokens"]),
-            tuple(f["demoted_tokens"]),
+    try:
+        scores = tuple(_feature_score(row) for row in raw["features"])
+        return FeatureSet(
+            raw["finder"], raw["site"], raw["ranked_by"], scores, Provenance(**raw["provenance"]), raw["settings"]
         )
-        for f in raw["features"]
-    )
-    return FeatureSet(
-        raw["finder"], raw["site"], raw["ranked_by"], scores, Provenance(**raw["provenance"]), raw["settings"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is not a feature set: {error!r}") from error
+
+
+def _feature_score(row: Mapping[str, Any]) -> FeatureScore:
+    return FeatureScore(
+        row["feature"],
+        row["scores"],
+        tuple(row["top_prompts"]),
+        tuple(row["promoted_tokens"]),
+        tuple(row["demoted_tokens"]),
     )

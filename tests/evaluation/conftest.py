@@ -7,7 +7,7 @@ import pytest
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm
-from clampdown.steering.plan import Edit, Plan
+from clampdown.steering.plan import Edit, Gate, Plan
 from clampdown.types import ArmKind, Judgement, Message, Prompt, Split, Suite, SuiteKind, Verdict
 from tests.steering.conftest import SITE, make_plan, random_sae, tiny_llama
 
@@ -31,6 +31,13 @@ def arm(plan: Plan, name: str = "steered") -> Arm:
     return Arm(name, ArmKind.FEATURE, plan, plan.edits[0].strengths[0])
 
 
+def gate(*features: int, threshold: float = 0.0) -> Gate:
+    """A probe with weights 1 that uses every pooling in turn."""
+    poolings = tuple(["max", "mean", "assistant_start"][i % 3] for i in range(len(features)))
+    weights = (1.0,) * len(features)
+    return Gate(site=SITE.name, features=features, weights=weights, bias=0.0, threshold=threshold, poolings=poolings)
+
+
 def prompt(i: int, suite: str = "benign", words: int | None = None, **fields: object) -> Prompt:
     """Prompts of different lengths, all over the tiny model's words."""
     text = " ".join(f"w{(3 * i + j) % 40}" for j in range(words or 2 + i % 5))
@@ -47,4 +54,4 @@ def length_judge(asked: Prompt, reply: str) -> Judgement:
     return Judgement(verdicts[len(set(reply.split())) % len(verdicts)], None, "by length")
 
 
-__all__ = ["BASELINE", "arm", "clamp", "length_judge", "prompt", "suite"]
+__all__ = ["BASELINE", "arm", "clamp", "gate", "length_judge", "prompt", "suite"]

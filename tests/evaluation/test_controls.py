@@ -18,8 +18,8 @@ from clampdown.evaluation.utility import Forced, base_replies, benign_kl, costs,
 from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
-from clampdown.steering.plan import Edit, Gate
-from tests.evaluation.conftest import arm, clamp, prompt
+from clampdown.steering.plan import Edit
+from tests.evaluation.conftest import arm, clamp, gate, prompt
 from tests.steering.conftest import SITE, make_plan
 
 
@@ -122,8 +122,7 @@ def test_the_same_edits_on_other_features() -> None:
         Edit(site=SITE.name, operator="clamp", features=(1, 2), strengths=(3.0, 4.0), p99=(1.0, 1.0)),
         Edit(site=SITE.name, operator="scale", features=(5,), strengths=(0.5,), scope="assistant"),
     ]
-    gate = Gate(site=SITE.name, features=(1,), weights=(1.0,), bias=0.0, threshold=0.0)
-    plan = make_plan(*edits, gate=gate)
+    plan = make_plan(*edits, gate=gate(1))
     found = controls.with_features(plan, [7, 8, 9], "control")
     assert [e.features for e in found.edits] == [(7, 8), (9,)]
     assert [(e.strengths, e.scope, e.operator) for e in found.edits] == [

@@ -16,10 +16,10 @@ from clampdown.evaluation.runner import Job, Settings, resume_key, run
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm, Reply
-from clampdown.steering.plan import Edit, Gate, Plan
+from clampdown.steering.plan import Edit, Plan
 from clampdown.store import RecordLog, content_hash, read_records
 from clampdown.types import ArmKind, Judge, Judgement, Prompt, Receipt, Record, Verdict
-from tests.evaluation.conftest import arm, clamp, length_judge, prompt, suite
+from tests.evaluation.conftest import arm, clamp, gate, length_judge, prompt, suite
 from tests.steering.conftest import SITE, make_plan
 
 ARMS = (
@@ -166,7 +166,7 @@ CHANGES: dict[str, dict[str, Any]] = {
             arm(
                 make_plan(
                     *clamp(6.0).edits,
-                    gate=Gate(site=SITE.name, features=(1,), weights=(1.0,), bias=0.0, threshold=0.0),
+                    gate=gate(1),
                 ),
                 "clamped",
             )
@@ -244,8 +244,7 @@ def test_a_plan_that_failed_to_act_writes_no_record(lm: LanguageModel, sae: Sae,
 
 
 def test_a_gate_that_never_fires_is_a_result(lm: LanguageModel, sae: Sae, tmp_path: Path) -> None:
-    gate = Gate(site=SITE.name, features=(1,), weights=(1.0,), bias=0.0, threshold=1e9)
-    shut = arm(make_plan(*clamp(6.0).edits, gate=gate), "shut")
+    shut = arm(make_plan(*clamp(6.0).edits, gate=gate(1, threshold=1e9)), "shut")
     records = records_in(tmp_path, lm, sae, job(arms=(BASELINE, shut)))
     replies = {(r.arm, r.prompt_id): r.reply for r in records}
     assert all(replies["shut", p] == reply for (_, p), reply in replies.items())

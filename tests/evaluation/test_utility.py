@@ -25,9 +25,9 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm, generate_arms
 from clampdown.steering.hooks import steer
-from clampdown.steering.plan import Edit, Gate, Plan
+from clampdown.steering.plan import Edit, Plan
 from clampdown.types import ArmKind, Message, Prompt
-from tests.evaluation.conftest import arm, clamp, prompt
+from tests.evaluation.conftest import arm, clamp, gate, prompt
 from tests.steering.conftest import SITE, make_plan
 
 STRENGTH = 6.0
@@ -124,8 +124,7 @@ def test_a_steered_reply_is_what_teacher_forcing_finds_likeliest(lm: LanguageMod
 
 
 def gated(threshold: float) -> Plan:
-    gate = Gate(site=SITE.name, features=(3, 5, 8), weights=(1.0, 1.0, 1.0), bias=0.0, threshold=threshold)
-    return make_plan(clamp(STRENGTH).edits[0], gate=gate)
+    return make_plan(clamp(STRENGTH).edits[0], gate=gate(3, 5, 8, threshold=threshold))
 
 
 def test_a_gate_reads_the_prompt_only(lm: LanguageModel, sae: Sae, forced: tuple[Forced, ...]) -> None:

@@ -47,9 +47,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {**_MOE, "head_dim": 8}),
     "mistral": ("MistralConfig", {"sliding_window": 4}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "gpt_neox": ("GPTNeoXConfig", {"use_parallel_residual": True}),
-    "gpt_neox_sequential": ("GPTNeoXConfig", {"use_parallel_residual": False}),
-    "gpt2": ("GPT2Config", {"n_inner": 48}),
+    "gpt_neox": ("GPTNeoXConfig", {"num_key_value_heads": 4, "use_parallel_residual": True}),
+    "gpt_neox_sequential": ("GPTNeoXConfig", {"num_key_value_heads": 4, "use_parallel_residual": False}),
+    "gpt2": ("GPT2Config", {"num_key_value_heads": 4, "n_inner": 48}),
     "olmo2": ("Olmo2Config", {}),
     "smollm3": ("SmolLM3Config", {}),
 }

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clampdown.errors import StrengthError
-from clampdown.steering.plan import Edit, Gate
+from clampdown.steering.plan import Edit
 from clampdown.tradeoff.frontier import Axes
 from clampdown.tradeoff.sweep import Candidate, Rule, candidates, choose, sweep_arms
 from clampdown.types import ArmKind, Record, Split, Verdict
-from tests.evaluation.conftest import arm, clamp, suite
+from tests.evaluation.conftest import arm, clamp, gate, suite
 from tests.steering.conftest import SITE, make_plan
 
 
@@ -32,9 +32,8 @@ def test_each_feature_has_its_own_unit() -> None:
 
 
 def test_the_kind_follows_the_plan() -> None:
-    gate = Gate(site=SITE.name, features=(1,), weights=(1.0,), bias=0.0, threshold=0.0)
     dense = Edit(site=SITE.name, operator="add_direction", vector="v", strengths=(1.0,))
-    plans = [clamp(1.0), make_plan(*clamp(1.0).edits, gate=gate), make_plan(dense, vectors={"v": (1.0,) * 32})]
+    plans = [clamp(1.0), make_plan(*clamp(1.0).edits, gate=gate(1)), make_plan(dense, vectors={"v": (1.0,) * 32})]
     kinds = [sweep_arms(plan, [1.0], (1.0,))[0].kind for plan in plans]
     assert kinds == [ArmKind.FEATURE, ArmKind.GATED, ArmKind.DIRECTION]
 

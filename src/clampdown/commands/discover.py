@@ -50,9 +50,9 @@ class Prompts:
 
 def run_discover(model: str, sae: str, request: Request, out: Path, stages: Stages) -> list[tuple[Path, FeatureSet]]:
     """Write one file per finder under `out`; returns them with their paths, in the order asked for."""
-    prompts = _prompts(model, request)
     with stages.stage("Loading"):
         lm, loaded = load_pair(model, sae)
+    prompts = _prompts(model, request)
     found = [_find(lm, loaded, name, prompts, request, stages) for name in request.finders]
     if request.check:
         found = _checked(lm, loaded, found, prompts, stages)

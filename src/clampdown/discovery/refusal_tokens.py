@@ -6,9 +6,8 @@ reply token, with P the total probability of those tokens,
 
     refusal log-odds = log P - log(1 - P)
 
-which needs a prefill only, no generation. A token such as "I" opens "I can't help" and "I don't know" alike, but on
-the embedded model leaving it out of both sides made the log-odds a worse predictor of generated refusals, not a better
-one (Spearman 0.85 against 0.92 over 37 features), so it counts as long as refusals open with it more often.
+which needs a prefill only, no generation. A token such as "I" may open "I can't help" and "I don't know" alike. It
+counts as long as refusals open with it more often: leaving it out of both sides predicted generated refusals no better.
 """
 
 from __future__ import annotations

@@ -163,7 +163,10 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
 
 def _read_weights(directory: Path, name: str, dtype: str | torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM  # importing it takes seconds: only when a model is loaded
+    from transformers.utils import logging
 
+    # Commands show their own progress; the library's bar would break into it.
+    logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -171,6 +174,8 @@ def _read_weights(directory: Path, name: str, dtype: str | torch.dtype) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model '{name}' cannot be loaded: {reason}") from error
+    finally:
+        logging.enable_progress_bar()
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
