@@ -77,12 +77,15 @@ class _Tally:
         self.norm.zero_()
 
     def flush(self, alive: Int[Tensor, " rows"]) -> None:
-        """Reduce the kept (delta, x) pairs to counts and norms."""
-        for delta, x in self.pending:
-            size = delta.float().norm(dim=-1)
-            relative = size / x.float().norm(dim=-1).clamp(min=1e-12)
-            self.touched.index_add_(0, alive, (size > 0).float().sum(1))
-            self.norm.index_add_(0, alive, relative.sum(1))
+        """Reduce the kept (delta, x) pairs to counts and norms, all passes at once: they hold the same rows."""
+        if not self.pending:
+            return
+        delta = torch.cat([delta for delta, _ in self.pending], dim=1)
+        x = torch.cat([x for _, x in self.pending], dim=1)
+        size = torch.linalg.vector_norm(delta, dim=-1, dtype=torch.float32)
+        relative = size / torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-12)
+        self.touched.index_add_(0, alive, (size > 0).float().sum(1))
+        self.norm.index_add_(0, alive, relative.sum(1))
         self.pending.clear()
 
 
