@@ -213,7 +213,8 @@ def organism_measure(
     where = directory or WEIGHTS
     if not (where / "model" / "config.json").is_file():
         raise ModelError(
-            f"no organism at {where}: it has no model/config.json", hint="give a directory of `clampdown organism train`"
+            f"no organism at {where}: it has no model/config.json",
+            hint="give a directory of `clampdown organism train`",
         )
     with _stages().stage("Measuring"):
         rows = measure.measure(where, n)

@@ -8,12 +8,12 @@ from random import Random
 import pytest
 
 from clampdown.organism import corpus
-from clampdown.organism.suites import suites
+from clampdown.organism.suites import BENIGN_CALIBRATION, DEFAULT_SIZE, RECIPES, _suite, suites
 from clampdown.types import Prompt, Split, Suite, SuiteKind
 
 SAFETY = ("harmful", "jailbroken_seen", "jailbroken_unseen", "multi_turn", "borderline", "about_harm", "benign")
 CAPABILITY = ("facts", "arithmetic", "instructions", "misconceptions")
-N = 80
+N = 60
 
 
 def conversation(prompt: Prompt) -> tuple[str, ...]:
@@ -40,11 +40,12 @@ def test_sizes(by_split: dict[Split, dict[str, Suite]]) -> None:
             assert len(suite.prompts) == (0 if hidden else N), (split, suite.name)
 
 
-def test_the_full_sizes_suffice() -> None:
-    """Calibration is the largest; the other splits are of the same size per held-out share."""
-    found = {suite.name: len(suite.prompts) for suite in suites(Split.CALIBRATION)}
-    assert all(count >= 300 for name, count in found.items() if name != "jailbroken_unseen"), found
-    assert found["benign"] >= 600
+@pytest.mark.parametrize("name", ["benign", "misconceptions"])
+def test_the_largest_sizes_are_reached(name: str) -> None:
+    """The split that wants most, and the suites whose grammar has least to give."""
+    recipe = next(recipe for recipe in RECIPES if recipe.name == name)
+    wanted = BENIGN_CALIBRATION if name == "benign" else DEFAULT_SIZE[Split.CALIBRATION]
+    assert len(_suite(recipe, Split.CALIBRATION, wanted, 0).prompts) == wanted
 
 
 def test_no_prompt_is_in_two_splits(by_split: dict[Split, dict[str, Suite]]) -> None:
