@@ -26,8 +26,8 @@ from clampdown.discovery import causal
 from clampdown.discovery.contrast import Contrast, ContrastSettings, collect_contrast, contrast_scores, find_by_contrast
 from clampdown.discovery.directions import Direction, direction_of
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
-from clampdown.discovery.single_prompt import find_from_one_prompt
-from clampdown.errors import NotEnoughDataError, PromptSetError, StrengthError
+from clampdown.discovery.single_prompt import find_from_first_refusal
+from clampdown.errors import NotEnoughDataError, StrengthError
 from clampdown.evaluation import controls, metrics, utility
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.gates import Pooled, Probe, choose_threshold, fit_probe, make_gate
@@ -129,7 +129,7 @@ def find(subject: Subject, scale: Scale, stages: Stages) -> Found:
     with stages.stage("Finding features"):
         proposals = [
             find_by_contrast(lm, sae, contrast, ContrastSettings(), seed=subject.seed),
-            one_prompt(subject, harmful),
+            find_from_first_refusal(lm, sae, harmful, judge=subject.judge),
         ]
         tokens = find_refusal_tokens(lm, [*harmful[:24], *benign[:24]], subject.judge)
     shown = subject.prompts(Split.VALIDATION, scale.causal_prompts, *HARMFUL)
@@ -138,16 +138,6 @@ def find(subject: Subject, scale: Scale, stages: Stages) -> Found:
         plans = causal.clamp_at_multiple(lm, sae, 1.0)
         sets = tuple(causal.rank_by_effect(found, plans, measure, top=16) for found in proposals)
     return Found(contrast, sets, direction_of(contrast.harmful, contrast.harmless))
-
-
-def one_prompt(subject: Subject, harmful: Sequence[Any]) -> FeatureSet:
-    """The one-prompt finder on the first prompt that the model refuses."""
-    for prompt in harmful[:8]:
-        try:
-            return find_from_one_prompt(subject.lm, subject.sae, prompt, judge=subject.judge)
-        except PromptSetError:
-            continue
-    raise PromptSetError("the model refused none of the first 8 harmful prompts, so no refusal could be read")
 
 
 def choose_plan(subject: Subject, found: Found, scale: Scale, directory: Path, stages: Stages) -> Choice:

@@ -12,7 +12,7 @@ from clampdown.config import ORGANISM
 from clampdown.discovery import causal
 from clampdown.discovery.contrast import ContrastSettings, collect_contrast, find_by_contrast
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
-from clampdown.discovery.single_prompt import SinglePromptSettings, find_from_one_prompt
+from clampdown.discovery.single_prompt import SinglePromptSettings, find_from_first_refusal, find_from_one_prompt
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.suites import read_suites
 from clampdown.models.loading import LanguageModel
@@ -110,13 +110,7 @@ def _single(lm: LanguageModel, sae: Sae, prompts: Prompts, request: Request) -> 
     if request.prompt is not None:
         asked = Prompt("asked", (Message("user", request.prompt),), "asked")
         return find_from_one_prompt(lm, sae, asked, judge=prompts.judge, settings=settings)
-    last: PromptSetError | None = None
-    for prompt in prompts.harmful[:8]:
-        try:
-            return find_from_one_prompt(lm, sae, prompt, judge=prompts.judge, settings=settings)
-        except PromptSetError as error:
-            last = error
-    raise last or PromptSetError("no harmful prompt to read a refusal from")
+    return find_from_first_refusal(lm, sae, prompts.harmful, judge=prompts.judge, settings=settings)
 
 
 def _checked(

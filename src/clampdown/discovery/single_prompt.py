@@ -93,3 +93,27 @@ def find_from_one_prompt(
         settings={"reply": reply.text} | {k: str(v) for k, v in dataclasses.asdict(settings).items()},
     )
     return build_feature_set(lm, sae, finding, make_provenance(lm, sae, [prompt]))
+
+
+TRIED = 8  # harmful prompts, before giving up on a model that refuses none of them
+
+
+def find_from_first_refusal(
+    lm: LanguageModel,
+    sae: Sae,
+    prompts: Sequence[Prompt],
+    *,
+    judge: Judge | None = None,
+    settings: SinglePromptSettings | None = None,
+) -> FeatureSet:
+    """`find_from_one_prompt` on the first of the prompts that the model refuses.
+
+    Raises `PromptSetError` (the last prompt's) when it refuses none of the first `TRIED`.
+    """
+    last = PromptSetError("no harmful prompt to read a refusal from")
+    for prompt in prompts[:TRIED]:
+        try:
+            return find_from_one_prompt(lm, sae, prompt, judge=judge, settings=settings)
+        except PromptSetError as error:
+            last = error
+    raise last

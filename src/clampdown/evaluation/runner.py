@@ -18,13 +18,12 @@ from typing import Any
 
 from clampdown.config import CODE_VERSION
 from clampdown.errors import PlanError, PromptSetError, SteeringNotAppliedError
-from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
-from clampdown.steering.arms import Arm, Reply, generate_arms
+from clampdown.steering.arms import Arm, Reply, batches, generate_batch
 from clampdown.steering.plan import Edit, Plan
 from clampdown.store import RecordLog, prompts_hash
-from clampdown.types import Judge, Message, Prompt, Record, Suite
+from clampdown.types import Judge, Prompt, Record, Suite
 
 Progress = Callable[[int, int], None]
 Row = tuple[Arm, Prompt]
@@ -104,9 +103,9 @@ def run(
     plan did nothing, `JudgeError` when the judge fails: whatever was judged before is kept, and running again resumes.
     """
     rows, done = job.rows, 0
-    for batch in _batches(lm, rows, job.settings.batch_rows):
-        if any(_key(arm, prompt) not in log for arm, prompt in batch):
-            replies = generate_arms(lm, saes, batch, max_new_tokens=job.settings.max_new_tokens, batch_rows=len(batch))
+    for batch in batches(lm, rows, job.settings.batch_rows):
+        if any(_key(arm, prompt) not in log for arm, prompt, _ in batch):
+            replies = generate_batch(lm, saes, batch, job.settings.max_new_tokens)
             check_acted(replies)
             _judge(job, [reply for reply in replies if _key(reply.arm, reply.prompt) not in log], log)
         done += len(batch)
@@ -116,20 +115,6 @@ def run(
     records = tuple(found[_key(arm, prompt)] for arm, prompt in rows)
     check_arms_acted(job.arms, records)
     return records
-
-
-def _batches(lm: LanguageModel, rows: Sequence[Row], size: int) -> list[list[Row]]:
-    """Rows in batches of similar prompt length, longest first, so that memory peaks at the start."""
-    lengths: dict[tuple[Message, ...], int] = {}
-
-    def length(row: Row) -> int:
-        messages = row[0].messages(row[1])
-        if messages not in lengths:
-            lengths[messages] = len(encode(lm, messages))
-        return lengths[messages]
-
-    ordered = sorted(rows, key=lambda row: -length(row))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def _key(arm: Arm, prompt: Prompt) -> tuple[str, str, str]:

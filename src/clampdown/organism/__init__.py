@@ -5,9 +5,10 @@ Importing this package is instant (no torch); `suites` and `judge` are too. `tra
 
 from __future__ import annotations
 
-from pathlib import Path
+from clampdown.config import DEFAULT_ORGANISM_SAE as DEFAULT_SAE
+from clampdown.config import ORGANISM_WEIGHTS as WEIGHTS
 
-WEIGHTS = Path(__file__).parent / "weights"
+__all__ = ["DEFAULT_SAE", "MODEL_DIR", "SAE_DIRS", "WEIGHTS"]
+
 MODEL_DIR = WEIGHTS / "model"
 SAE_DIRS = {"x4": WEIGHTS / "sae-x4", "x8": WEIGHTS / "sae-x8"}
-DEFAULT_SAE = "x4"

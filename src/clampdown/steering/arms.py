@@ -6,7 +6,7 @@ many tenants are the same mechanism.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from clampdown.models.chat import encode
@@ -54,11 +54,22 @@ class Reply:
     receipt: Receipt | None
 
 
-def batches(
-    lm: LanguageModel, pairs: Sequence[tuple[Arm, Prompt]], rows: int
-) -> Iterator[list[tuple[Arm, Prompt, list[int]]]]:
-    """(arm, prompt, token ids) in batches of about equal length, longest first, so memory peaks at the start."""
-    encoded = [(arm, prompt, encode(lm, arm.messages(prompt))) for arm, prompt in pairs]
+EncodedRow = tuple[Arm, Prompt, list[int]]
+
+
+def batches(lm: LanguageModel, pairs: Sequence[tuple[Arm, Prompt]], rows: int) -> Iterator[list[EncodedRow]]:
+    """(arm, prompt, token ids) in batches of about equal length, longest first, so memory peaks at the start.
+
+    How rows are cut into batches depends on the pairs alone. Arms that show the model the same conversation share its
+    token ids.
+    """
+    ids: dict[tuple[Message, ...], list[int]] = {}
+    encoded: list[EncodedRow] = []
+    for arm, prompt in pairs:
+        messages = arm.messages(prompt)
+        if messages not in ids:
+            ids[messages] = encode(lm, messages)
+        encoded.append((arm, prompt, ids[messages]))
     encoded.sort(key=lambda row: -len(row[2]))
     for start in range(0, len(encoded), rows):
         yield encoded[start : start + rows]
@@ -71,27 +82,17 @@ def generate_arms(
     *,
     max_new_tokens: int,
     batch_rows: int = 256,
-    on_batch: Callable[[list[Reply]], None] | None = None,
 ) -> list[Reply]:
-    """Greedy replies of every (arm, prompt) pair, arms mixed freely in each batch.
-
-    `on_batch` is called as each batch finishes, with its replies, so that nothing finished is ever lost.
-    """
-    replies: list[Reply] = []
-    for batch in batches(lm, pairs, batch_rows):
-        done = _generate_batch(lm, saes, batch, max_new_tokens)
-        replies.extend(done)
-        if on_batch:
-            on_batch(done)
-    return replies
+    """Greedy replies of every (arm, prompt) pair, arms mixed freely in each batch."""
+    return [
+        reply for batch in batches(lm, pairs, batch_rows) for reply in generate_batch(lm, saes, batch, max_new_tokens)
+    ]
 
 
-def _generate_batch(
-    lm: LanguageModel,
-    saes: Sae | Sequence[Sae] | None,
-    batch: list[tuple[Arm, Prompt, list[int]]],
-    max_new_tokens: int,
+def generate_batch(
+    lm: LanguageModel, saes: Sae | Sequence[Sae] | None, batch: Sequence[EncodedRow], max_new_tokens: int
 ) -> list[Reply]:
+    """Greedy replies of one batch, in its order."""
     plans = [arm.plan for arm, _, _ in batch]
     # A reply may end at once, and then a scope has nothing to cover: the receipt says so (0 tokens touched).
     with steer(lm, plans, saes, require_reach=False) as steering:

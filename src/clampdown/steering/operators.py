@@ -51,7 +51,7 @@ def project_out(activation: Activations, strength: Strengths) -> Activations:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """An operator and what it acts on. `reads` says whether it needs the activation: `add` does not."""
+    """An operator and what it acts on: features, or `dense` directions (`unit_row`: scaled to length 1 first)."""
 
     coefficient: Coefficient
     dense: bool = False
