@@ -13,9 +13,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/clampdown demo --out runs/demo
 
-# Two processes of one thread each (tests/conftest.py): torch's own threads do not pay on models this small.
+# Two processes of one thread each (tests/conftest.py): torch's own threads do not pay on models this small. loadgroup: the
+# tests that compare with other packages run in one of them, so that the other need not import those.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff format --check .

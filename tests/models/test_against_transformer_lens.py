@@ -1,7 +1,4 @@
-"""Sites mean what TransformerLens means by the same names, on the same weights.
-
-Skipped where that package is not installed: it comes with `clampdown[saelens]`, in an environment of its own.
-"""
+"""Sites mean what TransformerLens means by the same names, on the same weights. It comes with SAELens, in `dev`."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ from clampdown.models.layout import find_layout
 from clampdown.types import Point, Site
 from tests.models.conftest import ARCHITECTURES, BLOCKS, build
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-pytest.importorskip("transformer_lens", exc_type=ImportError)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("peers")]
 
 IDS = torch.tensor([[1, 5, 9, 20, 33, 7, 41]])
 SITES = [Site(layer, point) for layer in range(BLOCKS) for point in Point]

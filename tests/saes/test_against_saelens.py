@@ -1,6 +1,7 @@
 """Our SAEs against SAELens's, sparsify's and dictionary_learning's own code, on files that they wrote themselves.
 
-Skipped where those packages are not installed: they live in an environment of their own (`clampdown[saelens]`).
+SAELens and sparsify come with the `dev` extra. dictionary_learning, which needs torchvision, does not: its files are
+compared as SAELens reads them, and with its own classes where somebody has installed it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from clampdown.saes.checkpoints import load_feature_view, load_sae
 from tests.saes import files
 from tests.saes.conftest import D_IN, D_SAE, NORMALIZATIONS, K, random_sae
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-sae_lens = pytest.importorskip("sae_lens", exc_type=ImportError)
+# One group, so that with several processes one alone pays for importing SAELens; its warnings are not ours to mend.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("peers")]
 
 FEATURES = [3, 17, 0, 39]
 CLAMP = 2.5
@@ -65,6 +66,8 @@ def assert_same(path: Path, theirs: Any, x: Tensor) -> None:
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])
 @torch.no_grad()
 def test_what_saelens_saves(architecture, centred, normalization, tmp_path: Path, residual: Tensor) -> None:
+    import sae_lens
+
     cfg: dict[str, Any] = {
         "architecture": architecture,
         "d_in": D_IN,
@@ -83,14 +86,19 @@ def test_what_saelens_saves(architecture, centred, normalization, tmp_path: Path
     assert_same(tmp_path, sae_lens.SAE.load_from_disk(tmp_path), residual)
 
 
+@pytest.mark.parametrize("normalization", ["none", "constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("architecture", ["jumprelu", "gated", "topk", "batchtopk"])
 @torch.no_grad()
-def test_what_saelens_saves_after_training(architecture: str, tmp_path: Path, residual: Tensor) -> None:
+def test_what_saelens_saves_after_training(architecture, centred, normalization, tmp_path, residual: Tensor) -> None:
     """The inference files that training writes, and for batch top-k the files from the middle of training too."""
+    import sae_lens
+
     registry = sae_lens.registry.SAE_TRAINING_CLASS_REGISTRY
     sae_class, cfg_class = registry[architecture]
-    sizes = {"k": K} if architecture in ("topk", "batchtopk") else {}
-    cfg = cfg_class(d_in=D_IN, d_sae=D_SAE, metadata=sae_lens.saes.sae.SAEMetadata(**METADATA), **sizes)
+    more: dict[str, Any] = {"k": K} if architecture in ("topk", "batchtopk") else {}
+    more |= {"apply_b_dec_to_input": centred, "normalize_activations": normalization}
+    cfg = cfg_class(d_in=D_IN, d_sae=D_SAE, metadata=sae_lens.saes.sae.SAEMetadata(**METADATA), **more)
     theirs = sae_class(cfg)
     randomise(theirs)
     if architecture == "batchtopk":
@@ -107,12 +115,15 @@ def test_what_saelens_saves_after_training(architecture: str, tmp_path: Path, re
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "gated"])
 @torch.no_grad()
 def test_the_flat_config_before_version_6(kind: str, tmp_path: Path, residual: Tensor) -> None:
+    import sae_lens
+
     path = files.saelens_flat(random_sae(kind), tmp_path)
     assert_same(path, sae_lens.SAE.load_from_disk(path), residual)
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, loader: str, root: Path, folder: str, repo: str) -> Any:
     """The SAE that one of SAELens's hub loaders makes of local files."""
+    import sae_lens
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
     def local(repo_id: str, filename: str, subfolder: str | None = None, **_: Any) -> str:
@@ -232,7 +243,8 @@ def test_what_dictionary_learning_computes(kind: str, tmp_path: Path, residual: 
 
 def trained_by_sparsify(normalize_decoder: bool) -> tuple[Any, Tensor]:
     """sparsify's own coder, trained for a moment on sparse mixtures of random directions."""
-    sparsify = pytest.importorskip("sparsify", exc_type=ImportError)
+    import sparsify
+
     torch.manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(24, D_IN), dim=-1)
     code = torch.rand(2048, 24) * (torch.rand(2048, 24) < 0.08)
@@ -253,6 +265,8 @@ def trained_by_sparsify(normalize_decoder: bool) -> tuple[Any, Tensor]:
 def test_sparsify_stores_a_decoder_row_per_feature(normalize_decoder: bool, tmp_path: Path) -> None:
     """Settled by reconstruction: read as we read it, a trained coder explains its data; read the other way round (as
     SAELens does, which then cannot load it), it explains nothing. And b_dec is always subtracted from the input."""
+    import sae_lens
+
     coder, data = trained_by_sparsify(normalize_decoder)
     path = tmp_path / f"layers.{files.LAYER}"
     coder.save_to_disk(path)

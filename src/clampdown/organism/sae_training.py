@@ -188,6 +188,7 @@ def save_sae(sae: TrainedSae, recipe: SaeRecipe, directory: Path) -> None:
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
+            "sae_lens_version": "6.0.0",  # the form of this file; without it SAELens reads the older, flat one
             "model_name": MODEL_NAME,
             "hook_name": HOOK_NAME,
             "hook_head_index": None,
