@@ -26,6 +26,7 @@ RANK = {
     "types": 0.1,
     "config": 0.2,
     "store": 0.3,
+    "featuresets": 0.4,
     "models": 1,
     "saes": 1,
     "activations": 2,
@@ -42,12 +43,13 @@ RANK = {
     "cli": 9,
     "__main__": 10,
 }
-TOP_OF_RANK_0 = RANK["store"]
+TOP_OF_RANK_0 = RANK["featuresets"]
 CEILING = {
     "errors": -1,
     "types": RANK["errors"],
     "config": RANK["types"],
     "store": RANK["config"],
+    "featuresets": RANK["store"],
     "models": TOP_OF_RANK_0,
     "saes": TOP_OF_RANK_0,  # not models: any tool can use an SAE without a language model
     "activations": 1,
@@ -66,7 +68,7 @@ CEILING = {
 }
 
 HEAVY = {"torch", "transformers", "scipy", "sklearn", "plotly", "numpy", "safetensors", "huggingface_hub", "pydantic"}
-LIGHT_PACKAGES = ("errors", "types", "config", "store")
+LIGHT_PACKAGES = ("errors", "types", "config", "store", "featuresets")
 INIT_WITH_CODE = {"clampdown", "clampdown.organism"}
 MAX_FUNCTION_LINES = 80
 VAGUE_NAMES = {"utils", "helpers", "common", "misc", "manager"}

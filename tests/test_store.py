@@ -239,7 +239,17 @@ def test_feature_sets_come_back_as_they_were(found: FeatureSet) -> None:
         assert read_feature_set(path) == found
 
 
-@pytest.mark.parametrize("change", [{"schema": 2}, {"kind": "summary"}, {"features": None}, {"provenance": {}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 1},
+        {"kind": "summary"},
+        {"sources": {"x": {}}},
+        {"columns": "gone.safetensors"},
+        {"features": None},
+        {"provenance": {}},
+    ],
+)
 def test_what_is_no_feature_set_is_a_named_error(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "f.json"
     write_feature_set(path, FeatureSet("f", "s", "r", (), Provenance("m", "r", None, "h", "0", 0)))

@@ -87,5 +87,17 @@ class StoreError(ClampdownError):
     """A run directory cannot be read or written: wrong schema, another run's records, disk full."""
 
 
+class FeatureSetError(StoreError):
+    """A file of features is malformed, of another schema, or incomplete."""
+
+
+class FeatureSetMismatchError(FeatureSetError):
+    """Two sets of features, or a set and a model, that are not about the same SAE: their indices mean other things."""
+
+
+class MissingPackageError(ClampdownError):
+    """An optional package that this needs is not installed; the hint says how to get it."""
+
+
 class NotEnoughDataError(ClampdownError):
     """A guarantee or estimate was asked for that this many observations cannot give; says how many would."""

@@ -13,16 +13,32 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import struct
+import sys
 import tempfile
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from clampdown.errors import StoreError
-from clampdown.types import FeatureScore, FeatureSet, Prompt, Provenance, Receipt, Record, Split, Verdict
+from clampdown.errors import FeatureSetError, StoreError
+from clampdown.types import (
+    FeatureScore,
+    FeatureSet,
+    Prompt,
+    Provenance,
+    Receipt,
+    Record,
+    ScoreColumns,
+    ScoreSource,
+    Split,
+    Verdict,
+)
 
 SCHEMA = 1
+FEATURES_SCHEMA = 2
 
 
 def to_jsonable(value: Any) -> Any:
@@ -214,21 +230,102 @@ def read_records(path: Path) -> tuple[Record, ...]:
 
 
 def write_feature_set(path: Path, found: FeatureSet) -> None:
-    write_json(path, {"schema": SCHEMA, "kind": "feature_set", **to_jsonable(found)})
+    """Write `STEM.json` (what was kept, and provenance) and, when there are columns, `STEM.HASH.safetensors` beside it.
+
+    The columns' file is named by its content and written first, so whatever interrupts this, the JSON file that readers
+    find names columns that are there. Columns that it no longer names are removed.
+    """
+    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name != "columns"}
+    payload = pack_columns(found.columns)
+    name = f"{path.stem}.{hashlib.sha256(payload).hexdigest()[:16]}.safetensors" if found.columns else None
+    if name:
+        write_atomic(path.with_name(name), payload)
+    write_json(path, {"schema": FEATURES_SCHEMA, "kind": "feature_set", "columns": name, **to_jsonable(fields)})
+    for other in path.parent.iterdir():
+        if other.name != name and re.fullmatch(rf"{re.escape(path.stem)}\.[0-9a-f]{{16}}\.safetensors", other.name):
+            other.unlink(missing_ok=True)
 
 
-def read_feature_set(path: Path) -> FeatureSet:
-    """Read what `write_feature_set` wrote. Raises `StoreError` for other files or schema versions."""
+def read_feature_set(path: Path, *, with_columns: bool = True) -> FeatureSet:
+    """Read what `write_feature_set` wrote; `with_columns=False` leaves the scores of all other features out.
+
+    Raises `FeatureSetError` for other files, other schema versions, and columns that are missing or were changed.
+    """
     raw = read_json(path)
-    if not isinstance(raw, dict) or raw.get("kind") != "feature_set" or raw.get("schema") != SCHEMA:
-        raise StoreError(f"{path} is not a feature set of schema {SCHEMA}")
-    try:
-        scores = tuple(_feature_score(row) for row in raw["features"])
-        return FeatureSet(
-            raw["finder"], raw["site"], raw["ranked_by"], scores, Provenance(**raw["provenance"]), raw["settings"]
+    if not isinstance(raw, dict) or raw.get("kind") != "feature_set":
+        raise FeatureSetError(f"{path} is not a feature set")
+    if raw.get("schema") != FEATURES_SCHEMA:
+        raise FeatureSetError(
+            f"{path} is a feature set of schema {raw.get('schema')}, this clampdown reads {FEATURES_SCHEMA}",
+            hint="run `clampdown discover` again",
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} is not a feature set: {error!r}") from error
+    try:
+        return FeatureSet(
+            raw["finder"],
+            raw["site"],
+            raw["ranked_by"],
+            tuple(_feature_score(row) for row in raw["features"]),
+            Provenance(**raw["provenance"]),
+            raw["settings"],
+            _read_columns(path, raw["columns"]) if with_columns and raw["columns"] else ScoreColumns(),
+            {name: _score_source(row) for name, row in raw["sources"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FeatureSetError(f"{path} is not a feature set: {error!r}") from error
+
+
+def _read_columns(path: Path, name: str) -> ScoreColumns:
+    file = path.parent / Path(name).name
+    try:
+        payload = file.read_bytes()
+    except OSError as error:
+        raise FeatureSetError(
+            f"cannot read {file}, the scores that {path} names: {error.strerror or error}",
+            hint="move both files together, or run `clampdown discover` again",
+        ) from error
+    if hashlib.sha256(payload).hexdigest()[:16] not in file.name:
+        raise FeatureSetError(f"{file} was changed after it was written", hint="run `clampdown discover` again")
+    return unpack_columns(payload)
+
+
+def pack_columns(columns: ScoreColumns) -> bytes:
+    """The columns in the safetensors format: the header's length (u64), a JSON header, then little-endian float64."""
+    width = columns.n_features * 8
+    header = {
+        name: {"dtype": "F64", "shape": [columns.n_features], "data_offsets": [i * width, (i + 1) * width]}
+        for i, name in enumerate(columns)
+    }
+    encoded = json.dumps(header, ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return b"".join((struct.pack("<Q", len(encoded)), encoded, *(_swapped(a).tobytes() for a in columns.values())))
+
+
+def unpack_columns(payload: bytes) -> ScoreColumns:
+    """What `pack_columns` packed. Raises `ValueError` for anything else."""
+    if len(payload) < 8:
+        raise ValueError("the file of scores is cut off")
+    (length,) = struct.unpack("<Q", payload[:8])
+    header, body = json.loads(payload[8 : 8 + length]), memoryview(payload)[8 + length :]
+    columns = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] != "F64" or end > len(body):
+            raise ValueError(f"scores '{name}' are not float64, or cut off")
+        columns[name] = _swapped(array("d", body[begin:end].tobytes()))
+    return ScoreColumns(columns)
+
+
+def _swapped(values: array) -> array:
+    """Native to little-endian order and back: the same array on nearly every machine."""
+    if sys.byteorder == "little":
+        return values
+    copy = array("d", values)
+    copy.byteswap()
+    return copy
+
+
+def _score_source(row: Mapping[str, Any]) -> ScoreSource:
+    return ScoreSource(**{**row, "provenance": Provenance(**row["provenance"])})
 
 
 def _feature_score(row: Mapping[str, Any]) -> FeatureScore:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Literal, Self
+from importlib import import_module
+from typing import Any, Literal, Self
 
-from clampdown.errors import SiteError
+from clampdown.errors import MissingPackageError, SiteError
 
 Role = Literal["system", "user", "assistant"]
 
@@ -229,8 +231,74 @@ class FeatureScore:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreSource:
+    """Where one score came from: who computed it, at which site, from how many prompts and how those were pooled.
+
+    `pooling` and `n` are None where they mean nothing: a score of the weights alone reads no prompts.
+    """
+
+    finder: str
+    site: str
+    provenance: Provenance
+    pooling: str | None = None
+    n: int | None = None
+
+
+class ScoreColumns(Mapping[str, array]):
+    """Scores of every feature of an SAE: name -> float64 `array`, one value per feature, NaN where there is none.
+
+    Standard-library arrays keep this module light; `numpy.asarray(columns[name])` shares their memory. Columns that
+    hold the same bits are equal, so NaN equals NaN. Raises `ValueError` when lengths differ.
+    """
+
+    __slots__ = ("_arrays",)
+
+    def __init__(self, columns: Mapping[str, Iterable[Any]] | None = None) -> None:
+        self._arrays = {name: _float64(values) for name, values in (columns or {}).items()}
+        if len(lengths := {len(values) for values in self._arrays.values()}) > 1:
+            raise ValueError(f"score columns of different lengths: {sorted(lengths)}")
+
+    def __getitem__(self, name: str) -> array:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ScoreColumns):
+            return NotImplemented
+        return {n: a.tobytes() for n, a in self.items()} == {n: a.tobytes() for n, a in other.items()}
+
+    __hash__ = None
+
+    @property
+    def n_features(self) -> int:
+        """Features per column; 0 without columns."""
+        return len(next(iter(self._arrays.values()), ()))
+
+
+def _float64(values: Iterable[Any]) -> array:
+    """A copy as an array of doubles; what is one already (numpy's float64 too) is copied as a block."""
+    try:
+        view = memoryview(values)  # type: ignore[arg-type]
+    except TypeError:
+        return array("d", values)
+    if view.format != "d" or not view.c_contiguous:
+        return array("d", values)
+    return array("d", view.tobytes())
+
+
+@dataclass(frozen=True, slots=True)
 class FeatureSet:
-    """What a finder found: features best first, every score, and where they came from."""
+    """What finders found at one site of one SAE: the features that they keep, best first, with every score.
+
+    `columns` has the scores of all features of the SAE; the kept features' own `scores` may have more (a causal check
+    measures finalists only) and win where both have a value. `sources` names where single scores came from; a score
+    without an entry came from this set's own `finder` and `provenance`.
+    """
 
     finder: str
     site: str
@@ -238,7 +306,71 @@ class FeatureSet:
     features: tuple[FeatureScore, ...]
     provenance: Provenance
     settings: Mapping[str, str] = field(default_factory=dict)
+    columns: ScoreColumns = field(default_factory=ScoreColumns)
+    sources: Mapping[str, ScoreSource] = field(default_factory=dict)
 
     @property
     def ranking(self) -> tuple[int, ...]:
         return tuple(score.feature for score in self.features)
+
+    @property
+    def sae_revision(self) -> str | None:
+        """Hash of the SAE that the features index into; None when it was not recorded."""
+        return self.provenance.extra.get("sae_revision")
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Every score that any feature has: the one that ranks first, then as they were added."""
+        kept = (name for feature in self.features for name in feature.scores)
+        names = tuple(dict.fromkeys((*kept, *self.columns)))
+        return tuple(sorted(names, key=lambda name: name != self.ranked_by))
+
+    @property
+    def d_sae(self) -> int | None:
+        """Width of the SAE; None when it is not known, because the set has neither columns nor a recorded width."""
+        return self.columns.n_features or (int(self.provenance.extra.get("d_sae", 0)) or None)
+
+    def column(self, score: str) -> array:
+        """One score of every feature, float64, NaN where a feature has none; ends with the last known feature when the
+        SAE's width is not known. Raises `KeyError` for a score that no feature has."""
+        if score not in self.score_names:
+            raise KeyError(score)
+        width = self.d_sae or max(self.ranking, default=-1) + 1
+        values = array("d", self.columns[score]) if score in self.columns else array("d", [math.nan]) * width
+        for feature in self.features:
+            if score in feature.scores:
+                values[feature.feature] = feature.scores[score]
+        return values
+
+    def source(self, score: str) -> ScoreSource:
+        """Where a score came from."""
+        n = self.provenance.extra.get("n_prompts")
+        own = ScoreSource(
+            self.finder, self.site, self.provenance, self.settings.get("pooling"), None if n is None else int(n)
+        )
+        return self.sources.get(score, own)
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`: a row per feature (all of the SAE when the columns are there, else the kept ones), a
+        column per score, and `rank` (1 is best, <NA> for features that were not kept). Provenance is in `.attrs`.
+
+        Raises `MissingPackageError` without pandas.
+        """
+        pandas = _import_pandas()
+        index = range(self.columns.n_features) if self.columns else self.ranking
+        scores = {name: self.column(name) for name in self.score_names}
+        frame = pandas.DataFrame({n: [c[f] for f in index] for n, c in scores.items()}, index=list(index), dtype=float)
+        frame.index.name = "feature"
+        ranks = pandas.Series({feature: rank for rank, feature in enumerate(self.ranking, 1)}, dtype="Int64")
+        frame.insert(0, "rank", ranks.reindex(frame.index))
+        frame.attrs = {"finder": self.finder, "site": self.site, "ranked_by": self.ranked_by} | {
+            "provenance": asdict(self.provenance)
+        }
+        return frame
+
+
+def _import_pandas() -> Any:
+    try:
+        return import_module("pandas")
+    except ImportError as error:
+        raise MissingPackageError("a table of scores needs pandas", hint="pip install pandas") from error

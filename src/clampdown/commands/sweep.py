@@ -10,6 +10,7 @@ from clampdown.activations.collect import collect
 from clampdown.commands.experiment import Sizes, Subject, measure_arms
 from clampdown.commands.stages import Stages
 from clampdown.errors import PlanError, PromptSetError, StrengthError
+from clampdown.featuresets import check_made_for
 from clampdown.steering.arms import BASELINE
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, read_plan, write_plan
 from clampdown.store import read_feature_set
@@ -83,7 +84,10 @@ def _plan_and_units(subject: Subject, request: Request, stages: Stages) -> tuple
         return plan, [strength for edit in plan.edits for strength in edit.strengths]
     features = request.features
     if request.features_file:
-        features = read_feature_set(request.features_file).ranking[:1]
+        found = read_feature_set(request.features_file, with_columns=False)
+        sae = subject.sae
+        check_made_for(found, sae=sae.name, revision=sae.revision, site=sae.cfg.site.name)
+        features = found.ranking[:1]
     if not features:
         raise PlanError(f"{request.features_file} lists no features")
     units = _largest_activations(subject, features, stages)

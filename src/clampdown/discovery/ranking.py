@@ -21,7 +21,7 @@ from clampdown.errors import ModelError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.store import prompts_hash
-from clampdown.types import FeatureScore, FeatureSet, Prompt, Provenance
+from clampdown.types import FeatureScore, FeatureSet, Prompt, Provenance, ScoreColumns
 
 N_TOKENS = 8
 N_PROMPTS = 3
@@ -53,7 +53,7 @@ def make_provenance(lm: LanguageModel, sae: Sae, prompts: Sequence[Prompt], seed
         prompts_hash=prompts_hash(prompts),
         code_version=CODE_VERSION,
         seed=seed,
-        extra={"sae_revision": sae.revision, "n_prompts": str(len(prompts))},
+        extra={"sae_revision": sae.revision, "d_sae": str(sae.cfg.d_sae), "n_prompts": str(len(prompts))},
     )
 
 
@@ -102,7 +102,7 @@ def _score_one(finding: Finding, columns: csc_array, i: int, feature: int) -> di
 
 
 def build_feature_set(lm: LanguageModel, sae: Sae, finding: Finding, provenance: Provenance) -> FeatureSet:
-    """A `FeatureSet` of the features in `finding.order`.
+    """A `FeatureSet` that keeps the features in `finding.order`, with the finding's scores of all features as columns.
 
     Adds to every feature `max_activation` (largest of its peaks) and `p99_activation` (99th percentile of its peaks
     over the prompts on which it fires at all); a peak is one prompt's largest activation at any token that was read.
@@ -121,4 +121,7 @@ def build_feature_set(lm: LanguageModel, sae: Sae, finding: Finding, provenance:
         )
         for i, feature in enumerate(order)
     )
-    return FeatureSet(finding.finder, sae.cfg.site.name, finding.ranked_by, features, provenance, finding.settings)
+    columns = ScoreColumns({name: values.astype(np.float64) for name, values in finding.scores.items()})
+    return FeatureSet(
+        finding.finder, sae.cfg.site.name, finding.ranked_by, features, provenance, finding.settings, columns
+    )

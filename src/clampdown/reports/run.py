@@ -153,8 +153,12 @@ class _Optional:
         paths = sorted((self._directory / "features").glob("*.json"))
         if not paths:
             self.notes["features"] = "This run has no feature sets."
-        found = (self.read(f"features/{path.name}", read_feature_set, None) for path in paths)
+        found = (self.read(f"features/{path.name}", _read_kept_features, None) for path in paths)
         return tuple(each for each in found if each is not None)
+
+
+def _read_kept_features(path: Path) -> FeatureSet:
+    return read_feature_set(path, with_columns=False)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
