@@ -12,12 +12,11 @@ from rich.text import Text
 
 from clampdown.errors import ChatTemplateError
 from clampdown.models.loading import LanguageModel, load_model
-from clampdown.saes.checkpoints import load_sae
-from clampdown.saes.sae import Sae
+from clampdown.saes.checkpoints import OpenedSae, open_sae
 from clampdown.steering.arms import BASELINE, Arm, Reply, generate_arms
 from clampdown.steering.plan import read_plan
 from clampdown.steering.program import check_plan
-from clampdown.types import ArmKind, Message, Prompt, Receipt
+from clampdown.types import ArmKind, Message, Prompt, Receipt, Site
 
 SIDE_BY_SIDE_WIDTH = 72
 
@@ -27,7 +26,7 @@ class Session:
     """One conversation. Each side keeps its own history: after a refusal the two may go different ways."""
 
     lm: LanguageModel
-    saes: list[Sae]
+    saes: list[OpenedSae]
     arms: tuple[Arm, ...]
     system: str | None
     max_new_tokens: int
@@ -56,7 +55,7 @@ def open_session(
     if plan_file is None:
         return Session(lm, [], (BASELINE,), system, max_new_tokens)
     plan = read_plan(plan_file)
-    saes = [load_sae(sae or ref.name) for ref in plan.saes]
+    saes = [open_sae(sae or ref.name, device=str(lm.device), site=Site.parse(ref.site)) for ref in plan.saes]
     check_plan(plan, lm, {loaded.cfg.site.name: loaded for loaded in saes})
     return Session(lm, saes, (BASELINE, Arm(plan.name, ArmKind.FEATURE, plan)), system, max_new_tokens)
 

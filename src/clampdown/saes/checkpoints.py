@@ -2,14 +2,16 @@
 
 1. The name becomes a path: the embedded SAE's, the one given, or a download (`catalog`).
 2. The format is recognised by its files and read with tensors mapped, not loaded (`formats`).
-3. `load_sae` brings everything to the device; `load_feature_view` takes the chosen features' columns and rows only.
+3. `load_sae` brings everything to the device; `load_feature_view` takes the chosen features' columns and rows only, and
+   `open_sae` is an SAE that does so whenever a feature is asked for: what serving a plan needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from clampdown.errors import CheckpointError
 from clampdown.saes import saelens
 from clampdown.saes.catalog import Address, fetch, find_release, lists_own
 from clampdown.saes.formats import Raw, detect
-from clampdown.saes.sae import FeatureView, Sae, SaeConfig
+from clampdown.saes.sae import FeatureView, Sae, SaeConfig, check_features
 from clampdown.store import content_hash, files_revision
 from clampdown.types import Site
 
@@ -63,6 +65,68 @@ def load_feature_view(
         b_dec=view.b_dec / scale,
         vectors={key: vector.clone() for key, vector in view.vectors.items()},
     )
+
+
+@dataclass
+class OpenedSae:
+    """An SAE on disk: features are read when they are first asked for, and kept.
+
+    One feature costs an encoder column and a decoder row; a top-k SAE costs its whole encoder with the first feature,
+    because which features are among the k largest depends on all. Threads may share it.
+    """
+
+    name: str
+    cfg: SaeConfig
+    revision: str
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    _held: FeatureView | None = field(default=None, repr=False)
+    _all: Sae | None = field(default=None, repr=False)
+    _reading: Lock = field(default_factory=Lock, repr=False)
+
+    def select(self, features: Sequence[int]) -> FeatureView:
+        """As `Sae.select`. Raises `FeatureIndexError`, and `CheckpointError` when the files changed since opening."""
+        chosen = check_features(features, self.cfg.d_sae)
+        with self._reading:
+            held = self._held
+            missing = [f for f in dict.fromkeys(chosen) if held is None or f not in held.features]
+            if missing or held is None:
+                self._check_unchanged()
+                new = load_feature_view(self.name, missing, device=self.device, dtype=self.dtype, site=self.cfg.site)
+                held = self._held = new if held is None else held.join(new)
+        return held.pick(chosen)
+
+    def whole(self) -> Sae:
+        """All of it, read once: for edits that drop the SAE's error term."""
+        with self._reading:
+            if self._all is None:
+                self._check_unchanged()
+                self._all = load_sae(self.name, device=self.device, dtype=self.dtype, site=self.cfg.site)
+        return self._all
+
+    @property
+    def bytes_held(self) -> int:
+        """What the features that were read occupy."""
+        if self._held is None:
+            return 0
+        tensors = (self._held.directions, self._held.encoder, self._held.b_dec, *self._held.vectors.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _check_unchanged(self) -> None:
+        found = sae_revision(self.name)
+        if found != self.revision:
+            raise CheckpointError(
+                f"the files of SAE '{self.name}' changed while it was open: revision {self.revision} became {found}",
+                hint="open it again, and make plans for the new one",
+            )
+
+
+def open_sae(
+    name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, site: Site | None = None
+) -> OpenedSae:
+    """`load_sae` without reading the weights: features are read as they are asked for. Raises as `load_sae`."""
+    source = _locate(str(name), few=True)
+    return OpenedSae(str(name), _as_stated(source, str(name), site).cfg, source.revision(), device, dtype)
 
 
 def sae_revision(name: str | Path) -> str:

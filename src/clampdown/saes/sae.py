@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -87,6 +87,31 @@ class FeatureView:
             return delta
         return self._norm(x).scaled(delta)
 
+    def pick(self, features: Sequence[int]) -> FeatureView:
+        """The view of some of this view's features, in the order given. Raises `FeatureIndexError` for any other."""
+        missing = [feature for feature in features if feature not in self.features]
+        if missing:
+            raise FeatureIndexError(f"features {missing} are not among those that were read: {list(self.features)}")
+        rows = [self.features.index(feature) for feature in features]
+        read = rows if self.architecture.pointwise else slice(None)
+        return replace(
+            self,
+            features=tuple(features),
+            directions=self.directions[rows],
+            encoder=self.encoder[:, read].contiguous(),
+            vectors={name: vector[read] for name, vector in self.vectors.items()},
+        )
+
+    def join(self, other: FeatureView) -> FeatureView:
+        """The view of both views' features; both must be of the same SAE."""
+        joined = replace(
+            self, features=self.features + other.features, directions=torch.cat([self.directions, other.directions])
+        )
+        if not self.architecture.pointwise:
+            return joined
+        vectors = {name: torch.cat([vector, other.vectors[name]]) for name, vector in self.vectors.items()}
+        return replace(joined, encoder=torch.cat([self.encoder, other.encoder], dim=1), vectors=vectors)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FeatureView:
         return replace(
             self,
@@ -102,6 +127,25 @@ class FeatureView:
 
 def _centre(x: Tensor, b_dec: Tensor, cfg: SaeConfig) -> Tensor:
     return x - b_dec if cfg.apply_b_dec_to_input else x
+
+
+@runtime_checkable
+class FeatureSource(Protocol):
+    """What steering needs of an SAE: what it is, and views of a few of its features. `whole` is for the one thing that
+    needs all of it, an edit that drops the error term."""
+
+    @property
+    def cfg(self) -> SaeConfig: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def revision(self) -> str: ...
+
+    def select(self, features: Sequence[int]) -> FeatureView: ...
+
+    def whole(self) -> Sae: ...
 
 
 @dataclass(frozen=True)
@@ -206,19 +250,23 @@ class Sae:
             b_dec=self.b_dec,
         )
 
+    def whole(self) -> Sae:
+        """This SAE: it is in memory already."""
+        return self
+
     def _norm(self, x: Tensor) -> InputNorm:
         return NORMALIZATIONS[self.cfg.normalize_activations](x.to(self.dtype))
 
 
-def check_fits(sae: Sae, d_model: int, n_layers: int) -> None:
+def check_fits(sae: FeatureSource, d_model: int, n_layers: int) -> None:
     """Raises `WidthMismatchError` or `SiteError` when the SAE cannot have been trained on such a model."""
     if sae.cfg.d_in != d_model:
         raise WidthMismatchError(
             f"SAE '{sae.name}' reads {sae.cfg.d_in} values per token, the model's residual stream has {d_model}",
             hint=f"this SAE was trained on '{sae.cfg.model_name}'" if sae.cfg.model_name else "use the SAE's own model",
         )
-    if sae.site.layer >= n_layers:
+    if sae.cfg.site.layer >= n_layers:
         raise SiteError(
-            f"SAE '{sae.name}' sits at {sae.site.name}, but the model has {n_layers} blocks",
+            f"SAE '{sae.name}' sits at {sae.cfg.site.name}, but the model has {n_layers} blocks",
             hint=f"this SAE was trained on '{sae.cfg.model_name}'" if sae.cfg.model_name else None,
         )

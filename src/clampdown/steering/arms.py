@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from clampdown.models.chat import encode
 from clampdown.models.generation import generate
 from clampdown.models.loading import LanguageModel
-from clampdown.saes.sae import Sae
+from clampdown.saes.sae import FeatureSource
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Plan
 from clampdown.types import ArmKind, Message, Prompt, Receipt
@@ -77,7 +77,7 @@ def batches(lm: LanguageModel, pairs: Sequence[tuple[Arm, Prompt]], rows: int) -
 
 def generate_arms(
     lm: LanguageModel,
-    saes: Sae | Sequence[Sae] | None,
+    saes: FeatureSource | Sequence[FeatureSource] | None,
     pairs: Sequence[tuple[Arm, Prompt]],
     *,
     max_new_tokens: int,
@@ -90,7 +90,10 @@ def generate_arms(
 
 
 def generate_batch(
-    lm: LanguageModel, saes: Sae | Sequence[Sae] | None, batch: Sequence[EncodedRow], max_new_tokens: int
+    lm: LanguageModel,
+    saes: FeatureSource | Sequence[FeatureSource] | None,
+    batch: Sequence[EncodedRow],
+    max_new_tokens: int,
 ) -> list[Reply]:
     """Greedy replies of one batch, in its order."""
     plans = [arm.plan for arm, _, _ in batch]

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from clampdown.errors import PlanError, ScopeError, SteeringNotAppliedError
 from clampdown.models.loading import LanguageModel
-from clampdown.saes.checkpoints import load_sae
-from clampdown.saes.sae import Sae
+from clampdown.saes.checkpoints import open_sae
+from clampdown.saes.sae import FeatureSource
 from clampdown.steering.plan import Plan
 from clampdown.steering.program import GateProgram, Rows, SiteProgram, check_plan, gate_programs, site_programs
 from clampdown.steering.scopes import SCOPES, Window, last_run
@@ -92,7 +92,9 @@ class _Tally:
 class Steering:
     """The state of one `steer` block. Users need `receipts()`; batch loops that drop rows need `keep_rows`."""
 
-    def __init__(self, lm: LanguageModel, rows: Plan | Rows | None, saes: Mapping[str, Sae], prompt_width: int | None):
+    def __init__(
+        self, lm: LanguageModel, rows: Plan | Rows | None, saes: Mapping[str, FeatureSource], prompt_width: int | None
+    ) -> None:
         self._lm = lm
         self._asked = rows
         self._saes = saes
@@ -345,14 +347,16 @@ def _columns_real(turn: _Turn, start: int, width: int, mask: Tensor | None) -> B
     return torch.ones(len(turn.alive), width, dtype=torch.bool, device=turn.real.device)
 
 
-def _resolve_saes(plans: Sequence[Plan | None], saes: Sae | Sequence[Sae] | None) -> dict[str, Sae]:
-    """SAEs by site: the ones given, else loaded by the name that the plan states."""
-    given = [saes] if isinstance(saes, Sae) else list(saes or ())
+def _resolve_saes(
+    plans: Sequence[Plan | None], saes: FeatureSource | Sequence[FeatureSource] | None, device: torch.device
+) -> dict[str, FeatureSource]:
+    """SAEs by site: the ones given, else opened by the name that the plan states, of which only features are read."""
+    given = [saes] if isinstance(saes, FeatureSource) else list(saes or ())
     found = {sae.cfg.site.name: sae for sae in given}
     for plan in plans:
         for ref in plan.saes if plan is not None else ():
             if ref.site not in found:
-                found[ref.site] = load_sae(ref.name)
+                found[ref.site] = open_sae(ref.name, device=str(device), site=Site.parse(ref.site))
     return found
 
 
@@ -360,7 +364,7 @@ def _resolve_saes(plans: Sequence[Plan | None], saes: Sae | Sequence[Sae] | None
 def steer(
     lm: LanguageModel,
     plans: Plan | Sequence[Plan | None] | None,
-    saes: Sae | Sequence[Sae] | None = None,
+    saes: FeatureSource | Sequence[FeatureSource] | None = None,
     *,
     prompt_width: int | None = None,
     require_reach: bool = True,
@@ -368,15 +372,16 @@ def steer(
     """Steer every forward pass of `lm` inside the block: HF `generate`, a plain call, or clampdown's own loops.
 
     `plans` is one plan for all rows, or one (or None) per row of the batch; None steers nothing.
-    `saes` defaults to the SAEs that the plans name. `prompt_width` is the number of prompt columns when the first
-    pass holds more than the prompt (teacher forcing); by default the first pass is the prompt.
+    `saes` defaults to the SAEs that the plans name, of which only the features they use are read.
+    `prompt_width` is the number of prompt columns when the first pass holds more than the prompt (teacher forcing); by
+    default the first pass is the prompt.
     `require_reach=False` accepts that a scope covered no token (a reply that ended at once).
 
     Raises `PlanMismatchError` and its kin before anything runs, `SteeringNotAppliedError` or `ScopeError` when the
     plan could not act. No hook outlives the block.
     """
     distinct = list({id(p): p for p in (plans if isinstance(plans, Sequence) else [plans])}.values())
-    by_site = _resolve_saes(distinct, saes)
+    by_site = _resolve_saes(distinct, saes, lm.device)
     for plan in distinct:
         if plan is not None:
             check_plan(plan, lm, by_site)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clampdown.errors import PlanError, PlanMismatchError
 from clampdown.models.loading import LanguageModel
-from clampdown.saes.sae import Sae, check_fits
+from clampdown.saes.sae import FeatureSource, Sae, check_features, check_fits
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.plan import Edit, Gate, Plan
 from clampdown.types import Site
@@ -206,7 +206,7 @@ def _group(operator: str, scope: str, cells: list[tuple[int, int, float]], n_row
     return Group(operator, scope, torch.tensor(channels, device=to), strengths.to(to), member.to(to))
 
 
-def _feature_bank(rows: Rows, site: str, sae: Sae) -> Bank:
+def _feature_bank(rows: Rows, site: str, sae: FeatureSource) -> Bank:
     found = _edits(rows, site, dense=False)
     features = sorted({f for _, _, edit in found for f in edit.features})
     view = sae.select(features)
@@ -236,15 +236,15 @@ def _checked(vector: Float[Tensor, " d"], d_model: int) -> Float[Tensor, " d"]:
     return vector
 
 
-def _dropped(rows: Rows, site: str, sae: Sae | None, device: torch.device) -> Dropped | None:
+def _dropped(rows: Rows, site: str, sae: FeatureSource | None, device: torch.device) -> Dropped | None:
     by_scope: dict[str, Tensor] = {}
     for row, _, edit in _edits(rows, site, dense=False):
         if edit.error_term == "drop":
             by_scope.setdefault(edit.scope, torch.zeros(len(rows), device=device))[row] = 1.0
-    return Dropped(sae, by_scope) if by_scope and sae else None
+    return Dropped(sae.whole(), by_scope) if by_scope and sae else None
 
 
-def _site_program(rows: Rows, site: str, lm: LanguageModel, sae: Sae | None) -> SiteProgram:
+def _site_program(rows: Rows, site: str, lm: LanguageModel, sae: FeatureSource | None) -> SiteProgram:
     banks: list[Bank] = []
     if _edits(rows, site, dense=False):
         assert sae is not None, "check_plan has made sure that every site with features has its SAE"
@@ -254,7 +254,7 @@ def _site_program(rows: Rows, site: str, lm: LanguageModel, sae: Sae | None) -> 
     return SiteProgram(Site.parse(site), tuple(banks), _dropped(rows, site, sae, lm.device))
 
 
-def site_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, Sae]) -> tuple[SiteProgram, ...]:
+def site_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> tuple[SiteProgram, ...]:
     """One program per edited site, lowest first. `saes` maps site names to SAEs."""
     names = {edit.site for plan in rows if plan is not None for edit in plan.edits}
     for name in names:
@@ -262,13 +262,13 @@ def site_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, Sae]) -> tup
     return tuple(_site_program(rows, name, lm, saes.get(name)) for name in sorted(names, key=Site.parse))
 
 
-def gate_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, Sae]) -> tuple[GateProgram, ...]:
+def gate_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> tuple[GateProgram, ...]:
     """One gate reader per site that any row's gate uses."""
     sites = sorted({p.gate.site for p in rows if p is not None and p.gate})
     return tuple(_gate_program(rows, site, saes[site], lm.device) for site in sites)
 
 
-def _gate_program(rows: Rows, site: str, sae: Sae, device: torch.device) -> GateProgram:
+def _gate_program(rows: Rows, site: str, sae: FeatureSource, device: torch.device) -> GateProgram:
     gates: dict[int, Gate] = {
         row: plan.gate for row, plan in enumerate(rows) if plan is not None and plan.gate and plan.gate.site == site
     }
@@ -292,7 +292,7 @@ def _gate_program(rows: Rows, site: str, sae: Sae, device: torch.device) -> Gate
     )
 
 
-def check_plan(plan: Plan, lm: LanguageModel, saes: Mapping[str, Sae]) -> None:
+def check_plan(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> None:
     """Refuse a plan made for another model or SAE, or one whose features do not exist here.
 
     Raises `PlanMismatchError`, `FeatureIndexError`, `SiteError` or `WidthMismatchError`.
@@ -314,3 +314,16 @@ def check_plan(plan: Plan, lm: LanguageModel, saes: Mapping[str, Sae]) -> None:
                 hint="feature indices mean nothing in another SAE; load the one the plan names",
             )
         check_fits(sae, lm.d_model, lm.layout.n_layers)
+    _check_edits(plan, lm, saes)
+
+
+def _check_edits(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> None:
+    """Every site exists in the model, every feature in its SAE, every vector is as wide as the residual stream."""
+    readers = [(edit.site, edit.features) for edit in plan.edits]
+    readers += [(plan.gate.site, plan.gate.features)] if plan.gate else []
+    for site, features in readers:
+        lm.layout.hook_point(Site.parse(site))
+        if features:
+            check_features(features, saes[site].cfg.d_sae)
+    for vector in plan.vectors.values():
+        _checked(torch.tensor(vector), lm.d_model)
