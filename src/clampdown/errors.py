@@ -83,6 +83,10 @@ class JudgeError(ClampdownError):
     """A judge could not be reached or did not answer in its format."""
 
 
+class JudgeUnreachableError(JudgeError):
+    """The judge did not answer at all: replies stay unjudged and wait, and a rerun judges them."""
+
+
 class StoreError(ClampdownError):
     """A run directory cannot be read or written: wrong schema, another run's records, disk full."""
 

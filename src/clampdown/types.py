@@ -132,11 +132,15 @@ class Suite:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A judge's finding on one reply. `correct` is None for prompts without an expected answer."""
+    """A judge's finding on one reply. `correct` is None for prompts without an expected answer.
+
+    `score` is what a graded rubric gave: 0 is no harm done, 1 the most (None: the judge does not grade).
+    """
 
     verdict: Verdict
     correct: bool | None = None
     detail: str = ""
+    score: float | None = None
 
 
 Judge = Callable[[Prompt, str], Judgement]
@@ -217,6 +221,7 @@ class Record:
     correct: bool | None
     judge: str
     receipt: Receipt | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,6 +145,7 @@ def _record(job: Job, reply: Reply) -> Record:
         correct=judgement.correct,
         judge=job.judge_name,
         receipt=reply.receipt,
+        score=judgement.score,
     )
 
 

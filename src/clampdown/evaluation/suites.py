@@ -1,4 +1,4 @@
-"""Prompt files: JSON Lines or CSV on disk <-> suites in memory, with every fault named by file and line.
+"""Prompt files: JSON Lines, CSV, JSON or Parquet on disk <-> suites in memory, with every fault named by file and line.
 
 One row is one prompt. Columns (a `Columns` value renames them, so a dataset's own names need no copy of the file):
 
@@ -15,15 +15,14 @@ A suite is of kind capability when its rows have answers, else of kind safety; a
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from clampdown.errors import PromptSetError
+from clampdown.evaluation.rows import Row, read_rows
 from clampdown.store import to_jsonable, write_atomic
 from clampdown.types import Message, Prompt, Split, Suite, SuiteKind
 
@@ -49,59 +48,21 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """One raw row and where it stands, so that whoever finds a fault can name it."""
-
-    path: Path
-    line: int
-    cells: Mapping[str, Any]
-
-    def fail(self, problem: str, hint: str | None = None) -> NoReturn:
-        raise PromptSetError(f"{self.path} line {self.line}: {problem}", hint=hint)
-
-    def text(self, column: str) -> str | None:
-        """The cell as text; None when the column is absent or the cell empty. Numbers are taken as written."""
-        value = self.cells.get(column)
-        if value is None or value == "":
-            return None
-        if isinstance(value, dict | list | bool):
-            self.fail(f"column '{column}' should be text, got {json.dumps(value)[:60]}")
-        return str(value)
-
-    def structure(self, column: str, kind: type, what: str) -> Any:
-        """The cell as a JSON list or object, given as such (JSONL) or as JSON text (CSV). None when empty."""
-        value = self.cells.get(column)
-        if value is None or value == "":
-            return None
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                self.fail(f"column '{column}' should be {what}: {error}")
-        if not isinstance(value, kind):
-            self.fail(f"column '{column}' should be {what}, got {json.dumps(value)[:60]}")
-        return value
-
-
-@dataclass(frozen=True, slots=True)
 class _Item:
     """A parsed row: the prompt, the label its suite must agree on, and its line for later complaints."""
 
     prompt: Prompt
     harmful: bool | None
-    row: _Row
+    row: Row
 
 
 def read_suites(path: Path, columns: Columns | None = None, *, harmful: bool | None = None) -> tuple[Suite, ...]:
-    """Read a `.jsonl` or `.csv` file of prompts. `harmful` labels rows whose file has no such column.
+    """Read a file of a kind that `rows.READERS` lists. `harmful` labels rows whose file has no such column.
 
     Raises `PromptSetError` for a file that is missing, empty, malformed, unlabelled or inconsistent; it says where.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise PromptSetError(f"{path}: unknown kind of prompt file", hint=f"use one of: {', '.join(_READERS)}")
     names = columns or Columns()
-    items = [_item(row, names, harmful) for row in reader(path, _text(path))]
+    items = [_item(row, names, harmful) for row in read_rows(path)]
     if not items:
         raise PromptSetError(f"{path} holds no prompts", hint="one row per prompt, with a 'prompt' column")
     _refuse_duplicates(items)
@@ -121,57 +82,8 @@ def write_suites(path: Path, suites: Iterable[Suite]) -> None:
     write_atomic(path, "".join(line + "\n" for line in lines))
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise PromptSetError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise PromptSetError(f"{path} line {line}: not UTF-8 text", hint="save the file as UTF-8") from error
-
-
-def _jsonl_rows(path: Path, text: str) -> Iterator[_Row]:
-    # Only \n ends a line: str.splitlines would also cut at U+2028 and friends, which JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            cells = json.loads(line)
-            json.dumps(cells, ensure_ascii=False).encode()  # an unpaired surrogate escape is not text: no file takes it
-        except (ValueError, RecursionError) as error:
-            raise PromptSetError(f"{path} line {number}: not JSON: {error}") from error
-        if not isinstance(cells, dict):
-            raise PromptSetError(f"{path} line {number}: expected an object, got {line.strip()[:60]}")
-        yield _Row(path, number, cells)
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    line = 1
-    try:
-        header = next(reader, [])
-        if len(set(header)) != len(header):
-            raise PromptSetError(f"{path} line 1: two columns have the same name ({', '.join(header)})")
-        while True:
-            line = reader.line_num + 1  # where the row starts: quoted cells may span lines
-            cells = next(reader, None)
-            if cells is None:
-                return
-            row = _Row(path, line, dict(zip(header, cells, strict=False)))
-            if cells and len(cells) != len(header):
-                row.fail(f"{len(cells)} cells, the header has {len(header)}", "quote cells that contain commas")
-            if cells:
-                yield row
-    except csv.Error as error:
-        raise PromptSetError(f"{path} line {line}: not CSV: {error}") from error
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[_Row]]] = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
-
-
-def _item(row: _Row, names: Columns, harmful: bool | None) -> _Item:
-    suite = row.text(names.suite) or row.path.stem
+def _item(row: Row, names: Columns, harmful: bool | None) -> _Item:
+    suite = row.text(names.suite) or row.stem
     prompt = Prompt(
         id=row.text(names.id) or f"{suite}-{row.line}",
         messages=_messages(row, names),
@@ -188,7 +100,7 @@ def _item(row: _Row, names: Columns, harmful: bool | None) -> _Item:
     return _Item(prompt, harmful if label is None else label, row)
 
 
-def _messages(row: _Row, names: Columns) -> tuple[Message, ...]:
+def _messages(row: Row, names: Columns) -> tuple[Message, ...]:
     turns = row.structure(names.messages, list, "a JSON list of turns")
     if turns is None:
         text = row.text(names.prompt)
@@ -203,7 +115,7 @@ def _messages(row: _Row, names: Columns) -> tuple[Message, ...]:
     return messages
 
 
-def _message(row: _Row, turn: Any) -> Message:
+def _message(row: Row, turn: Any) -> Message:
     fields = turn if isinstance(turn, dict) else {}
     role, content = fields.get("role"), fields.get("content")
     if role not in _ROLES or not isinstance(content, str) or not content.strip():
@@ -211,7 +123,7 @@ def _message(row: _Row, turn: Any) -> Message:
     return Message(role, content)
 
 
-def _split(row: _Row, column: str) -> Split:
+def _split(row: Row, column: str) -> Split:
     value = row.text(column) or Split.TEST.value
     try:
         return Split(value)
@@ -219,7 +131,7 @@ def _split(row: _Row, column: str) -> Split:
         row.fail(f"unknown split '{value}'", hint=f"one of: {', '.join(Split)}")
 
 
-def _label(row: _Row, column: str) -> bool | None:
+def _label(row: Row, column: str) -> bool | None:
     value = row.cells.get(column)
     if value is None or value == "":
         return None

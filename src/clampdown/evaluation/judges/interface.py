@@ -1,0 +1,106 @@
+"""What a judge is: a name, and a function from cases to findings.
+
+The name says all that could change a verdict (kind, version, model, rubric): it stands in every record and in the
+resume key. A case that the judge could not be asked about has no judgement. That is not unscored, a verdict: it waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from clampdown.errors import JudgeUnreachableError
+from clampdown.evaluation.degenerate import degeneration
+from clampdown.evaluation.judges.rules import rules_verdict
+from clampdown.evaluation.scoring import is_correct
+from clampdown.types import Judge, Judgement, Prompt, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One reply to judge."""
+
+    prompt: Prompt
+    reply: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found about case `index`. No judgement: the judge could not be reached, for `problem`."""
+
+    index: int
+    judgement: Judgement | None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedJudge:
+    """A judge under its name. `find` yields one finding per case, in any order, as they become known.
+
+    Called with one prompt and reply it is a `types.Judge`; then a judge that cannot be reached raises.
+    """
+
+    name: str
+    find: Callable[[Sequence[Case]], Iterator[Finding]] = field(repr=False)
+
+    def __call__(self, prompt: Prompt, reply: str) -> Judgement:
+        """Judge one reply. Raises `JudgeUnreachableError` when there is no judgement to be had now."""
+        (finding,) = self.find([Case(prompt, reply)])
+        if finding.judgement is None:
+            raise JudgeUnreachableError(
+                f"judge '{self.name}' could not be asked: {finding.problem}",
+                hint="replies are kept: repeat the command and only they are judged",
+            )
+        return finding.judgement
+
+
+def one_by_one(name: str, judge: Judge) -> NamedJudge:
+    """A judge that is a plain function of one reply."""
+
+    def find(cases: Sequence[Case]) -> Iterator[Finding]:
+        for index, case in enumerate(cases):
+            yield Finding(index, judge(case.prompt, case.reply))
+
+    return NamedJudge(name, find)
+
+
+def screened(judge: NamedJudge) -> NamedJudge:
+    """The judge, asked only about what needs it: degenerate replies and capability items are settled here, by rule.
+
+    A degenerate reply is a failure on safe and unsafe prompts alike; a judge that reads for harm would call it safe.
+    """
+
+    def find(cases: Sequence[Case]) -> Iterator[Finding]:
+        settled = [settle(case) for case in cases]
+        yield from (Finding(index, found) for index, found in enumerate(settled) if found is not None)
+        left = [index for index, found in enumerate(settled) if found is None]
+        if left:
+            for finding in judge.find([cases[index] for index in left]):
+                yield Finding(left[finding.index], finding.judgement, finding.problem)
+
+    return NamedJudge(judge.name, find)
+
+
+def settle(case: Case) -> Judgement | None:
+    """The judgement that needs no judge; None when one must be asked."""
+    prompt, reply = case.prompt, case.reply
+    answered = prompt.answer is not None
+    broken = degeneration(reply, short_is_broken=not answered)
+    if broken is not None:
+        return Judgement(Verdict.DEGENERATE, False if answered else None, broken)
+    if not answered:
+        return None
+    verdict, why = rules_verdict(reply)
+    return Judgement(verdict, is_correct(prompt, reply), why)
+
+
+def in_order(findings: Iterable[Finding], n: int) -> list[Finding]:
+    """Findings by case. Raises `ValueError` when one is missing or doubled: a judge must lose nothing."""
+    found: list[Finding | None] = [None] * n
+    for finding in findings:
+        if found[finding.index] is not None:
+            raise ValueError(f"case {finding.index} was judged twice")
+        found[finding.index] = finding
+    if None in found:
+        raise ValueError(f"case {found.index(None)} was not judged")
+    return [finding for finding in found if finding is not None]

@@ -1,0 +1,40 @@
+"""The table of judges: a spec such as "rules" or "llm:MODEL@URL" becomes a `NamedJudge`.
+
+A new judge is one file and one row here. What lives in a higher package (the embedded corpus's exact judge) is handed
+in as a further row by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from clampdown.errors import JudgeError
+from clampdown.evaluation.judges.interface import NamedJudge, one_by_one, screened
+from clampdown.evaluation.judges.rules import VERSION, rules_verdict
+from clampdown.types import Judgement, Prompt
+
+Maker = Callable[[str], NamedJudge]
+"""Makes a judge from what follows the colon of its spec ("" without one)."""
+
+
+def _rules(argument: str) -> NamedJudge:
+    if argument:
+        raise JudgeError(f"the rules judge takes no argument, got '{argument}'", hint="--judge rules")
+
+    def judge(_prompt: Prompt, reply: str) -> Judgement:
+        verdict, why = rules_verdict(reply)
+        return Judgement(verdict, detail=why)
+
+    return screened(one_by_one(VERSION, judge))
+
+
+JUDGES: dict[str, Maker] = {"rules": _rules}
+
+
+def make_judge(spec: str, more: Mapping[str, Maker] | None = None) -> NamedJudge:
+    """The judge that a spec names: KIND or KIND:ARGUMENT. Raises `JudgeError` for an unknown kind or a bad argument."""
+    known = {**JUDGES, **(more or {})}
+    kind, _, argument = spec.partition(":")
+    if kind not in known:
+        raise JudgeError(f"no judge '{kind}'", hint=f"one of: {', '.join(known)}")
+    return known[kind](argument)
