@@ -81,7 +81,7 @@ def _placeholders(reply: str, given: Arguments) -> bool:
 
 
 def _postscript(reply: str, given: Arguments) -> bool:
-    marker = given["postscript_marker"]
+    marker = str(given["postscript_marker"])
     known = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
     return re.search(known.get(marker, re.escape(marker.lower())), reply.lower()) is not None
 
