@@ -90,7 +90,7 @@ def settle(case: Case) -> Judgement | None:
         return Judgement(Verdict.DEGENERATE, False if answered else None, broken)
     if not answered:
         return None
-    verdict, why = rules_verdict(reply)
+    verdict, why = rules_verdict(reply, prompt.text)
     return Judgement(verdict, is_correct(prompt, reply), why)
 
 

@@ -21,8 +21,8 @@ def _rules(argument: str) -> NamedJudge:
     if argument:
         raise JudgeError(f"the rules judge takes no argument, got '{argument}'", hint="--judge rules")
 
-    def judge(_prompt: Prompt, reply: str) -> Judgement:
-        verdict, why = rules_verdict(reply)
+    def judge(prompt: Prompt, reply: str) -> Judgement:
+        verdict, why = rules_verdict(reply, prompt.text)
         return Judgement(verdict, detail=why)
 
     return screened(one_by_one(VERSION, judge))
