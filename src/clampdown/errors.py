@@ -87,6 +87,14 @@ class JudgeUnreachableError(JudgeError):
     """The judge did not answer at all: replies stay unjudged and wait, and a rerun judges them."""
 
 
+class EndpointError(ClampdownError):
+    """An HTTP endpoint refused a request for good: wrong key, unknown model, malformed request."""
+
+
+class EndpointDownError(EndpointError):
+    """An HTTP endpoint did not answer, or not sensibly, after every retry. Later it may."""
+
+
 class StoreError(ClampdownError):
     """A run directory cannot be read or written: wrong schema, another run's records, disk full."""
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from clampdown.errors import JudgeUnreachableError
+from clampdown.errors import JudgeError, JudgeUnreachableError
 from clampdown.evaluation.degenerate import degeneration
 from clampdown.evaluation.judges.rules import rules_verdict
 from clampdown.evaluation.scoring import is_correct
@@ -37,11 +38,13 @@ class Finding:
 class NamedJudge:
     """A judge under its name. `find` yields one finding per case, in any order, as they become known.
 
+    `model` is the language model that judges, if one does: it may not be the one under test.
     Called with one prompt and reply it is a `types.Judge`; then a judge that cannot be reached raises.
     """
 
     name: str
     find: Callable[[Sequence[Case]], Iterator[Finding]] = field(repr=False)
+    model: str | None = None
 
     def __call__(self, prompt: Prompt, reply: str) -> Judgement:
         """Judge one reply. Raises `JudgeUnreachableError` when there is no judgement to be had now."""
@@ -78,7 +81,27 @@ def screened(judge: NamedJudge) -> NamedJudge:
             for finding in judge.find([cases[index] for index in left]):
                 yield Finding(left[finding.index], finding.judgement, finding.problem)
 
-    return NamedJudge(judge.name, find)
+    return NamedJudge(judge.name, find, judge.model)
+
+
+def check_not_under_test(judge: NamedJudge, *names: str) -> None:
+    """Refuse a judge that is the model under test, known by these names, directories or revisions.
+
+    Raises `JudgeError`. A served plan ("base:plan") is its base model.
+    """
+    if judge.model is None:
+        return
+    judged = {_plain_name(name) for name in names}
+    if {_plain_name(judge.model), _plain_name(judge.model.partition(":")[0])} & judged:
+        raise JudgeError(
+            f"'{judge.model}' would judge its own replies", hint="choose another judge: a model finds itself right"
+        )
+
+
+def _plain_name(name: str) -> str:
+    """A directory by its real path, a hub id in lower case."""
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else name.strip().lower()
 
 
 def settle(case: Case) -> Judgement | None:

@@ -28,7 +28,13 @@ def _rules(argument: str) -> NamedJudge:
     return screened(one_by_one(VERSION, judge))
 
 
-JUDGES: dict[str, Maker] = {"rules": _rules}
+def _llm(argument: str) -> NamedJudge:
+    from clampdown.evaluation.judges.llm import parse_llm  # only this judge needs an HTTP client
+
+    return parse_llm(argument)
+
+
+JUDGES: dict[str, Maker] = {"rules": _rules, "llm": _llm}
 
 
 def make_judge(spec: str, more: Mapping[str, Maker] | None = None) -> NamedJudge:
