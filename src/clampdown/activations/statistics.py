@@ -1,21 +1,28 @@
 """Moments: count, mean, variance, maximum and firing rate of every feature over prompts, mergeable across shards.
 
-Chan, Golub & LeVeque (1979): with n = n_a + n_b and d = mean_b - mean_a,
+`Moments` keep the exact sums of the activations and of their squares (`exact`) and round once, when they are read:
 
-    mean = mean_a + d n_b / n          m2 = m2_a + m2_b + d^2 n_a n_b / n
+    mean = S / n          m2 = Q - S^2 / n          S = sum of a, Q = sum of a^2
 
-Everything is float64, so merging shards in any order equals one pass to rounding, and merging with nothing is exact.
-Sparse input costs O(nonzeros + d_sae): a column's zeros contribute their share in closed form.
+so shards merged in any order and any grouping equal one pass to the last bit, and there is no cancellation.
+Sparse input costs O(nonzeros + d_sae): zeros add nothing to either sum.
+
+`ResidualMean` merges by Chan, Golub & LeVeque (1979), equal to one pass to rounding:
+mean = mean_a + (mean_b - mean_a) n_b / n.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
+
+from clampdown.activations.exact import MOST_ADDENDS, ExactSums, scaled_ratio
+from clampdown.errors import PromptSetError
 
 PerFeature = Float[np.ndarray, " channels"]
 
@@ -26,50 +33,72 @@ def shape_of(values: csr_array) -> tuple[int, int]:
     return rows, columns
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Moments:
-    """Per-feature summary of `count` observations. `m2` is the summed squared deviation from `mean`; `max` is at
-    least 0 (activations are non-negative); `n_active` counts the observations above 0."""
+    """Per-feature summary of `count` observations. `max` is at least 0 (activations are non-negative); `n_active`
+    counts the observations above 0. Exact for float32 observations; those of float64 are squared with one rounding."""
 
     count: int
-    mean: PerFeature
-    m2: PerFeature
+    sums: ExactSums
+    squares: ExactSums
     max: PerFeature
     n_active: Int[np.ndarray, " channels"]
 
     @classmethod
     def empty(cls, channels: int) -> Moments:
-        zeros = np.zeros(channels)
-        return cls(0, zeros, zeros, zeros, np.zeros(channels, dtype=np.int64))
+        nothing = ExactSums(channels, {})
+        return cls(0, nothing, nothing, np.zeros(channels), np.zeros(channels, dtype=np.int64))
 
     @classmethod
     def of(cls, values: csr_array) -> Moments:
         """Moments of the columns of a prompts x features matrix of non-negative activations."""
         count, channels = shape_of(values)
-        if count == 0:
-            return cls.empty(channels)
         columns, data = values.indices, values.data.astype(np.float64)
-        stored = np.bincount(columns, minlength=channels)
-        mean = np.bincount(columns, weights=data, minlength=channels) / count
-        squares = np.bincount(columns, weights=(data - mean[columns]) ** 2, minlength=channels)
         largest = np.zeros(channels)
         np.maximum.at(largest, columns, data)
-        active = np.bincount(columns, weights=data > 0, minlength=channels).astype(np.int64)
-        return cls(count, mean, squares + (count - stored) * mean**2, largest, active)
+        return cls(
+            count,
+            ExactSums.of(columns, data, channels),
+            ExactSums.of(columns, data**2, channels),
+            largest,
+            np.bincount(columns[data > 0], minlength=channels).astype(np.int64),
+        )
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of observations together."""
-        if not self.count or not other.count:
-            return self if self.count else other
-        count = self.count + other.count
-        shift = other.mean - self.mean
+        """Moments of both sets of observations together. Raises `PromptSetError` beyond 8 million observations."""
+        if self.count + other.count > MOST_ADDENDS:
+            raise PromptSetError(f"moments hold at most {MOST_ADDENDS} prompts", hint="read the prompts in parts")
         return Moments(
-            count,
-            self.mean + shift * (other.count / count),
-            self.m2 + other.m2 + shift**2 * (self.count * other.count / count),
+            self.count + other.count,
+            self.sums.merge(other.sums),
+            self.squares.merge(other.squares),
             np.maximum(self.max, other.max),
             self.n_active + other.n_active,
         )
+
+    @cached_property
+    def mean(self) -> PerFeature:
+        """Mean over all observations; 0 when there are none."""
+        mean, live = np.zeros(len(self.max)), self._live
+        unit = self.sums.lowest_unit
+        mean[live] = scaled_ratio(self.sums.integers(unit, live), unit, max(self.count, 1))
+        return mean
+
+    @cached_property
+    def m2(self) -> PerFeature:
+        """Summed squared deviation from the mean."""
+        m2, live = np.zeros(len(self.max)), self._live
+        unit = min(2 * self.sums.lowest_unit, self.squares.lowest_unit)
+        unit -= unit % 2  # an even exponent, so that S can be counted in units of its square root
+        totals = self.sums.integers(unit // 2, live)
+        excess = self.count * self.squares.integers(unit, live) - totals * totals
+        m2[live] = scaled_ratio(excess, unit, max(self.count, 1)).clip(min=0)
+        return m2
+
+    @property
+    def _live(self) -> Int[np.ndarray, " live"]:
+        """Features with anything to sum: most of a large SAE's never fire, and Python integers are slow."""
+        return np.flatnonzero(self.max > 0)
 
     @property
     def variance(self) -> PerFeature:
