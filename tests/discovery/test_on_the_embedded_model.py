@@ -13,7 +13,7 @@ from clampdown.discovery.causal import (
     rank_by_effect,
 )
 from clampdown.discovery.contrast import ContrastSettings, collect_contrast, find_by_contrast
-from clampdown.discovery.directions import direction_of
+from clampdown.discovery.directions import direction_between
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
 from clampdown.discovery.single_prompt import find_from_one_prompt
 from clampdown.models.chat import encode
@@ -55,7 +55,7 @@ def contrast(lm, sae, found_on):
 
 @pytest.fixture(scope="module")
 def make_plan(lm, sae, contrast):
-    length = direction_of(contrast.harmful, contrast.harmless).residual_norm
+    length = direction_between(contrast.activations, contrast.harmful).residual_norm
     return clamp_at_norm(lm, sae, length, scope="prompt")
 
 

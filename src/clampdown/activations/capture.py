@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,6 +25,8 @@ from clampdown.models.loading import LanguageModel
 from clampdown.types import Site
 
 DEFAULT_TOKENS_PER_BATCH = 4096
+
+Visitor = Callable[[Float[Tensor, "batch pos d_model"]], None]
 
 
 class _ReachedSite(BaseException):
@@ -52,33 +55,43 @@ def length_buckets(lengths: Sequence[int], tokens: int) -> list[tuple[int, ...]]
     return buckets
 
 
-def _keep(found: dict[Site, Tensor], site: Site, n_sites: int) -> Callable[[Tensor], None]:
-    def keep(hidden: Tensor) -> None:
-        found[site] = hidden
-        if len(found) == n_sites:
+def _visit_once(
+    visitors: Mapping[Site, Visitor], visited: set[Site], site: Site
+) -> Callable[[Float[Tensor, "batch pos d_model"]], None]:
+    def visit(hidden: Float[Tensor, "batch pos d_model"]) -> None:
+        visitors[site](hidden)
+        visited.add(site)
+        if len(visited) == len(visitors):
             raise _ReachedSite
 
-    return keep
+    return visit
+
+
+def visit_sites(lm: LanguageModel, batch: Batch, visitors: Mapping[Site, Visitor]) -> None:
+    """Run the decoder until every site has been computed, and no further. Each site's visitor is called with its
+    residual while the forward runs; what a visitor does not keep is free again before the next site is computed.
+
+    Positions count from each row's first real token, as in generation, so that models with absolute positions read
+    a padded row as they would read it alone.
+    """
+    visited: set[Site] = set()
+    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if "position_ids" in inspect.signature(lm.layout.decoder.forward).parameters:
+        arguments["position_ids"] = batch.position_ids
+    with ExitStack() as hooks, torch.no_grad():
+        for site in visitors:
+            handle = lm.layout.hook_point(site).register(_visit_once(visitors, visited, site))
+            hooks.callback(handle.remove)
+        with suppress(_ReachedSite):
+            lm.layout.decoder(**arguments)
 
 
 def forward_to(
     lm: LanguageModel, batch: Batch, sites: Sequence[Site]
 ) -> dict[Site, Float[Tensor, "batch pos d_model"]]:
-    """Run the decoder until every site has been computed, and no further.
-
-    Positions count from each row's first real token, as in generation, so that models with absolute positions read
-    a padded row as they would read it alone.
-    """
+    """The residuals at the sites, kept together: `visit_sites` with visitors that only remember."""
     found: dict[Site, Tensor] = {}
-    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if "position_ids" in inspect.signature(lm.layout.decoder.forward).parameters:
-        arguments["position_ids"] = batch.position_ids
-    with ExitStack() as hooks, torch.no_grad():
-        for site in set(sites):
-            handle = lm.layout.hook_point(site).register(_keep(found, site, len(set(sites))))
-            hooks.callback(handle.remove)
-        with suppress(_ReachedSite):
-            lm.layout.decoder(**arguments)
+    visit_sites(lm, batch, {site: partial(found.__setitem__, site) for site in sites})
     return found
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from clampdown.activations.collect import collect
+from clampdown.activations.stream import plan_pass, read_sae
 from clampdown.commands import experiment
 from clampdown.commands.experiment import Sizes, Subject
 from clampdown.commands.stages import Stages
 from clampdown.discovery import causal
 from clampdown.discovery.contrast import Contrast, ContrastSettings, collect_contrast, contrast_scores, find_by_contrast
-from clampdown.discovery.directions import Direction, direction_of
+from clampdown.discovery.directions import Direction, direction_between
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
 from clampdown.discovery.single_prompt import find_from_first_refusal
 from clampdown.errors import NotEnoughDataError, StrengthError
@@ -137,7 +138,7 @@ def find(subject: Subject, scale: Scale, stages: Stages) -> Found:
         measure = causal.PrefillRefusal(lm, sae, shown, tokens, on_progress=tick)
         plans = causal.clamp_at_multiple(lm, sae, 1.0)
         sets = tuple(causal.rank_by_effect(found, plans, measure, top=16) for found in proposals)
-    return Found(contrast, sets, direction_of(contrast.harmful, contrast.harmless))
+    return Found(contrast, sets, direction_between(contrast.activations, contrast.harmful))
 
 
 def choose_plan(subject: Subject, found: Found, scale: Scale, directory: Path, stages: Stages) -> Choice:
@@ -190,8 +191,8 @@ def gate_plan(subject: Subject, plan: Plan, scale: Scale, choice: GateChoice) ->
 
 def _pooled(subject: Subject, prompts: Sequence[Prompt]) -> Pooled:
     """What the gate reads: each feature's peak over the prompt, and its value where the reply is decided."""
-    matrices = collect(subject.lm, subject.sae, prompts, GATE_POOLINGS).matrices
-    return {name: matrix.values for name, matrix in matrices.items()}
+    found = collect(plan_pass(subject.lm, [read_sae(subject.sae, *GATE_POOLINGS)], prompts))
+    return {name: found.matrix(name) for name in GATE_POOLINGS}
 
 
 def calibrate(subject: Subject, probe: Probe, scale: Scale, choice: GateChoice) -> Gate:
@@ -283,7 +284,7 @@ def _first_match(plans: Sequence[Plan], measure: Any, goal: float) -> controls.M
 def _feature_table(subject: Subject, found: Found) -> controls.FeatureTable:
     scores = contrast_scores(subject.sae, found.contrast, ContrastSettings())
     return controls.FeatureTable(
-        firing_rate=found.contrast.matrix("max").moments().firing_rate,
+        firing_rate=found.contrast.activations.moments("max").firing_rate,
         refusal_score=scores["norm_diff_mean"],
         decoder=subject.sae.W_dec.float().cpu().numpy(),
     )

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clampdown.activations.collect import collect
+from clampdown.activations.stream import plan_pass, read_sae
 from clampdown.commands.experiment import Sizes, Subject, measure_arms
 from clampdown.commands.stages import Stages
 from clampdown.errors import PlanError, PromptSetError, StrengthError
@@ -99,8 +102,9 @@ def _largest_activations(subject: Subject, features: tuple[int, ...], stages: St
     view = subject.sae.select(features)
     prompts = subject.prompts(Split.DISCOVERY, 120, "harmful", "jailbroken_seen", "benign")
     with stages.stage("Reading activations") as tick:
-        pooled = collect(subject.lm, subject.sae, prompts, ("max", "assistant_start"), on_progress=tick).matrices
-    peaks = [max(float(pooled[name].values[:, [f]].max()) for name in pooled) for f in view.features]
+        found = collect(plan_pass(subject.lm, [read_sae(subject.sae)], prompts), tick)
+    largest = np.maximum.reduce([found.moments(name).max for name in found.poolings])
+    peaks = [float(largest[feature]) for feature in view.features]
     for feature, peak in zip(features, peaks, strict=True):
         if peak <= 0:
             raise StrengthError(f"feature {feature} never fired on the discovery prompts: it has no scale to multiply")

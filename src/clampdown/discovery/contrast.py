@@ -23,9 +23,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.sparse import csr_array
 
-from clampdown.activations.collect import Budget, Collected, FeatureMatrix, Progress, collect
+from clampdown.activations.collect import Progress, collect
 from clampdown.activations.statistics import Moments
-from clampdown.discovery.directions import direction_of
+from clampdown.activations.store import ActivationStore
+from clampdown.activations.stream import Budget, plan_pass, read_sae
+from clampdown.discovery.directions import direction_between
 from clampdown.discovery.ranking import Finding, build_feature_set, make_provenance
 from clampdown.discovery.separation import d_prime, separate
 from clampdown.errors import PromptSetError
@@ -56,45 +58,35 @@ class ContrastSettings:
         return self.ranked_by or ("composite" if self.literal else "d_prime")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Contrast:
-    """Two prompt sets and what one pass over each found. Gates are fitted on the same matrices."""
+    """Harmful and harmless prompts (`harmful` is True on the former), and what one pass over all of them found.
 
-    harmful_prompts: tuple[Prompt, ...]
-    harmless_prompts: tuple[Prompt, ...]
-    harmful: Collected
-    harmless: Collected
+    Gates are fitted on the same matrices.
+    """
+
+    activations: ActivationStore
+    harmful: Bool[np.ndarray, " prompts"]
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
-        return self.harmful_prompts + self.harmless_prompts
+        return self.activations.prompts
 
-    def sides(self, pooling: str) -> tuple[FeatureMatrix, FeatureMatrix]:
-        """Harmful and harmless. Raises `PromptSetError` for a pooling that was not collected."""
-        if pooling not in self.harmful.matrices:
-            raise PromptSetError(
-                f"pooling '{pooling}' was not collected", hint=f"has: {', '.join(self.harmful.matrices)}"
-            )
-        return self.harmful.matrices[pooling], self.harmless.matrices[pooling]
+    def sides(self, pooling: str) -> tuple[csr_array, csr_array]:
+        """Harmful and harmless prompts x d_sae. Raises `PromptSetError` for a pooling that was not read."""
+        return self.activations.matrix(pooling, self.harmful), self.activations.matrix(pooling, ~self.harmful)
 
-    def matrix(self, pooling: str) -> FeatureMatrix:
-        """Harmful rows, then harmless rows."""
-        harmful, harmless = self.sides(pooling)
-        return harmful.merge(harmless)
+    def moments(self, pooling: str) -> tuple[Moments, Moments]:
+        """Moments of the harmful and of the harmless prompts. Raises `PromptSetError` as `sides` does."""
+        return self.activations.moments(pooling, self.harmful), self.activations.moments(pooling, ~self.harmful)
 
     @property
     def peaks(self) -> csr_array:
         """Each prompt's largest activation at any token that was read, under whatever pooling."""
-        matrices = [self.matrix(name).values for name in self.harmful.matrices]
-        peaks = matrices[0]
-        for other in matrices[1:]:
-            peaks = csr_array(peaks.maximum(other))
-        return peaks
-
-
-def _shifted(on_progress: Progress | None, offset: int, total: int) -> Progress | None:
-    """Progress of one of two passes as progress of both."""
-    return None if on_progress is None else lambda done, _: on_progress(offset + done, total)
+        first, *others = (self.activations.matrix(name) for name in self.activations.poolings)
+        for other in others:
+            first = csr_array(first.maximum(other))
+        return first
 
 
 def collect_contrast(
@@ -107,17 +99,12 @@ def collect_contrast(
     budget: Budget | None = None,
     on_progress: Progress | None = None,
 ) -> Contrast:
-    """One pass over each set. Raises `PromptSetError` when either is empty."""
-    total = len(harmful) + len(harmless)
+    """One pass over both sets, in memory. Raises `PromptSetError` when either is empty."""
     if not harmful or not harmless:
         raise PromptSetError("a contrast needs prompts of both kinds", hint="label some harmful and some harmless")
-
-    return Contrast(
-        tuple(harmful),
-        tuple(harmless),
-        collect(lm, sae, harmful, poolings, budget=budget, on_progress=_shifted(on_progress, 0, total)),
-        collect(lm, sae, harmless, poolings, budget=budget, on_progress=_shifted(on_progress, len(harmful), total)),
-    )
+    reading = read_sae(sae, *poolings, dense=("assistant_start",))
+    job = plan_pass(lm, [reading], [*harmful, *harmless], budget)
+    return Contrast(collect(job, on_progress), np.arange(len(job.prompts)) < len(harmful))
 
 
 def _over_largest(values: PerFeature) -> PerFeature:
@@ -145,7 +132,7 @@ def composite_scores(
 
 def eligible_features(contrast: Contrast, settings: ContrastSettings) -> Bool[np.ndarray, " d_sae"]:
     """Features that may be ranked: all of them as published, else the ones that fire often enough somewhere."""
-    harmful, harmless = (side.moments() for side in contrast.sides(settings.pooling))
+    harmful, harmless = contrast.moments(settings.pooling)
     if settings.literal:
         return np.ones(len(harmful.mean), dtype=bool)
     rate = np.maximum(harmful.firing_rate, harmless.firing_rate)
@@ -154,10 +141,9 @@ def eligible_features(contrast: Contrast, settings: ContrastSettings) -> Bool[np
 
 def contrast_scores(sae: Sae, contrast: Contrast, settings: ContrastSettings) -> dict[str, PerFeature]:
     """Every score of every feature of the SAE, one array [d_sae] each."""
-    sides = contrast.sides(settings.pooling)
-    harmful, harmless = (side.moments() for side in sides)
-    separation = separate(*(side.values for side in sides))
-    direction = direction_of(contrast.harmful, contrast.harmless)
+    harmful, harmless = contrast.moments(settings.pooling)
+    separation = separate(*contrast.sides(settings.pooling))
+    direction = direction_between(contrast.activations, contrast.harmful)
     return composite_scores(harmful, harmless, settings, eligible_features(contrast, settings)) | {
         "firing_rate_harmful": harmful.firing_rate,
         "firing_rate_harmless": harmless.firing_rate,

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from clampdown.activations.capture import capture
-from clampdown.activations.collect import Collected
-from clampdown.activations.pooling import POOLINGS
+from clampdown.activations.collect import collect
 from clampdown.activations.statistics import ResidualMean
+from clampdown.activations.store import ActivationStore
+from clampdown.activations.stream import Reading, plan_pass
 from clampdown.errors import PromptSetError
-from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.types import Prompt, Site
 
@@ -53,20 +51,20 @@ def _direction(site: Site, harmful: ResidualMean, harmless: ResidualMean) -> Dir
     return Direction(site, harmful.mean - harmless.mean, harmful.merge(harmless).mean_norm)
 
 
-def direction_of(harmful: Collected, harmless: Collected) -> Direction:
-    """The direction at the assistant start from passes that `collect` has already made."""
-    return _direction(harmful.site, harmful.residual, harmless.residual)
+def direction_between(
+    activations: ActivationStore,
+    harmful: Bool[np.ndarray, " prompts"],
+    pooling: str = "assistant_start",
+    reading: str | None = None,
+) -> Direction:
+    """The direction from a pass that has been made: prompts where `harmful` is True against all others.
 
-
-def _pooled_means(
-    lm: LanguageModel, prompts: Sequence[Prompt], sites: Sequence[Site], pooling: str
-) -> list[ResidualMean]:
-    means = [ResidualMean.empty(lm.d_model) for _ in sites]
-    for captured in capture(lm, [encode(lm, prompt.messages) for prompt in prompts], sites):
-        for i, site in enumerate(sites):
-            pooled = POOLINGS[pooling](captured.residuals[site].float(), captured.content)
-            means[i] = means[i].merge(ResidualMean.of(pooled.cpu().numpy()))
-    return means
+    Raises `PromptSetError` when a side is empty, or the pass did not keep the residual under that pooling.
+    """
+    if harmful.all() or not harmful.any():
+        raise PromptSetError("a direction needs prompts of both kinds", hint="label some harmful and some harmless")
+    sides = (activations.residual_mean(pooling, rows, reading=reading) for rows in (harmful, ~harmful))
+    return _direction(activations.site(reading), *sides)
 
 
 def difference_of_means(
@@ -76,13 +74,10 @@ def difference_of_means(
     sites: Sequence[Site],
     pooling: str = "assistant_start",
 ) -> list[Direction]:
-    """One direction per site, all from one pass over each prompt set.
+    """One direction per site, all from one pass over both prompt sets.
 
     Raises `PromptSetError` for an empty set, or a pooling that has no meaning for signed values.
     """
-    if pooling not in POOLINGS or not POOLINGS[pooling].signed:
-        usable = ", ".join(name for name, fold in POOLINGS.items() if fold.signed)
-        raise PromptSetError(f"pooling '{pooling}' does not suit residuals", hint=f"one of: {usable}")
-    with torch.no_grad():
-        sides = (_pooled_means(lm, side, sites, pooling) for side in (harmful, harmless))
-        return [_direction(site, a, b) for site, a, b in zip(sites, *sides, strict=True)]
+    job = plan_pass(lm, [Reading(site, dense=(pooling,)) for site in sites], [*harmful, *harmless])
+    activations, is_harmful = collect(job), np.arange(len(job.prompts)) < len(harmful)
+    return [direction_between(activations, is_harmful, pooling, site.name) for site in sites]
