@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -63,9 +64,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class InputNorm:
-    """What happens to x before the encoder, undone after the decoder: out = decoded * scale + shift."""
+class InputNorm(NamedTuple):
+    """What happens to x before the encoder, undone after the decoder: out = decoded * scale + shift.
+
+    A named tuple, because `torch.compile` traces through it also where checks of types wrap every dataclass."""
 
     normed: Float[Tensor, "... d_in"]
     scale: Float[Tensor, "... 1"] | None

@@ -28,6 +28,7 @@ from clampdown.errors import PlanError, ScopeError, SteeringNotAppliedError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.checkpoints import open_sae
 from clampdown.saes.sae import FeatureSource
+from clampdown.steering.compiled import refuse_compiled
 from clampdown.steering.plan import Plan
 from clampdown.steering.program import GateProgram, Rows, SiteProgram, check_plan, gate_programs, site_programs
 from clampdown.steering.scopes import SCOPES, Window, last_run
@@ -53,6 +54,7 @@ class _Turn:
     assistant_start: int | None = None
     last_user: Bool[Tensor, "rows prompt"] | None = None
     constant: dict[str, Float[Tensor, "rows 1"]] | None = None
+    cache: Any = None
 
 
 @dataclass
@@ -175,7 +177,9 @@ class Steering:
         if past == 0 and self._extends_last(ids, width):
             self._require_turn()[1].restart()
         elif past == 0:
+            self._check_no_pass_was_missed()
             self._begin_turn(n_rows, width, ids, mask)
+        self._require_turn()[0].cache = cache
         self._open_window(past, n_rows, width, mask)
         self._visited.clear()
         self._passes += 1
@@ -286,6 +290,20 @@ class Steering:
         if self._mine() and missed:
             raise SteeringNotAppliedError(f"the model ran, but nothing happened at {missed}")
 
+    def _check_no_pass_was_missed(self) -> None:
+        """The cache counts tokens too: what it holds and no hook saw was computed without steering."""
+        turn = self._turn
+        if turn is None or turn.cache is None or not self._edit_sites:
+            return
+        cached = int(turn.cache.get_seq_length())
+        turn.cache = None
+        if cached > turn.seen:
+            raise SteeringNotAppliedError(
+                f"{cached - turn.seen} tokens were computed without steering: a compiled graph does not call hooks "
+                "that are newer than it",
+                hint="call generate(..., disable_compile=True), or prepare(lm, ...) before anything is compiled",
+            )
+
     def _require_turn(self) -> tuple[_Turn, _Tally]:
         if self._turn is None or self._tally is None:
             raise SteeringNotAppliedError("a block of the model ran outside a forward pass of its decoder")
@@ -303,6 +321,7 @@ class Steering:
                 "no forward pass of this model ran inside steer(...)",
                 hint="a model that was compiled before steering ignores new hooks",
             )
+        self._check_no_pass_was_missed()
         turn, _ = self._require_turn()
         unreached = {scope for program in turn.programs for scope in program.scopes} - self._reached
         if require_reach and unreached:
@@ -385,6 +404,8 @@ def steer(
     for plan in distinct:
         if plan is not None:
             check_plan(plan, lm, by_site)
+    if any(plan is not None for plan in distinct):
+        refuse_compiled(lm)
     key = id(lm.layout.decoder)
     if key in _ACTIVE.get():
         raise PlanError("this model is already being steered here", hint="put all edits into one plan")

@@ -222,13 +222,14 @@ def _direction_bank(rows: Rows, site: str, lm: LanguageModel) -> Bank:
         (row, edit, (plan.vectors[edit.vector or ""], OPERATORS[edit.operator].unit_row)) for row, plan, edit in found
     ]
     keys = list(dict.fromkeys(key for _, _, key in keyed))
-    vectors = [_checked(torch.tensor(vector, device=lm.device), lm.d_model) for vector, _ in keys]
+    vectors = [checked_vector(torch.tensor(vector, device=lm.device), lm.d_model) for vector, _ in keys]
     matrix = torch.stack([v / v.norm() if unit else v for v, (_, unit) in zip(vectors, keys, strict=True)])
     groups = _groups([(r, e, [k]) for r, e, k in keyed], {k: i for i, k in enumerate(keys)}, len(rows), matrix)
     return Bank(Directions(matrix), len(keys), groups)
 
 
-def _checked(vector: Float[Tensor, " d"], d_model: int) -> Float[Tensor, " d"]:
+def checked_vector(vector: Float[Tensor, " d"], d_model: int) -> Float[Tensor, " d"]:
+    """The vector, if it can steer. Raises `PlanMismatchError` for another width, `PlanError` if zero or infinite."""
     if len(vector) != d_model:
         raise PlanMismatchError(f"a vector of {len(vector)} numbers cannot steer a residual of {d_model}")
     if not bool(vector.norm() > 0) or not bool(vector.isfinite().all()):
@@ -326,4 +327,4 @@ def _check_edits(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource
         if features:
             check_features(features, saes[site].cfg.d_sae)
     for vector in plan.vectors.values():
-        _checked(torch.tensor(vector), lm.d_model)
+        checked_vector(torch.tensor(vector), lm.d_model)
