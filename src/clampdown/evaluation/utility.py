@@ -215,18 +215,35 @@ class Scored:
     receipts: list[Receipt | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """Token ids of a text after a prompt, under a plan. `ended`: the end of the turn after it is scored as well."""
+
+    plan: Plan | None
+    prompt: Sequence[int]
+    reply: Sequence[int]
+    ended: bool = False
+
+
 def teacher_force(lm: LanguageModel, saes: Saes, rows: Sequence[tuple[Arm, Forced]]) -> Scored:
-    """Present each reply after its arm's prompt, in one forward.
+    """Present each reply after its arm's prompt, in one forward; see `force_tokens`."""
+    presented = [
+        Presented(arm.plan, encode(lm, arm.messages(text.prompt)), text.reply, text.ended) for arm, text in rows
+    ]
+    return force_tokens(lm, saes, presented)
+
+
+def force_tokens(lm: LanguageModel, saes: Saes, rows: Sequence[Presented]) -> Scored:
+    """Present each text after its prompt, in one forward.
 
     A block of one-token replies holds nothing for a scope 'generated' to cover, as in generation: callers refuse
     plans that could not act on any of their texts.
     """
-    prompts = [encode(lm, arm.messages(text.prompt)) for arm, text in rows]
     # The last token of a reply that was cut off predicts nothing that is scored, so it need not be computed.
-    replies = [text.reply if text.ended else text.reply[:-1] for _, text in rows]
-    ids, real, width = _stack(prompts, replies, lm.pad_id, lm.device)
+    replies = [row.reply if row.ended else row.reply[:-1] for row in rows]
+    ids, real, width = _stack([row.prompt for row in rows], replies, lm.pad_id, lm.device)
     predicted = ids.shape[1] - width + 1
-    with steer(lm, [arm.plan for arm, _ in rows], saes, prompt_width=width, require_reach=False) as steering:
+    with steer(lm, [row.plan for row in rows], saes, prompt_width=width, require_reach=False) as steering:
         output = lm.model(
             input_ids=ids,
             attention_mask=real.long(),
@@ -235,7 +252,7 @@ def teacher_force(lm: LanguageModel, saes: Saes, rows: Sequence[tuple[Arm, Force
             logits_to_keep=predicted,
         )
         receipts = steering.receipts()
-    counts = torch.tensor([text.n_scored for _, text in rows], device=lm.device)
+    counts = torch.tensor([len(row.reply) + row.ended for row in rows], device=lm.device)
     mask = torch.arange(predicted, device=lm.device) < counts[:, None]
     return Scored(output.logits.float().log_softmax(-1), mask, real.sum(1), receipts)
 

@@ -1,0 +1,1 @@
+"""Other people's tools run our models, steered: lm-evaluation-harness and Inspect."""
