@@ -1,7 +1,7 @@
 """lm-evaluation-harness runs its tasks on a steered model: `--model clampdown --model_args plan=plan.toml`.
 
-The harness (0.4.13) finds models in its own table only: it reads no entry points. Importing this module adds the row, and
-`python -m clampdown.interop.lm_eval ...` is the harness's command line with that row in it.
+The harness (0.4.13) finds models in its own table only: it reads no entry points. Importing this module adds the row,
+and `python -m clampdown.interop.lm_eval ...` is the harness's command line with that row in it.
 
 1. Multiple choice: every (context, continuation) in one left-padded pass, the context being the plan's prompt.
 2. Generation: greedy, or sampled where a task asks for it; replies end at the first stop string.
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
@@ -132,9 +133,7 @@ class SteeredLM(TemplateLM):
         """The conversation as our own runner would write it. Raises `ChatTemplateError`."""
         self._templated = True
         if not add_generation_prompt:
-            return str(
-                self.tokenizer.apply_chat_template(chat_history, tokenize=False, continue_final_message=True)
-            )
+            return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, continue_final_message=True))
         turns = [Message(turn["role"], turn["content"]) for turn in chat_history]  # type: ignore[arg-type]
         return render(self.tokenizer, turns, add_generation_prompt=True)
 
@@ -155,7 +154,7 @@ class SteeredLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_settings: Any
     ) -> list[tuple[float, bool]]:
         pairs = [self._fitted(context, text) for _, context, text in requests]
         with tqdm(total=len(pairs), disable=disable_tqdm, desc="log-likelihoods") as bar:
@@ -178,7 +177,7 @@ class SteeredLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts. Raises `ScopeError` for a plan that needs a prompt."""
         self.steered.refuse_prompt_scope()
-        windows = [
+        windows: list[tuple[Any, ...]] = [
             (i, None, *make_disjoint_window(window))
             for i, request in enumerate(requests)
             for window in get_rolling_token_windows(
@@ -188,7 +187,7 @@ class SteeredLM(TemplateLM):
                 context_len=1,
             )
         ]
-        found = self._loglikelihood_tokens([window[1:] for window in windows], disable_tqdm)
+        found = self._loglikelihood_tokens([(key, head, tail) for _, key, head, tail in windows], disable_tqdm)
         totals = [0.0] * len(requests)
         for (i, *_), (value, _) in zip(windows, found, strict=True):
             totals[i] += value
@@ -199,16 +198,17 @@ class SteeredLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Replies. Requests with the same settings are decoded together."""
         groups: dict[Decoding, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(self._decoding(request.args[1]), []).append(i)
+        asked: list[Any] = [request.args for request in requests]  # (context, settings)
+        for i, (_, settings) in enumerate(asked):
+            groups.setdefault(self._decoding(settings), []).append(i)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="replies") as bar:
             for decoding, rows in groups.items():
-                prompts = [self._prompt_ids(requests[row].args[0], decoding) for row in rows]
+                prompts = [self._prompt_ids(asked[row][0], decoding) for row in rows]
                 for row, one in zip(rows, self.steered.complete(prompts, decoding, bar.update), strict=True):
                     texts[row] = one.text
                     self.ledger.add(one.receipt)
-                    self.cache_hook.add_partial("generate_until", requests[row].args, one.text)
+                    self.cache_hook.add_partial("generate_until", asked[row], one.text)
         return texts
 
     def _decoding(self, kwargs: dict[str, Any]) -> Decoding:
@@ -216,7 +216,9 @@ class SteeredLM(TemplateLM):
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, self.max_gen_toks))
         unknown = sorted(wanted.keys() - _KNOWN_KWARGS)
         if unknown:
-            raise ModelError(f"generation setting '{unknown[0]}' is not supported", hint=", ".join(sorted(_KNOWN_KWARGS)))
+            raise ModelError(
+                f"generation setting '{unknown[0]}' is not supported", hint=", ".join(sorted(_KNOWN_KWARGS))
+            )
         return Decoding(
             max_new_tokens=wanted["max_gen_toks"],
             stops=tuple(wanted["until"]),
@@ -246,8 +248,9 @@ class SteeredLM(TemplateLM):
 
 
 def _device(asked: str | None) -> str:
-    """The harness asks for "cuda" unless told otherwise, and takes a CPU where there is none."""
-    return "auto" if asked in (None, "cuda") else asked
+    """The harness asks for "cuda:0" unless told otherwise, and takes a CPU where there is none."""
+    fallback = str(asked).startswith("cuda") and not torch.cuda.is_available()
+    return "auto" if asked is None or fallback else asked
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from clampdown.steering.program import check_plan
 from clampdown.types import ArmKind, Message, Prompt, Receipt
 
 Ids = Sequence[int]
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +131,7 @@ class SteeredModel:
         text = self.lm.tokenizer.decode(tail, skip_special_tokens=True)
         return [Reply(arm, prompt, text, len(tail), receipts[0] if receipts else None)]
 
-    def log_likelihoods(
-        self, pairs: Sequence[tuple[Ids, Ids]], progress: Progress | None = None
-    ) -> list[Likelihood]:
+    def log_likelihoods(self, pairs: Sequence[tuple[Ids, Ids]], progress: Progress | None = None) -> list[Likelihood]:
         """Of each (prompt, text), in order. Raises `ScopeError` for a plan that steers generated tokens."""
         self.refuse_generated_scope()
         done: list[Likelihood] = [Likelihood(0.0, True, None)] * len(pairs)
