@@ -11,7 +11,6 @@ import torch
 from clampdown.discovery.causal import (
     REFUSAL_GAIN,
     REFUSAL_LOG_ODDS,
-    PrefillRefusal,
     clamp_at_multiple,
     clamp_at_norm,
     clamp_plan,
@@ -20,6 +19,7 @@ from clampdown.discovery.causal import (
 from clampdown.discovery.contrast import ContrastSettings, find_by_contrast
 from clampdown.discovery.ranking import token_effects
 from clampdown.discovery.refusal_tokens import RefusalTokens, refusal_log_odds
+from clampdown.discovery.screening import PrefillRefusal
 from clampdown.errors import NotEnoughDataError, PromptSetError
 from clampdown.models.chat import encode
 from clampdown.models.generation import next_token_logits

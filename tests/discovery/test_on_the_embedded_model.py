@@ -8,13 +8,13 @@ import pytest
 from clampdown.config import ORGANISM_WEIGHTS
 from clampdown.discovery.causal import (
     REFUSAL_LOG_ODDS,
-    PrefillRefusal,
     clamp_at_norm,
     rank_by_effect,
 )
 from clampdown.discovery.contrast import ContrastSettings, collect_contrast, find_by_contrast
 from clampdown.discovery.directions import direction_between
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
+from clampdown.discovery.screening import PrefillRefusal
 from clampdown.discovery.single_prompt import find_from_one_prompt
 from clampdown.models.chat import encode
 from clampdown.models.generation import generate

@@ -27,6 +27,7 @@ from clampdown.discovery import causal
 from clampdown.discovery.contrast import Contrast, ContrastSettings, collect_contrast, contrast_scores, find_by_contrast
 from clampdown.discovery.directions import Direction, direction_between
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
+from clampdown.discovery.screening import PrefillRefusal
 from clampdown.discovery.single_prompt import find_from_first_refusal
 from clampdown.errors import NotEnoughDataError, StrengthError
 from clampdown.evaluation import controls, metrics, utility
@@ -135,7 +136,7 @@ def find(subject: Subject, scale: Scale, stages: Stages) -> Found:
         tokens = find_refusal_tokens(lm, [*harmful[:24], *benign[:24]], subject.judge)
     shown = subject.prompts(Split.VALIDATION, scale.causal_prompts, *HARMFUL)
     with stages.stage("Clamping finalists") as tick:
-        measure = causal.PrefillRefusal(lm, sae, shown, tokens, on_progress=tick)
+        measure = PrefillRefusal(lm, sae, shown, tokens, on_progress=tick)
         plans = causal.clamp_at_multiple(lm, sae, 1.0)
         sets = tuple(causal.rank_by_effect(found, plans, measure, top=16) for found in proposals)
     return Found(contrast, sets, direction_between(contrast.activations, contrast.harmful))

@@ -12,6 +12,7 @@ from clampdown.config import ORGANISM
 from clampdown.discovery import causal
 from clampdown.discovery.contrast import ContrastSettings, collect_contrast, find_by_contrast
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
+from clampdown.discovery.screening import PrefillRefusal
 from clampdown.discovery.single_prompt import SinglePromptSettings, find_from_first_refusal, find_from_one_prompt
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.suites import read_suites
@@ -124,6 +125,6 @@ def _checked(
         )
     with stages.stage("Clamping finalists") as tick:
         tokens = find_refusal_tokens(lm, [*prompts.harmful[:24], *prompts.harmless[:24]], prompts.judge)
-        measure = causal.PrefillRefusal(lm, sae, prompts.check, tokens, on_progress=tick)
+        measure = PrefillRefusal(lm, sae, prompts.check, tokens, on_progress=tick)
         make_plan = causal.clamp_at_multiple(lm, sae, 1.0)
         return [causal.rank_by_effect(f, make_plan, measure, top=CHECKED) for f in found]

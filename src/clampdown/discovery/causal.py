@@ -2,8 +2,8 @@
 
 1. `make_plan` turns a candidate into a plan; `measure` maps many plans to one number each. Many plans come at once so
    that a measure can let them share batches, every row steered by its own plan.
-2. `PrefillRefusal` is the cheap measure: the mean change of the refusal log-odds at the first reply token over
-   validation prompts. One prefill per plan and prompt, no generation.
+2. `screening.PrefillRefusal` is the cheap measure: the mean change of the refusal log-odds at the first reply token
+   over validation prompts. No generation, and the blocks below the site run once for all plans.
 3. A caller that generates and judges replies passes its own measure for the few that remain (`REFUSAL_GAIN`).
 """
 
@@ -13,21 +13,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from clampdown.activations.capture import length_buckets
-from clampdown.activations.collect import Progress
-from clampdown.discovery.refusal_tokens import RefusalTokens, refusal_log_odds
-from clampdown.errors import NotEnoughDataError, PromptSetError
-from clampdown.models.chat import encode
-from clampdown.models.generation import next_token_logits
+from clampdown.errors import NotEnoughDataError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
-from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef
-from clampdown.types import FeatureScore, FeatureSet, Prompt
+from clampdown.types import FeatureScore, FeatureSet
 
 REFUSAL_LOG_ODDS = "clamp_refusal_log_odds"
 REFUSAL_GAIN = "clamp_refusal_gain"
@@ -57,54 +47,6 @@ def clamp_at_norm(lm: LanguageModel, sae: Sae, length: float, scope: str = "all"
     candidate, so that none wins by the size of its decoder row or of its activations."""
     lengths = sae.W_dec.float().norm(dim=1).clamp(min=1e-12)
     return lambda found: clamp_plan(lm, sae, found.feature, length / float(lengths[found.feature]), scope)
-
-
-class PrefillRefusal:
-    """Measure: mean over prompts of the refusal log-odds under a plan minus those of the unsteered model, in nats.
-
-    All (plan, prompt) pairs are cut into length-bucketed batches of at most `tokens_per_batch` padded tokens.
-    """
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        sae: Sae | None,
-        prompts: Sequence[Prompt],
-        tokens: RefusalTokens,
-        *,
-        tokens_per_batch: int = 8192,
-        on_progress: Progress | None = None,
-    ) -> None:
-        """Reads the unsteered model once. Raises `PromptSetError` without prompts."""
-        if not prompts:
-            raise PromptSetError("no validation prompts to measure refusal on")
-        self._lm = lm
-        self._sae = sae
-        self._tokens = tokens
-        self._tokens_per_batch = tokens_per_batch
-        self._on_progress = on_progress
-        self._prompts = [encode(lm, prompt.messages) for prompt in prompts]
-        self.baseline = self._log_odds([None], None)[0]
-
-    def __call__(self, plans: Sequence[Plan]) -> list[float]:
-        if not plans:
-            return []
-        return (self._log_odds(plans, self._on_progress) - self.baseline).mean(1).tolist()
-
-    def _log_odds(self, plans: Sequence[Plan | None], on_progress: Progress | None) -> Float[Tensor, "plans prompts"]:
-        pairs = [(i, j) for i in range(len(plans)) for j in range(len(self._prompts))]
-        found = torch.empty(len(plans), len(self._prompts), dtype=torch.float64)
-        done = 0
-        for bucket in length_buckets([len(self._prompts[j]) for _, j in pairs], self._tokens_per_batch):
-            rows = [pairs[k] for k in bucket]
-            with steer(self._lm, [plans[i] for i, _ in rows], self._sae):
-                logits = next_token_logits(self._lm, [self._prompts[j] for _, j in rows])
-            index = torch.tensor(rows)
-            found[index[:, 0], index[:, 1]] = refusal_log_odds(logits, self._tokens).cpu()
-            done += len(rows)
-            if on_progress:
-                on_progress(done, len(pairs))
-        return found
 
 
 def merge_effects(found: FeatureSet, effects: Mapping[int, float], score: str) -> FeatureSet:
