@@ -89,7 +89,7 @@ def test_the_gradient_is_the_whole_models(lm, batch):
     prefix = read_prefix(lm, batch, 1)
     moved = torch.randn_like(prefix.residual)
     residual = prefix.residual.clone().requires_grad_()
-    known = type(prefix)(prefix.batch, prefix.layer, residual, prefix.tuples)
+    known = type(prefix)(prefix.batch, prefix.layer, residual)
     (gradient,) = torch.autograd.grad(continue_logits(lm, known)[:, -1, 7].sum(), residual)
 
     def value(step):

@@ -30,13 +30,11 @@ from clampdown.types import Point, Site
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What a batch's pass through the blocks up to `layer` gave. `tuples` says which of those blocks return a tuple
-    around their hidden states: families differ."""
+    """What a batch's pass through the blocks up to `layer` gave."""
 
     batch: Batch
     layer: int
     residual: Float[Tensor, "batch pos d_model"]
-    tuples: tuple[bool, ...]
 
     def widened(self, copies: int) -> Prefix:
         """The whole batch `copies` times over: row i of copy c is row c * rows + i."""
@@ -57,21 +55,8 @@ def last_shared_layer(sites: Sequence[Site]) -> int | None:
 
 def read_prefix(lm: LanguageModel, batch: Batch, layer: int) -> Prefix:
     """Run a batch through the blocks up to `layer` and no further. Raises `SiteError` for a layer that is not there."""
-    tuples = [False] * (layer + 1)
-
-    def note(i: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            tuples[i] = isinstance(output, tuple)
-
-        return hook
-
     site = Site(layer)
-    lm.layout.hook_point(site)
-    with ExitStack() as hooks:
-        for i in range(layer + 1):
-            hooks.callback(lm.layout.blocks[i].register_forward_hook(note(i)).remove)
-        residual = forward_to(lm, batch, [site])[site]
-    return Prefix(batch, layer, residual, tuple(tuples))
+    return Prefix(batch, layer, forward_to(lm, batch, [site])[site])
 
 
 @contextmanager
@@ -83,22 +68,22 @@ def continued(lm: LanguageModel, prefix: Prefix) -> Iterator[None]:
     with ExitStack() as undo:
         for i in range(prefix.layer + 1):
             known = prefix.residual if i == prefix.layer else None
-            _replace_forward(lm.layout.blocks[i], _stand_in(known, as_tuple=prefix.tuples[i]), undo)
+            _replace_forward(lm.layout.blocks[i], _stand_in(known), undo)
         yield
 
 
-def _stand_in(known: Tensor | None, *, as_tuple: bool) -> Callable[..., Any]:
-    """A block's forward that computes nothing: it returns what is known, or what it got."""
+def _stand_in(known: Tensor | None) -> Callable[..., Tensor]:
+    """A block's forward that computes nothing: it returns what is known, or what it got. A bare tensor, as every
+    family's blocks do in transformers 5."""
 
-    def forward(hidden_states: Tensor, *_args: Any, **kwargs: Any) -> Any:
+    def forward(hidden_states: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             raise ValueError("a pass that goes on from a prefix cannot fill a KV cache: use_cache=False")
         if known is not None and hidden_states.shape[:2] != known.shape[:2]:
             raise ValueError(
                 f"the pass has {tuple(hidden_states.shape[:2])} tokens, {tuple(known.shape[:2])} are known"
             )
-        handed_on = hidden_states if known is None else known
-        return (handed_on,) if as_tuple else handed_on
+        return hidden_states if known is None else known
 
     return forward
 
