@@ -87,7 +87,8 @@ def _identity(x: Tensor) -> InputNorm:
 
 
 def _constant_norm(x: Tensor) -> InputNorm:
-    scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+    # Padding can be exactly zero, and NaN times a mask of 0 is still NaN.
+    scale = x.norm(dim=-1, keepdim=True).clamp(min=1e-12) / x.shape[-1] ** 0.5
     return InputNorm(x / scale, scale, None)
 
 
