@@ -151,7 +151,7 @@ class _Sums:
 
     @classmethod
     def empty(cls, d_sae: int) -> _Sums:
-        return cls(0, *np.zeros((4, d_sae)))
+        return cls(0, np.zeros(d_sae), np.zeros(d_sae), np.zeros(d_sae), np.zeros(d_sae))
 
     def add(self, batch: _Batch, steps: int) -> None:
         x = batch.prefix.residual
