@@ -57,6 +57,12 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("chat", "--plan", "/no/such/plan.toml", "--prompt", "x"), "cannot read"),
         (("discover", "--pooling", "sideways"), "unknown pooling"),
         (("organism", "measure", "/no/such/organism"), "no organism at"),
+        (("features", "list"), "no feature sets at runs/discover"),
+        (("features", "show", "abc"), "'abc' is not a feature"),
+        (("features", "show", "512"), "feature 512 does not exist"),
+        (("features", "show", "card.json"), "cannot read"),
+        (("features", "compare", "a.json", "b.json"), "no feature sets at a.json"),
+        (("features", "list", "--where", "x=1"), "not a condition"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

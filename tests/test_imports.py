@@ -27,6 +27,7 @@ RANK = {
     "config": 0.2,
     "store": 0.3,
     "featuresets": 0.4,
+    "cards": 0.5,
     "models": 1,
     "saes": 1,
     "activations": 2,
@@ -43,13 +44,14 @@ RANK = {
     "cli": 9,
     "__main__": 10,
 }
-TOP_OF_RANK_0 = RANK["featuresets"]
+TOP_OF_RANK_0 = RANK["cards"]
 CEILING = {
     "errors": -1,
     "types": RANK["errors"],
     "config": RANK["types"],
     "store": RANK["config"],
     "featuresets": RANK["store"],
+    "cards": RANK["featuresets"],
     "models": TOP_OF_RANK_0,
     "saes": TOP_OF_RANK_0,  # not models: any tool can use an SAE without a language model
     "activations": 1,
@@ -68,7 +70,7 @@ CEILING = {
 }
 
 HEAVY = {"torch", "transformers", "scipy", "sklearn", "plotly", "numpy", "safetensors", "huggingface_hub", "pydantic"}
-LIGHT_PACKAGES = ("errors", "types", "config", "store", "featuresets")
+LIGHT_PACKAGES = ("errors", "types", "config", "store", "featuresets", "cards")
 INIT_WITH_CODE = {"clampdown", "clampdown.organism"}
 MAX_FUNCTION_LINES = 80
 VAGUE_NAMES = {"utils", "helpers", "common", "misc", "manager"}

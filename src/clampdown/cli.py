@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 organism_app = typer.Typer(no_args_is_help=True, help="Train and measure the embedded model.")
 app.add_typer(organism_app, name="organism")
+features_app = typer.Typer(no_args_is_help=True, help="Look at features that were found.")
+app.add_typer(features_app, name="features")
 
 ModelOption = Annotated[str, typer.Option("--model", help="'organism', a directory, or a hub id.")]
 SaeOption = Annotated[str, typer.Option("--sae", help="'organism', 'organism:x8', a directory, or 'release:id'.")]
@@ -185,6 +187,71 @@ def chat(
         console.print(chatting.side_by_side(session.ask(prompt), console.width))
         return
     chatting.talk(session, console)
+
+
+@features_app.command("list")
+def features_list(
+    path: Annotated[Path, typer.Argument(help="A FeatureSet file, or a directory of them (merged).")] = Path(
+        "runs/discover"
+    ),
+    sort: Annotated[str | None, typer.Option("--sort", help="Sort all features by this score, largest first.")] = None,
+    ascending: Annotated[bool, typer.Option("--ascending", help="Smallest first.")] = False,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many to show.")] = 20,
+    where: Annotated[list[str] | None, typer.Option("--where", help="A bound, e.g. 'd_prime>=1'; repeatable.")] = None,
+) -> None:
+    """List the features that finders kept, or all features by a score."""
+    from clampdown.commands import features as job
+    from clampdown.reports.terminal import features_table
+
+    conditions = [job.parse_condition(text) for text in where or ()]
+    found = job.list_features(path, sort, conditions, ascending=ascending)
+    console.print(features_table(found, console.width, top))
+
+
+@features_app.command("show")
+def features_show(
+    feature: Annotated[str, typer.Argument(help="A feature's index, or a card's .json file.")],
+    features: Annotated[
+        list[Path] | None, typer.Option("--features", help="FeatureSet file or directory to take scores from.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="JSONL or CSV of prompts; default: the embedded suites.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of each embedded suite.")] = 60,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the card as one HTML file.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the card's data, to be shown again.")] = None,
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Show one feature: what it promotes, where it fires, its strongest prompts, neighbours and scores."""
+    from clampdown.cards import write_card
+    from clampdown.commands import features as job
+    from clampdown.reports.card_page import write_card_page
+    from clampdown.reports.card_terminal import card_summary
+
+    request = job.ShowRequest(prompts, tuple(features or ()), limit, seed)
+    card = job.show(feature, model, sae, request, _stages())
+    console.print(card_summary(card, console.width))
+    for path, write in ((html, write_card_page), (json, write_card)):
+        if path is not None:
+            write(path, card)
+            console.print(f"written: {path}", soft_wrap=True)
+
+
+@features_app.command("compare")
+def features_compare(
+    first: Annotated[Path, typer.Argument(help="A FeatureSet file or directory.")],
+    second: Annotated[Path, typer.Argument(help="Another: of another finder, seed or SAE.")],
+    score: Annotated[
+        list[str] | None, typer.Option("--score", help="Score to compare; give it twice for one per side.")
+    ] = None,
+) -> None:
+    """Compare two rankings: rank correlation, overlap of the best, and what moved most."""
+    from clampdown.commands import features as job
+    from clampdown.reports.card_terminal import agreement_summary
+
+    console.print(agreement_summary(job.compare(first, second, score or ()), console.width))
 
 
 @organism_app.command("train")

@@ -5,9 +5,37 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from clampdown.errors import FeatureSetMismatchError
 from clampdown.types import FeatureScore, FeatureSet, ScoreColumns, ScoreSource
+
+
+@dataclass(frozen=True, slots=True)
+class Mover:
+    """A feature (and its counterpart in the second set) whose place differs between two rankings; 1 is the best."""
+
+    feature: int
+    counterpart: int
+    places: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How two rankings compare over the `n` features that have both scores.
+
+    `overlap[k]` is the share of the first's best k whose counterparts are among the second's best k; a k that either
+    ranking does not reach is absent. `without_counterpart` counts ranked features that the second SAE has no like of.
+    `spearman` is None when one of the scores is the same for all features.
+    """
+
+    labels: tuple[str, str]
+    scores: tuple[str, str]
+    n: int
+    without_counterpart: int
+    spearman: float | None
+    overlap: Mapping[int, float]
+    movers: tuple[Mover, ...]
 
 
 def check_same_sae(first: FeatureSet, second: FeatureSet) -> None:

@@ -55,9 +55,8 @@ def test_block_output_is_the_next_hidden_state(tiny: Tiny, architecture: str) ->
     for layer in range(lm.n_layers - 1):
         assert torch.allclose(found[Site(layer)], hidden[layer + 1], atol=1e-6)
     last = found[Site(lm.n_layers - 1)]
-    norm = next(m for name, m in lm.layout.decoder.named_children() if "norm" in name or name == "ln_f")
     assert not torch.allclose(last, hidden[-1], atol=1e-3)
-    assert torch.allclose(norm(last), hidden[-1], atol=1e-5)
+    assert torch.allclose(lm.layout.final_norm(last), hidden[-1], atol=1e-5)
 
 
 @pytest.mark.parametrize("point", list(Point))

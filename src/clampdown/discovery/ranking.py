@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.sparse import csc_array, csr_array
-from torch import Tensor, nn
+from torch import Tensor
 
 from clampdown.config import CODE_VERSION
-from clampdown.errors import ModelError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.store import prompts_hash
@@ -57,19 +56,12 @@ def make_provenance(lm: LanguageModel, sae: Sae, prompts: Sequence[Prompt], seed
     )
 
 
-def _final_norm(decoder: nn.Module) -> nn.Module:
-    norms = [child for child in decoder.children() if "norm" in type(child).__name__.lower()]
-    if not norms:
-        raise ModelError(f"{type(decoder).__name__} has no final norm among its direct children")
-    return norms[-1]
-
-
 def token_effects(lm: LanguageModel, rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
     """What adding each row to the final residual does to the logits, up to a positive factor per row.
 
     Biases of the norm and of the unembedding are common to all rows and are taken out.
     """
-    norm, unembed = _final_norm(lm.layout.decoder), lm.model.get_output_embeddings()
+    norm, unembed = lm.layout.final_norm, lm.model.get_output_embeddings()
     rows = rows.to(lm.device, lm.dtype)
     with torch.no_grad():
         return unembed(norm(rows)).float() - unembed(norm(torch.zeros_like(rows[:1]))).float()

@@ -201,6 +201,19 @@ def encode(lm: LanguageModel, messages: Sequence[Message], *, add_generation_pro
     return list(encoded["input_ids"])
 
 
+def token_texts(lm: LanguageModel, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[str]:
+    """The piece of the rendered conversation that each token of `encode` stands for; joined they are the whole text.
+
+    A character that takes several tokens is the first one's; the others are empty. Raises `ChatTemplateError`.
+    """
+    text = render(lm.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    pieces, cursor = [], 0
+    for _token, (_begin, end) in _encode_with_offsets(lm.tokenizer, text):
+        pieces.append(text[cursor : max(cursor, end)])
+        cursor = max(cursor, end)
+    return pieces
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Left-padded prompts. `attention_mask` is 1 for real tokens and 0 for padding."""

@@ -28,8 +28,8 @@ HiddenFn = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch p
 class Family:
     """One row of the table: `model_types` of the text decoder's config, and module paths.
 
-    `blocks` is relative to the decoder; `attn_out` and `mlp_out` are relative to a block and name the module whose
-    output is added to the residual stream.
+    `blocks` and `final_norm` are relative to the decoder; `attn_out` and `mlp_out` are relative to a block and name the
+    module whose output is added to the residual stream.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Family:
     blocks: str = "layers"
     attn_out: str = "self_attn"
     mlp_out: str = "mlp"
+    final_norm: str = "norm"
 
 
 _POST_NORMS = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
@@ -49,8 +50,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("Gemma 3", ("gemma3_text",), **_POST_NORMS),
     Family("Qwen", ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")),
     Family("Mistral", ("mistral", "mixtral")),
-    Family("GPT-NeoX", ("gpt_neox",), attn_out="attention"),
-    Family("GPT-2", ("gpt2",), blocks="h", attn_out="attn"),
+    Family("GPT-NeoX", ("gpt_neox",), attn_out="attention", final_norm="final_layer_norm"),
+    Family("GPT-2", ("gpt2",), blocks="h", attn_out="attn", final_norm="ln_f"),
     Family("OLMo 2", ("olmo2",), **_POST_NORMS),
     Family("SmolLM3", ("smollm3",)),
 )
@@ -106,6 +107,11 @@ class Layout:
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """What the last block's output goes through before the unembedding."""
+        return self.decoder.get_submodule(self.row.final_norm)
 
     def hook_point(self, site: Site) -> HookPoint:
         """The place to hook for a site. Raises `SiteError` when the model has no such layer or point."""

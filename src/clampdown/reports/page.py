@@ -88,7 +88,7 @@ def build_page(run: RunData) -> str:
     figures = {"curves": strength_figures(run, found, sides), "frontiers": frontier_figures(run, found, sides)}
     data = json_for_script({figure.id: figure.spec for group in figures.values() for figure in group})
     paired = pair(run, found, sides)
-    template = _environment().get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     return template.render(
         run=run,
         title=title(run, sides),
@@ -106,8 +106,8 @@ def build_page(run: RunData) -> str:
         provenance=facts(run.provenance),
         decisions=[(name, facts(tree)) for name, tree in run.decisions.items()],
         plan=None if run.plan is None else facts({k: v for k, v in run.plan.items() if k != "vectors"}),
-        style=_asset("report.css"),
-        script=_asset("report.js"),
+        style=asset("report.css"),
+        script=asset("report.js"),
         plotly=plotly_script(),
         nonce=hashlib.sha256(data.encode()).hexdigest()[:24],
     )
@@ -205,11 +205,13 @@ def plotly_script() -> Markup:
     return Markup(get_plotlyjs())  # a script of a dependency, holds no closing tag
 
 
-def _asset(name: str) -> Markup:
+def asset(name: str) -> Markup:
+    """A style sheet or script of the package's own."""
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))  # our own file
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Templates with everything escaped by default, and the filters that pages share."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -1,0 +1,160 @@
+"""The feature card: everything that a person needs to judge one feature, as one JSON file.
+
+A command measures and writes it; `reports` renders it, on any machine, without a model. Activations are in the SAE's
+own units. Template and special tokens are shown and never ranked: a feature that peaks on a header says little of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clampdown.errors import StoreError
+from clampdown.store import SCHEMA, read_json, to_jsonable, write_json
+from clampdown.types import Interval, Provenance, ScoreSource
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A piece of a conversation and the feature's activation there. `content` is False for template and special
+    tokens."""
+
+    text: str
+    value: float
+    content: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt as the model read it. `peak` is its largest activation on a content token; the other pieces are cut
+    where the conversation is long (`cut` says whether)."""
+
+    suite: str
+    prompt_id: str
+    peak: float
+    tokens: tuple[Token, ...]
+    cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Firing:
+    """On how many of a suite's prompts the feature fires: on any content token, and at the assistant's start, where
+    the reply is decided. `mean_peak` averages the prompts' peaks on content tokens."""
+
+    suite: str
+    on_content: Interval
+    at_start: Interval
+    mean_peak: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEffect:
+    """A token of the vocabulary and how far the feature's decoder row moves its logit, up to the final norm's scale."""
+
+    text: str
+    effect: float
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A feature whose decoder row points nearly the same way. `together` is the share of this feature's active content
+    tokens at which the neighbour is active too; None when it was never active."""
+
+    feature: int
+    cosine: float
+    together: float | None
+    promoted: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How often the feature has which activation on content tokens: `counts[i]` between `edges[i]` and `edges[i + 1]`;
+    `inactive` tokens have none."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    inactive: int
+
+
+@dataclass(frozen=True, slots=True)
+class CardScore:
+    """A score with its place among all features that have it (1 is the largest), and where it came from."""
+
+    name: str
+    value: float
+    place: int
+    among: int
+    source: ScoreSource
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One feature of one SAE. `promoted` and `demoted` start with the strongest; `examples` with the highest peak."""
+
+    feature: int
+    site: str
+    architecture: str
+    d_sae: int
+    neuronpedia: str | None
+    provenance: Provenance
+    scores: tuple[CardScore, ...]
+    promoted: tuple[TokenEffect, ...]
+    demoted: tuple[TokenEffect, ...]
+    firing: tuple[Firing, ...]
+    histogram: Histogram
+    examples: tuple[Example, ...]
+    neighbours: tuple[Neighbour, ...]
+
+    @property
+    def scale(self) -> float:
+        """The largest absolute activation on a content token of an example: full colour."""
+        return max((abs(t.value) for e in self.examples for t in e.tokens if t.content), default=0.0)
+
+
+def write_card(path: Path, card: Card) -> None:
+    write_json(path, {"schema": SCHEMA, "kind": "feature_card", **to_jsonable(card)})
+
+
+def read_card(path: Path) -> Card:
+    """Read what `write_card` wrote. Raises `StoreError` for other files and schema versions."""
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("kind") != "feature_card" or raw.get("schema") != SCHEMA:
+        raise StoreError(
+            f"{path} is not a feature card of schema {SCHEMA}", hint="clampdown features show ID --json FILE"
+        )
+    try:
+        return _card({key: value for key, value in raw.items() if key not in ("schema", "kind")})
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is not a feature card: {error!r}") from error
+
+
+def _card(raw: Mapping[str, Any]) -> Card:
+    histogram = raw["histogram"]
+    return Card(
+        **{
+            **raw,
+            "provenance": Provenance(**raw["provenance"]),
+            "scores": tuple(_score(row) for row in raw["scores"]),
+            "promoted": tuple(TokenEffect(**row) for row in raw["promoted"]),
+            "demoted": tuple(TokenEffect(**row) for row in raw["demoted"]),
+            "firing": tuple(_firing(row) for row in raw["firing"]),
+            "histogram": Histogram(tuple(histogram["edges"]), tuple(histogram["counts"]), histogram["inactive"]),
+            "examples": tuple(_example(row) for row in raw["examples"]),
+            "neighbours": tuple(Neighbour(**{**row, "promoted": tuple(row["promoted"])}) for row in raw["neighbours"]),
+        }
+    )
+
+
+def _score(row: Mapping[str, Any]) -> CardScore:
+    source = row["source"]
+    return CardScore(**{**row, "source": ScoreSource(**{**source, "provenance": Provenance(**source["provenance"])})})
+
+
+def _firing(row: Mapping[str, Any]) -> Firing:
+    return Firing(**{**row, "on_content": Interval(**row["on_content"]), "at_start": Interval(**row["at_start"])})
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    return Example(**{**row, "tokens": tuple(Token(**token) for token in row["tokens"])})
