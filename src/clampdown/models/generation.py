@@ -25,6 +25,7 @@ from clampdown.models.chat import Batch, pad_left
 from clampdown.models.loading import LanguageModel
 
 KeepFn = Callable[[Int[Tensor, " kept"]], None]
+WidenFn = Callable[[], Int[Tensor, " rows"]]
 _ROOM = 64  # positions of growth room, at least
 
 
@@ -104,9 +105,12 @@ def generate(
     max_new_tokens: int,
     on_keep: KeepFn | None = None,
     on_step: Callable[[int], None] | None = None,
+    widened: WidenFn | None = None,
 ) -> list[Generation]:
     """Greedy replies to token-id prompts, in one batch.
 
+    `widened()` is asked after the first forward: something in it may have made several rows of one prompt (steering
+    many arms at once), and row i of its output then shows prompt widened()[i]. There is one reply per row.
     `on_keep(rows)` is called just before a forward with fewer rows than the last: row i now is what row rows[i] was
     (not necessarily ascending). `on_step(n)` is called after every forward with the number of tokens it produced.
     """
@@ -115,7 +119,7 @@ def generate(
     decoding = _Decoding(lm, pad_left(prompts, lm.pad_id, lm.device), max_new_tokens)
     with torch.no_grad():
         for step in range(max_new_tokens):
-            produced = decoding.advance(step, on_keep)
+            produced = decoding.advance(step, on_keep, widened)
             if on_step is not None:
                 on_step(produced)
             if decoding.done:
@@ -130,22 +134,30 @@ class _Decoding:
         self.lm = lm
         self.cache = growing_cache()
         n, width = batch.input_ids.shape
-        self.rows = torch.arange(n)
         self.ids = batch.input_ids
         self.positions = batch.position_ids
         self.mask = torch.ones((n, width + max_new_tokens), dtype=torch.long, device=lm.device)
         self.mask[:, :width] = batch.attention_mask
         self.width = width
         self.eos = torch.tensor(sorted(lm.eos_ids), device=lm.device)
-        self.tokens = torch.full((n, max_new_tokens), -1, dtype=torch.long)
+        self.max_new_tokens = max_new_tokens
+        self._start(n)
+
+    def _start(self, n: int) -> None:
+        self.rows = torch.arange(n)
+        self.tokens = torch.full((n, self.max_new_tokens), -1, dtype=torch.long)
         self.ended = torch.zeros(n, dtype=torch.bool)  # of the live rows
         self.finished = torch.zeros(n, dtype=torch.bool)
+
+    def _widen(self, prompt_of: Int[Tensor, " rows"]) -> None:
+        self.mask, self.positions = self.mask[prompt_of], self.positions[prompt_of]
+        self._start(len(prompt_of))
 
     @property
     def done(self) -> bool:
         return bool(self.ended.all())
 
-    def advance(self, step: int, on_keep: KeepFn | None) -> int:
+    def advance(self, step: int, on_keep: KeepFn | None, widened: WidenFn | None) -> int:
         """One forward of the live rows; returns how many tokens it produced."""
         if bool(self.ended.any()):
             self._leave(on_keep)
@@ -157,6 +169,8 @@ class _Decoding:
             use_cache=True,
             logits_to_keep=1,
         )
+        if step == 0 and widened is not None:
+            self._widen(widened())
         chosen = output.logits[:, -1].argmax(-1)
         self.ended = torch.isin(chosen, self.eos).cpu()
         self.tokens[self.rows, step] = chosen.cpu()

@@ -1,13 +1,23 @@
 """Arms: the columns of an experiment, and many of them in one batch.
 
 Rows of a batch are (arm, prompt) pairs; each row carries its arm's plan. Sweeps, side-by-side chat and a server with
-many tenants are the same mechanism.
+many tenants are the same mechanism, and arms share what they cannot change (`widening.py`):
+
+1. A prompt's pass through the blocks below the lowest edit is computed once for all its arms.
+2. Rows that cannot differ are one row: a gate that stayed shut, neutral strengths, or a plan that another arm has too.
+   The reply says whose it is (`Reply.same_as`).
+3. Arms decode together; a row that ends leaves the batch.
+4. A batch that does not fit in memory is halved and tried again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from clampdown.models.chat import encode
 from clampdown.models.generation import generate
@@ -45,13 +55,17 @@ BASELINE = Arm("baseline", ArmKind.BASELINE)
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What one arm's model answered to one prompt, and the proof of what was done."""
+    """What one arm's model answered to one prompt, and the proof of what was done.
+
+    `same_as` names the arm whose reply this is when it was not computed again, because the two could not differ.
+    """
 
     arm: Arm
     prompt: Prompt
     text: str
     n_tokens: int
     receipt: Receipt | None
+    same_as: str = ""
 
 
 EncodedRow = tuple[Arm, Prompt, list[int]]
@@ -60,19 +74,27 @@ EncodedRow = tuple[Arm, Prompt, list[int]]
 def batches(lm: LanguageModel, pairs: Sequence[tuple[Arm, Prompt]], rows: int) -> Iterator[list[EncodedRow]]:
     """(arm, prompt, token ids) in batches of about equal length, longest first, so memory peaks at the start.
 
-    How rows are cut into batches depends on the pairs alone. Arms that show the model the same conversation share its
-    token ids.
+    Rows that show the model the same tokens stay together, and in one batch if they fit, because they share work. How
+    rows are cut into batches depends on the pairs alone.
     """
     ids: dict[tuple[Message, ...], list[int]] = {}
-    encoded: list[EncodedRow] = []
+    together: dict[tuple[int, ...], list[EncodedRow]] = {}
     for arm, prompt in pairs:
         messages = arm.messages(prompt)
         if messages not in ids:
             ids[messages] = encode(lm, messages)
-        encoded.append((arm, prompt, ids[messages]))
-    encoded.sort(key=lambda row: -len(row[2]))
-    for start in range(0, len(encoded), rows):
-        yield encoded[start : start + rows]
+        together.setdefault(tuple(ids[messages]), []).append((arm, prompt, ids[messages]))
+    batch: list[EncodedRow] = []
+    for group in sorted(together.values(), key=lambda group: -len(group[0][2])):
+        if batch and len(batch) + len(group) > rows:
+            yield batch
+            batch = []
+        batch += group
+        while len(batch) > rows:
+            yield batch[:rows]
+            batch = batch[rows:]
+    if batch:
+        yield batch
 
 
 def generate_arms(
@@ -95,13 +117,48 @@ def generate_batch(
     batch: Sequence[EncodedRow],
     max_new_tokens: int,
 ) -> list[Reply]:
-    """Greedy replies of one batch, in its order."""
+    """Greedy replies of one batch, in its order. On running out of memory the batch is halved, down to one row."""
+    try:
+        return _generate(lm, saes, batch, max_new_tokens)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if len(batch) == 1 or not out_of_memory(error):
+            raise
+    # Outside the except block: the traceback keeps the failed batch's tensors alive.
+    half = len(batch) // 2
+    return [reply for part in (batch[:half], batch[half:]) for reply in generate_batch(lm, saes, part, max_new_tokens)]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator's or the CPU's allocator gave up."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _generate(
+    lm: LanguageModel, saes: Sae | Sequence[Sae] | None, batch: Sequence[EncodedRow], max_new_tokens: int
+) -> list[Reply]:
+    prompts, prompt_of = distinct([ids for _, _, ids in batch])
     plans = [arm.plan for arm, _, _ in batch]
     # A reply may end at once, and then a scope has nothing to cover: the receipt says so (0 tokens touched).
-    with steer(lm, plans, saes, require_reach=False) as steering:
-        texts = generate(lm, [ids for _, _, ids in batch], max_new_tokens=max_new_tokens, on_keep=steering.keep_rows)
+    with steer(lm, plans, saes, require_reach=False, prompt_of=prompt_of) as steering:
+        texts = generate(
+            lm,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            on_keep=steering.keep_rows,
+            widened=lambda: steering.spread.prompt_of,
+        )
         receipts = steering.receipts()
-    return [
-        Reply(arm, prompt, out.text, len(out.ids), receipt)
-        for (arm, prompt, _), out, receipt in zip(batch, texts, receipts, strict=True)
-    ]
+    first: dict[int, str] = {}
+    replies = []
+    for (arm, prompt, _), output, receipt in zip(batch, steering.spread.row_of.tolist(), receipts, strict=True):
+        owner = first.setdefault(output, arm.name)
+        reply = texts[output]
+        replies.append(Reply(arm, prompt, reply.text, len(reply.ids), receipt, "" if owner == arm.name else owner))
+    return replies
+
+
+def distinct(sequences: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], Int[Tensor, " rows"]]:
+    """The different ones among token sequences, and for each sequence its place among them."""
+    place: dict[tuple[int, ...], int] = {}
+    index = [place.setdefault(tuple(sequence), len(place)) for sequence in sequences]
+    return [list(key) for key in place], torch.tensor(index, dtype=torch.long)

@@ -5,7 +5,8 @@
 2. Gate hooks read the prompt's own tokens at prefill and fix, per row, whether anything is done this turn.
 3. Site hooks return a new tensor x + delta. While decoding, masks are constants and the whole edit is a handful of
    small operations; what the receipts need is kept by reference and reduced every `FLUSH_EVERY` passes.
-4. A post-hook on the decoder checks that every site's hook fired. What cannot be applied is an error.
+4. Rows that show the model the same prompt may share its pass below the lowest edit (`prompt_of`, `widening.py`).
+5. A post-hook on the decoder checks that every site's hook fired. What cannot be applied is an error.
 
 State belongs to the context (thread or task) that entered the block, so two threads with two plans on one model do
 not mix. A thread that runs the model inside somebody else's block is an error, not an unsteered answer.
@@ -32,7 +33,16 @@ from clampdown.steering.compiled import refuse_compiled
 from clampdown.steering.plan import Plan
 from clampdown.steering.program import GateProgram, Rows, SiteProgram, check_plan, gate_programs, site_programs
 from clampdown.steering.scopes import SCOPES, Window, last_run
-from clampdown.types import Receipt, Site
+from clampdown.steering.widening import (
+    Spread,
+    as_index,
+    checked_index,
+    first_alike,
+    shared_blocks,
+    widen_arguments,
+    widen_cache,
+)
+from clampdown.types import Point, Receipt, Site
 
 FLUSH_EVERY = 32
 
@@ -41,15 +51,20 @@ _ACTIVE: ContextVar[Mapping[int, Steering]] = ContextVar("clampdown_steering", d
 
 @dataclass
 class _Turn:
-    """One batch of conversations from its prefill on. `alive[i]` is the original row of current row i."""
+    """One batch of conversations from its prefill on. `alive[i]` is the original row of current row i, `prompt_of[i]`
+    its prompt among the `n_prompts` that the model was called with; while `narrow`, hidden states are one per prompt.
+    """
 
     programs: tuple[SiteProgram, ...]
     gates: tuple[GateProgram, ...]
     alive: Int[Tensor, " rows"]
     fired: Float[Tensor, " rows"]
+    prompt_of: Int[Tensor, " rows"]
+    n_prompts: int
     prompt_width: int
-    prompt_ids: Int[Tensor, "rows prompt"] | None
+    prompt_ids: Int[Tensor, "prompts prompt"] | None
     real: Bool[Tensor, "rows columns"]
+    narrow: bool = False
     seen: int = 0
     assistant_start: int | None = None
     last_user: Bool[Tensor, "rows prompt"] | None = None
@@ -95,12 +110,21 @@ class Steering:
     """The state of one `steer` block. Users need `receipts()`; batch loops that drop rows need `keep_rows`."""
 
     def __init__(
-        self, lm: LanguageModel, rows: Plan | Rows | None, saes: Mapping[str, FeatureSource], prompt_width: int | None
+        self,
+        lm: LanguageModel,
+        rows: Plan | Rows | None,
+        saes: Mapping[str, FeatureSource],
+        prompt_width: int | None,
+        prompt_of: Int[Tensor, " rows"] | None = None,
     ) -> None:
         self._lm = lm
         self._asked = rows
         self._saes = saes
         self._prompt_width = prompt_width
+        self._prompt_of = prompt_of
+        self._spread: Spread | None = None
+        self._like: list[int] = []
+        self._prefill = False
         self._plans: Rows = ()
         self._turn: _Turn | None = None
         self._tally: _Tally | None = None
@@ -111,6 +135,7 @@ class Steering:
         plans = rows if isinstance(rows, Sequence) else [rows]
         self._gate_sites = _sites(p.gate.site for p in plans if p is not None and p.gate)
         self._edit_sites = _sites(e.site for p in plans if p is not None for e in p.edits)
+        self._shared_blocks = shared_blocks(self._edit_sites, lm.n_layers)
 
     # ---- what users call -------------------------------------------------------------------------------------
 
@@ -121,22 +146,31 @@ class Steering:
         self._tally.flush(self._turn.alive)
         tally = self._tally
         columns = (tally.touched.tolist(), tally.norm.tolist(), tally.gate_score.tolist(), tally.gate_fired.tolist())
+        values = list(zip(*columns, strict=True))
+        # Rows that were computed as one did the same, except that a shut gate has a score of its own.
+        done = [values[i][:2] for i in self._like] if self._like else [row[:2] for row in values]
         return [
-            None if plan is None else _receipt(plan, *values)
-            for plan, *values in zip(self._plans, *columns, strict=True)
+            None if plan is None else _receipt(plan, *edit, *own[2:])
+            for plan, edit, own in zip(self._plans, done, values, strict=True)
         ]
+
+    @property
+    def spread(self) -> Spread:
+        """How the rows asked for lie in the model's output. Known after the prefill of a block with `prompt_of`."""
+        if self._spread is None:
+            raise SteeringNotAppliedError("no prompt has been widened to rows in this block")
+        return self._spread
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """The batch goes on with these of its current rows only."""
         turn, tally = self._require_turn()
         tally.flush(turn.alive)
         turn.alive, turn.fired, turn.real = turn.alive[rows], turn.fired[rows], turn.real[rows]
+        turn.prompt_of = turn.prompt_of[rows]
         turn.programs = tuple(program.at(rows) for program in turn.programs)
         turn.constant = None
         if turn.last_user is not None:
             turn.last_user = turn.last_user[rows]
-        if turn.prompt_ids is not None:
-            turn.prompt_ids = turn.prompt_ids[rows]
 
     # ---- hooks -----------------------------------------------------------------------------------------------
 
@@ -148,10 +182,21 @@ class Steering:
             decoder.register_forward_hook(self._after_pass),
         ]
         # Gates first: hooks of one module run in this order, and a gate must read what no edit has changed.
-        for sites, hook in ((self._gate_sites, self._read_gates), (self._edit_sites, self._edit)):
-            for site in sites:
-                handles.append(self._lm.layout.hook_point(site).register(partial(hook, site.name)))
+        # Between the two, prompts become rows: a row whose gate stayed shut need not be computed.
+        for site in self._gate_sites:
+            handles.append(self._lm.layout.hook_point(site).register(partial(self._read_gates, site.name)))
+        if self._prompt_of is not None:
+            handles += self._attach_widening()
+        for site in self._edit_sites:
+            handles.append(self._lm.layout.hook_point(site).register(partial(self._edit, site.name)))
         return handles
+
+    def _attach_widening(self) -> list[Any]:
+        below, blocks = self._shared_blocks, self._lm.layout.blocks
+        where = Site(below - 1, Point.RESID_POST) if below else Site(0, Point.RESID_PRE)
+        widen = self._lm.layout.hook_point(where).register(self._widen)
+        above = [block.register_forward_pre_hook(self._widen_arguments, with_kwargs=True) for block in blocks[below:]]
+        return [widen, *above]
 
     def _mine(self) -> bool:
         """Whether the running context steers with this object. Another block's is skipped; none at all is an error."""
@@ -179,6 +224,7 @@ class Steering:
         elif past == 0:
             self._check_no_pass_was_missed()
             self._begin_turn(n_rows, width, ids, mask)
+            self._prefill = True
         self._require_turn()[0].cache = cache
         self._open_window(past, n_rows, width, mask)
         self._visited.clear()
@@ -189,10 +235,13 @@ class Steering:
         turn = self._turn
         if turn is None or ids is None or turn.prompt_ids is None or width != turn.seen + 1:
             return False
-        before = turn.prompt_ids
+        before = turn.prompt_ids[turn.prompt_of]
         return ids.shape[0] == before.shape[0] and bool(torch.equal(ids[:, : before.shape[1]], before))
 
-    def _begin_turn(self, n_rows: int, width: int, ids: Tensor | None, mask: Tensor | None) -> None:
+    def _begin_turn(self, n_prompts: int, width: int, ids: Tensor | None, mask: Tensor | None) -> None:
+        shared = self._prompt_of is not None
+        prompt_of = torch.arange(n_prompts) if self._prompt_of is None else checked_index(self._prompt_of, n_prompts)
+        n_rows = len(prompt_of)
         plans = self._asked if isinstance(self._asked, Sequence) else [self._asked] * n_rows
         if len(plans) != n_rows:
             raise PlanError(f"{len(plans)} plans for a batch of {n_rows} rows", hint="give one plan, or one per row")
@@ -201,15 +250,20 @@ class Steering:
         prompt_width = width if self._prompt_width is None else self._prompt_width
         if prompt_width > width:
             raise SteeringNotAppliedError(f"the prompt has {prompt_width} columns, the first pass only {width}")
+        prompt_of = prompt_of.to(device)
         self._tally = _Tally.empty(n_rows, device)
+        self._like = []
         self._turn = _Turn(
             programs=site_programs(plans, self._lm, self._saes),
             gates=gate_programs(plans, self._lm, self._saes),
             alive=torch.arange(n_rows, device=device),
             fired=torch.ones(n_rows, device=device),
+            prompt_of=prompt_of,
+            n_prompts=n_prompts,
             prompt_width=prompt_width,
             prompt_ids=ids,
-            real=_real(ids, mask, n_rows, width, device, self._lm.pad_id),
+            real=_real(ids, mask, n_prompts, width, device, self._lm.pad_id)[prompt_of],
+            narrow=shared,
         )
         self._resolve_scopes(self._turn)
 
@@ -225,18 +279,23 @@ class Steering:
         if "assistant" in scopes:
             turn.assistant_start = self._lm.chat.assistant_start(prompt)
         if "last_user" in scopes:
-            turn.last_user = last_run(self._content(turn))
+            turn.last_user = last_run(self._content(turn))[turn.prompt_of]
 
-    def _content(self, turn: _Turn) -> Bool[Tensor, "rows prompt"]:
+    def _content(self, turn: _Turn) -> Bool[Tensor, "prompts prompt"]:
         assert turn.prompt_ids is not None
         prompt = turn.prompt_ids[:, : turn.prompt_width]
-        return self._lm.chat.content_mask(prompt, turn.real[:, : turn.prompt_width].long())
+        real = torch.zeros_like(prompt)
+        real[turn.prompt_of] = turn.real[:, : turn.prompt_width].long()
+        return self._lm.chat.content_mask(prompt, real)
 
     def _open_window(self, past: int, n_rows: int, width: int, mask: Tensor | None) -> None:
         """Set the per-scope weights of the columns that this pass computes."""
         turn, _ = self._require_turn()
-        if n_rows != len(turn.alive):
-            raise PlanError(f"the batch has {n_rows} rows now, {len(turn.alive)} are being steered")
+        expected = turn.n_prompts if turn.narrow else len(turn.alive)
+        if n_rows != expected:
+            raise PlanError(f"the batch has {n_rows} rows now, {expected} are being steered")
+        if turn.narrow and mask is not None:
+            mask = mask[turn.prompt_of]
         start = past if past else 0
         decoding = width == 1 and start >= turn.prompt_width
         turn.seen = start + width
@@ -261,15 +320,55 @@ class Steering:
         if turn.seen != x.shape[1] or not turn.gates or turn.constant is not None:
             return
         content = self._content(turn)
+        # Below the widening x is one prompt per row and each row looks its own up; above it, x holds the rows.
+        row_of = turn.prompt_of if turn.narrow else None
         for gate in turn.gates:
             if gate.site.name == site:
-                scores = gate.scores(x[:, : turn.prompt_width], content)
-                fires = torch.where(gate.gated, (scores > gate.threshold).float(), turn.fired)
-                tally.gate_score = torch.where(gate.gated, scores, tally.gate_score)
-                tally.gate_fired = torch.where(gate.gated, fires, tally.gate_fired)
-                turn.fired = fires
+                own = content if turn.narrow else content[turn.prompt_of]
+                scores = gate.scores(x[:, : turn.prompt_width], own, row_of)
+                turn.fired = torch.where(gate.gated, (scores > gate.threshold).float(), turn.fired)
+                gated_rows = turn.alive[gate.gated]
+                tally.gate_score[gated_rows] = scores[gate.gated]
+                tally.gate_fired[gated_rows] = turn.fired[gate.gated]
         gated = turn.fired.unsqueeze(1)
         self._weights = {scope: weights * gated for scope, weights in self._weights.items()}
+
+    def _widen(self, x: Float[Tensor, "prompts pos d_model"]) -> Tensor | None:
+        """Where the lowest edit acts: from one row per prompt to one per row that can differ."""
+        if not self._mine():
+            return None
+        turn, _ = self._require_turn()
+        if not turn.narrow:
+            return None
+        self._like = self._alike(turn)
+        kept = sorted(set(self._like))
+        output_of = {row: i for i, row in enumerate(kept)}
+        index = as_index(kept, x.device)
+        self.keep_rows(index)
+        self._weights = {scope: weights[index] for scope, weights in self._weights.items()}
+        turn.gates = tuple(gate.at(index) for gate in turn.gates)
+        turn.narrow = False
+        self._spread = Spread(turn.prompt_of, as_index([output_of[i] for i in self._like], x.device))
+        return x[turn.prompt_of]
+
+    def _alike(self, turn: _Turn) -> list[int]:
+        """For each row the first row that cannot differ from it: one prompt, and one plan or none that acts."""
+        acting = {id(plan): None if plan is None or plan.is_identity else plan.digest for plan in self._plans}
+        shut = (turn.fired == 0).tolist()
+        rows = zip(turn.prompt_of.tolist(), self._plans, shut, strict=True)
+        return first_alike([(prompt, None if closed else acting[id(plan)]) for prompt, plan, closed in rows])
+
+    def _widen_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Blocks above: masks and position embeddings of the prefill, which the decoder made for prompts."""
+        if not self._mine() or not self._prefill:
+            return None
+        turn, _ = self._require_turn()
+        rest = widen_arguments(args[1:], turn.n_prompts, turn.prompt_of)
+        named = {
+            key: value if key == "hidden_states" else widen_arguments(value, turn.n_prompts, turn.prompt_of)
+            for key, value in kwargs.items()
+        }
+        return (*args[:1], *rest), named
 
     def _edit(self, site: str, x: Float[Tensor, "rows pos d_model"]) -> Tensor | None:
         if not self._mine():
@@ -287,8 +386,20 @@ class Steering:
 
     def _after_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         missed = ", ".join(site.name for site in self._edit_sites if site.name not in self._visited)
-        if self._mine() and missed:
+        if not self._mine():
+            return
+        if missed:
             raise SteeringNotAppliedError(f"the model ran, but nothing happened at {missed}")
+        self._end_prefill()
+
+    def _end_prefill(self) -> None:
+        """What blocks below the widening cached is per prompt: from now on it is per row."""
+        turn, _ = self._require_turn()
+        if self._prompt_of is None or not self._prefill:
+            return
+        self._prefill = False
+        if turn.cache is not None:
+            widen_cache(turn.cache, self._shared_blocks, turn.prompt_of)
 
     def _check_no_pass_was_missed(self) -> None:
         """The cache counts tokens too: what it holds and no hook saw was computed without steering."""
@@ -386,6 +497,7 @@ def steer(
     saes: FeatureSource | Sequence[FeatureSource] | None = None,
     *,
     prompt_width: int | None = None,
+    prompt_of: Int[Tensor, " rows"] | None = None,
     require_reach: bool = True,
 ) -> Iterator[Steering]:
     """Steer every forward pass of `lm` inside the block: HF `generate`, a plain call, or clampdown's own loops.
@@ -394,6 +506,8 @@ def steer(
     `saes` defaults to the SAEs that the plans name, of which only the features they use are read.
     `prompt_width` is the number of prompt columns when the first pass holds more than the prompt (teacher forcing); by
     default the first pass is the prompt.
+    With `prompt_of` the model is called with distinct prompts and row r of `plans` steers prompt `prompt_of[r]`: what
+    no edit can reach is computed once per prompt, and `Steering.spread` says which output row answers which row.
     `require_reach=False` accepts that a scope covered no token (a reply that ended at once).
 
     Raises `PlanMismatchError` and its kin before anything runs, `SteeringNotAppliedError` or `ScopeError` when the
@@ -409,7 +523,7 @@ def steer(
     key = id(lm.layout.decoder)
     if key in _ACTIVE.get():
         raise PlanError("this model is already being steered here", hint="put all edits into one plan")
-    steering = Steering(lm, plans, by_site, prompt_width)
+    steering = Steering(lm, plans, by_site, prompt_width, prompt_of)
     handles: list[Any] = []
     token = _ACTIVE.set({**_ACTIVE.get(), key: steering})
     try:

@@ -51,19 +51,23 @@ def project_out(activation: Activations, strength: Strengths) -> Activations:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """An operator and what it acts on: features, or `dense` directions (`unit_row`: scaled to length 1 first)."""
+    """An operator and what it acts on: features, or `dense` directions (`unit_row`: scaled to length 1 first).
+
+    At the strength `neutral` it leaves every residual as it is; None: there is no such strength.
+    """
 
     coefficient: Coefficient
     dense: bool = False
     unit_row: bool = False
+    neutral: float | None = None
 
 
 OPERATORS: dict[str, Operator] = {
     "clamp": Operator(clamp),
     "clamp_active": Operator(clamp_active),
     "floor": Operator(floor),
-    "scale": Operator(scale),
-    "add": Operator(add),
-    "add_direction": Operator(add, dense=True),
-    "ablate_direction": Operator(project_out, dense=True, unit_row=True),
+    "scale": Operator(scale, neutral=1.0),
+    "add": Operator(add, neutral=0.0),
+    "add_direction": Operator(add, dense=True, neutral=0.0),
+    "ablate_direction": Operator(project_out, dense=True, unit_row=True, neutral=0.0),
 }

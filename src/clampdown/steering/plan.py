@@ -206,6 +206,14 @@ class Plan(_Part):
                 raise PlanError(f"the gate reads {gate_site}, above the edit at {site}: it would decide too late")
 
     @property
+    def is_identity(self) -> bool:
+        """Whether every edit is neutral, so that this plan leaves every input as it is."""
+        return all(
+            edit.error_term == "keep" and all(s == OPERATORS[edit.operator].neutral for s in edit.strengths)
+            for edit in self.edits
+        )
+
+    @property
     def digest(self) -> str:
         """Hash of everything that changes what the plan does (not its name or provenance)."""
         return content_hash(self.model_dump(mode="json", exclude={"name", "provenance"}))

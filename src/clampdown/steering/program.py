@@ -160,12 +160,24 @@ class GateProgram:
     threshold: Float[Tensor, " rows"]
 
     def scores(
-        self, x: Float[Tensor, "rows prompt d_model"], content: Bool[Tensor, "rows prompt"]
+        self,
+        x: Float[Tensor, "prompts prompt d_model"],
+        content: Bool[Tensor, "prompts prompt"],
+        prompt_of: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, " rows"]:
-        """Each row's score from the residual at its own prompt tokens."""
+        """Each row's score from the residual at its own prompt's tokens. Without `prompt_of` prompts are rows."""
         activation = self.view.read(x.float())
-        parts = [(GATE_POOLINGS[name](activation, content) * w).sum(-1) for name, w in self.weights.items()]
-        return torch.stack(parts).sum(0) + self.bias
+        pooled = {name: GATE_POOLINGS[name](activation, content) for name in self.weights}
+        if prompt_of is not None:
+            pooled = {name: values[prompt_of] for name, values in pooled.items()}
+        return torch.stack([(pooled[name] * w).sum(-1) for name, w in self.weights.items()]).sum(0) + self.bias
+
+    def at(self, rows: Int[Tensor, " kept"]) -> GateProgram:
+        """The gates of some of the rows."""
+        weights = {name: w[rows] for name, w in self.weights.items()}
+        return replace(
+            self, gated=self.gated[rows], weights=weights, bias=self.bias[rows], threshold=self.threshold[rows]
+        )
 
 
 Rows = Sequence[Plan | None]

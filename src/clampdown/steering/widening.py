@@ -1,0 +1,81 @@
+"""Rows that show the model the same prompt share its pass through the blocks below the lowest edit.
+
+1. The model is called with every distinct prompt once. Blocks below the lowest edited site cannot tell one plan from
+   another, so they run on prompts, not on rows.
+2. Where the lowest edit acts, hidden states are widened from prompts to rows. Rows that cannot differ (one plan, a gate
+   that stayed shut, neutral strengths) are one row: their results are shared, not computed again.
+3. Blocks above get their batch-sized arguments (mask, position embeddings) widened to match, and after the pass the
+   cached keys and values of the blocks below are widened too. Decoding then is an ordinary batch.
+
+Everything here is a function of values; `hooks.py` calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from clampdown.errors import PlanError
+from clampdown.types import Point, Site
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How the rows that were asked for lie in what the model computed.
+
+    Output row i shows prompt `prompt_of[i]`; asked row r is answered by output row `row_of[r]`.
+    """
+
+    prompt_of: Int[Tensor, " outputs"]
+    row_of: Int[Tensor, " rows"]
+
+
+def shared_blocks(sites: Iterable[Site], n_layers: int) -> int:
+    """How many of the model's first blocks no edit at `sites` can reach."""
+    return min((site.layer + (site.point is Point.RESID_POST) for site in sites), default=n_layers)
+
+
+def first_alike(keys: Sequence[Hashable]) -> list[int]:
+    """For every key the index of the first one equal to it."""
+    first: dict[Hashable, int] = {}
+    return [first.setdefault(key, i) for i, key in enumerate(keys)]
+
+
+def checked_index(prompt_of: Int[Tensor, " rows"], n_prompts: int) -> Int[Tensor, " rows"]:
+    """`prompt_of`, if every row names one of the prompts. Raises `PlanError`."""
+    if len(prompt_of) and (int(prompt_of.min()) < 0 or int(prompt_of.max()) >= n_prompts):
+        raise PlanError(
+            f"rows name prompts up to {int(prompt_of.max())}, the batch has {n_prompts}",
+            hint="`prompt_of` gives each row the index of its prompt in the batch",
+        )
+    return prompt_of
+
+
+def widen_arguments(value: Any, n_prompts: int, prompt_of: Int[Tensor, " rows"]) -> Any:
+    """Every batch-sized tensor inside a block's arguments, one row per row instead of one per prompt.
+
+    One-dimensional tensors are positions, never batches.
+    """
+    if isinstance(value, Tensor):
+        batched = value.ndim >= 2 and value.shape[0] == n_prompts
+        return value[prompt_of] if batched else value
+    if isinstance(value, tuple | list):
+        return type(value)(widen_arguments(item, n_prompts, prompt_of) for item in value)
+    if isinstance(value, dict):
+        return {key: widen_arguments(item, n_prompts, prompt_of) for key, item in value.items()}
+    return value
+
+
+def widen_cache(cache: Any, blocks: int, prompt_of: Int[Tensor, " rows"]) -> None:
+    """Widen the cached keys and values of the first `blocks` blocks in place. The others hold rows already."""
+    for layer in cache.layers[:blocks]:
+        layer.batch_select_indices(prompt_of)
+
+
+def as_index(values: Sequence[int], device: torch.device) -> Int[Tensor, " n"]:
+    return torch.tensor(values, dtype=torch.long, device=device)
