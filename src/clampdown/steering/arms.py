@@ -134,7 +134,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _generate(
-    lm: LanguageModel, saes: Sae | Sequence[Sae] | None, batch: Sequence[EncodedRow], max_new_tokens: int
+    lm: LanguageModel,
+    saes: FeatureSource | Sequence[FeatureSource] | None,
+    batch: Sequence[EncodedRow],
+    max_new_tokens: int,
 ) -> list[Reply]:
     prompts, prompt_of = distinct([ids for _, _, ids in batch])
     plans = [arm.plan for arm, _, _ in batch]
