@@ -163,6 +163,59 @@ def sweep(
 
 
 @app.command()
+def evaluate(
+    plans: Annotated[list[Path], typer.Argument(help="One or more plan.toml of one model.")],
+    suites: Annotated[
+        str, typer.Option("--suites", help="Names or files, comma-separated; default: the model's.")
+    ] = "",
+    judge: Annotated[str | None, typer.Option("--judge", help="Who judges; default: the embedded exact judge.")] = None,
+    split: Annotated[str, typer.Option("--split", help="validation or test.")] = "test",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts per suite.")] = 60,
+    controls: Annotated[bool, typer.Option("--controls", help="Add the first plan's matched controls.")] = False,
+    match: Annotated[str, typer.Option("--match", help="Match controls on 'edit' size or benign 'kl'.")] = "edit",
+    random_features: Annotated[int, typer.Option("--random-features", min=0, help="How many random controls.")] = 20,
+    harmful: Annotated[Path | None, typer.Option("--harmful", help="Controls: harmful prompts to read.")] = None,
+    harmless: Annotated[Path | None, typer.Option("--harmless", help="Controls: harmless prompts to read.")] = None,
+    likelihood: Annotated[
+        bool | None, typer.Option("--likelihood/--no-likelihood", help="Score options by likelihood as well.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 40,
+    batch_rows: Annotated[int, typer.Option("--batch-rows", min=1, help="Replies generated together.")] = 192,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
+    out: OutOption = Path("runs/evaluate"),
+    model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Measure plans beside the baseline and matched controls; a killed run resumes."""
+    from clampdown.commands import evaluate as job
+
+    request = job.Request(
+        plans=tuple(plans),
+        suites=tuple(name.strip() for name in suites.split(",") if name.strip()),
+        judge=judge,
+        split=split,
+        limit=limit,
+        model=model,
+        controls=controls,
+        n_random=random_features,
+        match=match,
+        likelihood=likelihood,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
+        seed=seed,
+        harmful=harmful,
+        harmless=harmless,
+    )
+    stages = _stages()
+    evaluation = job.prepare(request, stages)
+    console.print(f"to do: {job.preview(evaluation, out)}", highlight=False)
+    if dry_run:
+        return
+    job.run_evaluate(evaluation, out, request, stages)
+    _show(out, stages)
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="A run directory with summary.json.")],
 ) -> None:

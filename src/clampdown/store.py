@@ -1,8 +1,9 @@
 """Files between the stages: atomic writes, append-only records, and the resume key.
 
-1. A run directory holds `manifest.json` (schema, resume key, what was run) and `records.jsonl`.
-2. A record is one line, written whole and flushed to disk before the next is computed. A kill can only cut the
-   last line; on opening, a cut last line is dropped, so nothing is lost but the work that was in flight.
+1. A run directory holds `manifest.json` (schema, resume key, what was run), `replies.jsonl` and `records.jsonl`.
+2. A row is one line, written whole. A kill can only cut the last line; on opening, a cut last line is dropped, so
+   nothing is lost but the work that was in flight. Replies are written before they are judged: a judge that dies
+   leaves replies waiting, and the next run judges them without generating anything again.
 3. The resume key is a hash of everything that could change a result. A directory made with another key is refused.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -18,15 +20,17 @@ import struct
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from clampdown.errors import FeatureSetError, StoreError
 from clampdown.types import (
     FeatureScore,
     FeatureSet,
+    OptionChoice,
     Prompt,
     Provenance,
     Receipt,
@@ -34,6 +38,7 @@ from clampdown.types import (
     ScoreColumns,
     ScoreSource,
     Split,
+    StoredReply,
     Verdict,
 )
 
@@ -144,17 +149,129 @@ def record_from_json(row: Mapping[str, Any]) -> Record:
     )
 
 
+Key = tuple[str, str, str]
+Row = TypeVar("Row", Record, StoredReply, OptionChoice)
+
+
+def key_of(row: Record | StoredReply | OptionChoice) -> Key:
+    """What tells rows of a run apart: (arm, suite, prompt id)."""
+    return (row.arm, row.suite, row.prompt_id)
+
+
+def reply_from_json(row: Mapping[str, Any]) -> StoredReply:
+    receipt = row.get("receipt")
+    return StoredReply(**{**row, "receipt": Receipt(**receipt) if receipt else None})
+
+
+def choice_from_json(row: Mapping[str, Any]) -> OptionChoice:
+    return OptionChoice(**{**row, "log_likelihoods": tuple(row["log_likelihoods"])})
+
+
+class AppendLog(Generic[Row]):
+    """An append-only JSON Lines file that holds each key once. A kill at any byte costs the line in flight only."""
+
+    def __init__(self, path: Path, parse: Callable[[Mapping[str, Any]], Row]) -> None:
+        self.path = path
+        self._rows = {key_of(row): row for row in self._recover(parse)}
+        self._opened: FileIO | None = None
+
+    @property
+    def _handle(self) -> FileIO:
+        """Opened by the first write. Unbuffered: what a full disk refused must not linger and be written later."""
+        if self._opened is None:
+            self._opened = open_appending(self.path)
+        return self._opened
+
+    def _recover(self, parse: Callable[[Mapping[str, Any]], Row]) -> list[Row]:
+        """Parse what is there; cut a half-written last line off the file."""
+        if not self.path.exists():
+            return []
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) != len(raw):
+            os.truncate(self.path, len(whole))
+        return [self._parse(parse, number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
+
+    def _parse(self, parse: Callable[[Mapping[str, Any]], Row], number: int, line: bytes) -> Row:
+        try:
+            return parse(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.path} line {number} is not a record: {error}") from error
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: Key) -> Row:
+        return self._rows[key]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(self._rows.values())
+
+    def append(self, rows: Sequence[Row], *, sync: bool = True) -> None:
+        """Write rows that are not there yet. With `sync`, wait until they are on disk: a written line survives a kill
+        of the process, a synced one a loss of power."""
+        keyed = {key_of(row): row for row in reversed(rows)}
+        fresh = {key: keyed[key] for key in reversed(keyed) if key not in self._rows}
+        lines = "".join(json.dumps(to_jsonable(row), ensure_ascii=False) + "\n" for row in fresh.values()).encode()
+        handle = self._handle
+        before = self.path.stat().st_size
+        try:
+            while lines:
+                lines = lines[handle.write(lines) :]
+            if sync:
+                os.fsync(handle.fileno())
+        except OSError as error:
+            os.ftruncate(handle.fileno(), before)
+            raise self._unwritable(error) from error
+        self._rows.update(fresh)
+
+    def sync(self) -> None:
+        """Wait until everything written is on disk."""
+        try:
+            os.fsync(self._handle.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"cannot write {self.path}: {error.strerror or error}",
+            hint="what was written before is kept; make room and repeat the command",
+        )
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+
+
+def open_appending(path: Path) -> FileIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 class RecordLog:
-    """Append-only `records.jsonl` of one run directory, resumable after a kill at any moment."""
+    """The append-only logs of one run directory, resumable after a kill at any moment: `replies.jsonl`, what arms
+    answered, `records.jsonl`, what was judged of it, and `choices.jsonl`, multiple choice by likelihood.
+
+    One process at a time may hold a directory: two would both do the same rows.
+    """
 
     def __init__(self, directory: Path, key: Any) -> None:
         """Open or create. `key` is everything that could change a result; another key's directory is refused."""
         self.directory = directory
-        self.path = directory / "records.jsonl"
-        self._claim(directory / "manifest.json", key)
-        self._records = {(r.arm, r.suite, r.prompt_id): r for r in self._recover()}
-        # Unbuffered: what a full disk refused must not linger in a buffer and be written by a later call.
-        self._handle = self.path.open("ab", buffering=0)
+        self._lock = _locked(directory)
+        try:
+            self._claim(directory / "manifest.json", key)
+            self._judged = AppendLog(directory / "records.jsonl", record_from_json)
+            self.replies = AppendLog(directory / "replies.jsonl", reply_from_json)
+            self.choices = AppendLog(directory / "choices.jsonl", choice_from_json)
+            self._judged.append([])  # a run without records yet is a run
+        except BaseException:
+            self._lock.close()
+            raise
 
     def _claim(self, manifest: Path, key: Any) -> None:
         digest = content_hash(key)
@@ -162,59 +279,69 @@ class RecordLog:
             found = read_json(manifest)
             if found.get("schema") != SCHEMA or found.get("resume_key") != digest:
                 raise StoreError(
-                    f"{self.directory} holds another run (other model, prompts, arms or settings)",
+                    f"{self.directory} holds another run: {_what_differs(found.get('key'), to_jsonable(key))}",
                     hint="choose an empty --out directory, or repeat the exact command to resume",
                 )
         else:
             write_json(manifest, {"schema": SCHEMA, "resume_key": digest, "key": key})
 
-    def _recover(self) -> Iterable[Record]:
-        """Parse what is there; cut a half-written last line off the file."""
-        if not self.path.exists():
-            return []
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) != len(raw):
-            with self.path.open("r+b") as handle:
-                handle.truncate(len(whole))
-        return [self._parse(number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
+    @property
+    def path(self) -> Path:
+        return self._judged.path
 
-    def _parse(self, number: int, line: bytes) -> Record:
-        try:
-            return record_from_json(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.path} line {number} is not a record: {error}") from error
-
-    def __contains__(self, key: tuple[str, str, str]) -> bool:
-        return key in self._records
+    def __contains__(self, key: Key) -> bool:
+        """Whether this row is judged."""
+        return key in self._judged
 
     @property
     def records(self) -> tuple[Record, ...]:
-        return tuple(self._records.values())
+        return self._judged.rows
 
-    def append(self, records: Sequence[Record]) -> None:
-        """Write records that are not there yet, and wait until they are on disk."""
-        keyed = {(r.arm, r.suite, r.prompt_id): r for r in reversed(records)}
-        fresh = {key: keyed[key] for key in reversed(keyed) if key not in self._records}
-        lines = "".join(json.dumps(to_jsonable(r), ensure_ascii=False) + "\n" for r in fresh.values()).encode()
-        before = self.path.stat().st_size
-        try:
-            while lines:
-                lines = lines[self._handle.write(lines) :]
-            os.fsync(self._handle.fileno())
-        except OSError as error:
-            os.ftruncate(self._handle.fileno(), before)
-            raise StoreError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self._records.update(fresh)
+    @property
+    def waiting(self) -> tuple[StoredReply, ...]:
+        """Replies that no judge has judged yet, oldest first."""
+        return tuple(reply for reply in self.replies.rows if key_of(reply) not in self._judged)
+
+    def append(self, records: Sequence[Record], *, sync: bool = True) -> None:
+        """Write records that are not there yet; see `AppendLog.append`."""
+        self._judged.append(records, sync=sync)
+
+    def sync(self) -> None:
+        """Wait until every record is on disk."""
+        self._judged.sync()
 
     def close(self) -> None:
-        self._handle.close()
+        self._judged.close()
+        self.replies.close()
+        self.choices.close()
+        self._lock.close()
 
     def __enter__(self) -> RecordLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _locked(directory: Path) -> FileIO:
+    """An open file whose lock ends with the process, however that ends."""
+    handle = open_appending(directory / ".lock")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise StoreError(
+            f"another process is writing to {directory}", hint="wait for it to end, or choose another --out"
+        ) from error
+    return handle
+
+
+def _what_differs(found: Any, wanted: Any) -> str:
+    """The parts of two resume keys that are not equal, for a message."""
+    if not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
+        return "made with other settings"
+    parts = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    return f"its {', '.join(parts)} differ" if parts else "its resume key differs"
 
 
 def read_records(path: Path) -> tuple[Record, ...]:

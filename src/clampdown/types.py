@@ -207,8 +207,36 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredReply:
+    """What one arm answered to one prompt, before it is judged: a line of `replies.jsonl`."""
+
+    arm: str
+    suite: str
+    prompt_id: str
+    reply: str
+    n_tokens: int
+    receipt: Receipt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OptionChoice:
+    """One multiple-choice item under one arm: log-likelihood of every option in nats, and the likeliest."""
+
+    arm: str
+    suite: str
+    prompt_id: str
+    log_likelihoods: tuple[float, ...]
+    chosen: str
+    correct: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
-    """One prompt's outcome under one arm: a line of `records.jsonl`."""
+    """One prompt's outcome under one arm: a line of `records.jsonl`.
+
+    `objective` names what the prompt is after, for prompts that share one (attempts at one goal, a request and its
+    harmless twin): their outcomes are not independent, and intervals are clustered by it.
+    """
 
     arm: str
     suite: str
@@ -222,6 +250,7 @@ class Record:
     judge: str
     receipt: Receipt | None = None
     score: float | None = None
+    objective: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap, norm
 
-from clampdown.evaluation import metrics
+from clampdown.evaluation import intervals, metrics
 from clampdown.types import Interval, Record, Split, Verdict
 
 counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -23,7 +23,7 @@ def record(i: int, verdict: Verdict = Verdict.COMPLIED, correct: bool | None = N
 def test_wilson_is_scipys(count: tuple[int, int], confidence: float) -> None:
     k, n = count
     expected = binomtest(k, n).proportion_ci(confidence, method="wilson")
-    found = metrics.wilson(k, n, confidence)
+    found = intervals.wilson(k, n, confidence)
     assert (found.value, found.n) == (k / n, n)
     assert found.low == pytest.approx(expected.low, abs=1e-12)
     assert found.high == pytest.approx(expected.high, abs=1e-12)
@@ -33,13 +33,13 @@ def test_wilson_is_scipys(count: tuple[int, int], confidence: float) -> None:
 def test_clopper_pearson_is_scipys(count: tuple[int, int], confidence: float) -> None:
     k, n = count
     expected = binomtest(k, n).proportion_ci(confidence, method="exact")
-    found = metrics.clopper_pearson(k, n, confidence)
+    found = intervals.clopper_pearson(k, n, confidence)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs(gained: int, lost: int) -> None:
-    found = metrics.mcnemar(gained, lost)
+    found = intervals.mcnemar(gained, lost)
     if gained + lost == 0:
         assert found is None
     else:
@@ -48,23 +48,23 @@ def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs(gained: int, lost:
 
 def test_mcnemar_by_counting_every_outcome() -> None:
     """Five discordant pairs, all one way: 2 of the 2^5 equally likely outcomes are as extreme."""
-    assert metrics.mcnemar(5, 0) == pytest.approx(2 / 32)
+    assert intervals.mcnemar(5, 0) == pytest.approx(2 / 32)
 
 
 def test_too_little_data_is_none_and_never_zero() -> None:
     nothing = Interval(None, None, None, 0)
-    assert metrics.wilson(0, 0) == metrics.clopper_pearson(0, 0) == metrics.accuracy([]) == nothing
-    assert metrics.paired_bootstrap([], []) == nothing
+    assert intervals.wilson(0, 0) == intervals.clopper_pearson(0, 0) == metrics.accuracy([]) == nothing
+    assert intervals.paired_bootstrap([], []) == nothing
     assert set(metrics.rates([]).values()) == {nothing}
     assert metrics.accuracy([record(0, correct=None)]) == nothing
-    one = metrics.paired_bootstrap([0.0], [1.0])
+    one = intervals.paired_bootstrap([0.0], [1.0])
     assert (one.value, one.low, one.high, one.n) == (1.0, None, None, 1)
 
 
 @pytest.mark.parametrize("count", [(-1, 3), (4, 3)])
 def test_impossible_counts_are_refused(count: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="successes out of"):
-        metrics.wilson(*count)
+        intervals.wilson(*count)
 
 
 def test_unscored_replies_are_counted_and_not_guessed() -> None:
@@ -96,20 +96,20 @@ def test_comparison_pairs_by_prompt_whatever_the_order() -> None:
 def test_prompts_that_one_arm_lacks_or_that_are_unscored_do_not_count() -> None:
     first = [record(0, Verdict.REFUSED), record(1, Verdict.UNSCORED), record(2, Verdict.COMPLIED)]
     second = [record(0), record(1), record(9)]
-    assert metrics.paired(first, second, metrics.refused) == [(True, False)]
+    assert [(pair.before, pair.after) for pair in metrics.paired(first, second, metrics.refused)] == [(True, False)]
 
 
 def test_bootstrap_resamples_pairs_and_not_arms() -> None:
     """Every second score is the first plus 0.1: the paired difference has no spread, however far the scores spread."""
     rng = np.random.default_rng(0)
     first = rng.normal(size=80)
-    found = metrics.paired_bootstrap(first.tolist(), (first + 0.1).tolist())
+    found = intervals.paired_bootstrap(first.tolist(), (first + 0.1).tolist())
     assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_bootstrap_of_many_differences_is_the_normal_interval() -> None:
     differences = np.random.default_rng(1).normal(0.3, 1.0, 400)
-    found = metrics.paired_bootstrap([0.0] * 400, differences.tolist())
+    found = intervals.paired_bootstrap([0.0] * 400, differences.tolist())
     half = norm.ppf(0.975) * differences.std(ddof=1) / np.sqrt(400)
     assert found.low == pytest.approx(differences.mean() - half, abs=0.01)
     assert found.high == pytest.approx(differences.mean() + half, abs=0.01)
@@ -120,5 +120,5 @@ def test_bootstrap_of_many_differences_is_the_normal_interval() -> None:
 def test_mean_over_suites_needs_every_suite() -> None:
     known = [Interval(0.5, 0, 1, 4), Interval(1.0, 0, 1, 400)]
     assert metrics.mean_of(known) == 0.75
-    assert metrics.mean_of([*known, metrics.NO_DATA]) is None
+    assert metrics.mean_of([*known, intervals.NO_DATA]) is None
     assert metrics.mean_of([]) is None

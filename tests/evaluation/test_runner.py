@@ -103,28 +103,41 @@ class Counting:
     """A judge that counts what it is asked, and stops working for a while."""
 
     def __init__(self, fails_at: int) -> None:
-        self.asked: Counter[tuple[str, str]] = Counter()
+        self.asked: Counter[tuple[str, str, str]] = Counter()
         self.fails_at = fails_at
 
     def __call__(self, asked: Prompt, reply: str) -> Judgement:
         if sum(self.asked.values()) == self.fails_at:
             self.fails_at = -1
             raise JudgeError("the endpoint does not answer")
-        self.asked[asked.suite, asked.id] += 1
+        self.asked[asked.suite, asked.id, reply] += 1
         return length_judge(asked, reply)
 
 
 @pytest.mark.parametrize("fails_at", [0, 4, 9, 25])
 def test_a_judge_that_fails_loses_nothing_and_judges_nothing_twice(
-    lm: LanguageModel, sae: Sae, undisturbed: Path, tmp_path: Path, fails_at: int
+    lm: LanguageModel,
+    sae: Sae,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails_at: int,
 ) -> None:
     judge = Counting(fails_at)
-    with pytest.raises(JudgeError):
+    with pytest.raises(JudgeError, match=r"endpoint does not answer; .* replies wait"):
         records_in(tmp_path, lm, sae, job(judge=judge))
-    assert len(read_records(tmp_path / "records.jsonl")) == fails_at
+    judged = read_records(tmp_path / "records.jsonl")
+    assert len({(r.suite, r.prompt_id, r.reply) for r in judged}) == fails_at
+    assert (tmp_path / "replies.jsonl").read_text().count("\n") == len(job().rows)
+    monkeypatch.setattr(runner, "generate_batch", no_generation)
     records_in(tmp_path, lm, sae, job(judge=judge))
     assert (tmp_path / "records.jsonl").read_bytes() == (undisturbed / "records.jsonl").read_bytes()
-    assert set(judge.asked.values()) == {len(ARMS)}
+    whole = read_records(undisturbed / "records.jsonl")
+    assert judge.asked == dict.fromkeys({(r.suite, r.prompt_id, r.reply) for r in whole}, 1)
+
+
+def no_generation(*_args: Any) -> list[Reply]:
+    raise AssertionError("every reply was there already")
 
 
 def test_an_interrupt_between_batches_keeps_what_was_done(lm: LanguageModel, sae: Sae, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clampdown.errors import StoreError
-from clampdown.evaluation.metrics import wilson
+from clampdown.evaluation.intervals import wilson
 from clampdown.evaluation.utility import Cost
 from clampdown.reports.run import read_run
 from clampdown.steering.arms import BASELINE, Arm

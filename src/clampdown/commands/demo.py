@@ -30,7 +30,8 @@ from clampdown.discovery.refusal_tokens import find_refusal_tokens
 from clampdown.discovery.screening import PrefillRefusal
 from clampdown.discovery.single_prompt import find_from_first_refusal
 from clampdown.errors import NotEnoughDataError, StrengthError
-from clampdown.evaluation import controls, metrics, utility
+from clampdown.evaluation import controls, utility
+from clampdown.evaluation.intervals import wilson
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.gates import Pooled, Probe, choose_threshold, fit_probe, make_gate
 from clampdown.steering.plan import Edit, Gate, Plan, write_plan
@@ -344,4 +345,4 @@ def _trigger_rates(records: Sequence[Record]) -> dict[str, Interval]:
     for record in records:
         if record.arm == GATED and record.receipt is not None:
             fired.setdefault(record.suite, []).append(bool(record.receipt.gate_fired))
-    return {suite: metrics.wilson(sum(flags), len(flags)) for suite, flags in fired.items()}
+    return {suite: wilson(sum(flags), len(flags)) for suite, flags in fired.items()}

@@ -2,8 +2,9 @@
 
 1. All (arm, prompt) rows are put in batches of similar length. How they are cut depends on the job alone, never on
    what is already done: a resumed batch is computed as it would have been, so its records come out the same.
-2. A finished batch is judged and appended to the log before the next begins. Rows that the log holds are neither
-   judged nor written again; a batch that it holds entirely is skipped.
+2. The replies of a batch are appended to the log, then judged, and each judgement is appended as it comes. Rows that
+   the log holds are not generated, judged or written again. A judge that fails is not asked again in this run:
+   generation goes on, its replies wait in the log, and the next run judges them.
 3. `resume_key` names everything that could change a record. The log refuses a directory made under another key.
 4. A plan that did nothing is an error, never an unsteered reply under a steered label.
 """
@@ -12,18 +13,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from clampdown.config import CODE_VERSION
-from clampdown.errors import PlanError, PromptSetError, SteeringNotAppliedError
+from clampdown.errors import JudgeError, PlanError, PromptSetError, SteeringNotAppliedError
+from clampdown.evaluation.judging import Judging
+from clampdown.evaluation.utility import option_choices, refuse_generated_scope
+from clampdown.models.fingerprint import weights_fingerprint
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import Arm, Reply, batches, generate_batch
 from clampdown.steering.plan import Edit, Plan
-from clampdown.store import RecordLog, prompts_hash
-from clampdown.types import Judge, Prompt, Record, Suite
+from clampdown.store import SCHEMA, RecordLog, content_hash, key_of, prompts_hash
+from clampdown.types import Judge, OptionChoice, Prompt, Record, StoredReply, Suite
 
 Progress = Callable[[int, int], None]
 Row = tuple[Arm, Prompt]
@@ -43,6 +47,7 @@ class Settings:
 @dataclass(frozen=True, slots=True)
 class Job:
     """What to run. `judge_name` names the judge and its version: it stands in every record and in the resume key.
+    `judge_settings` is whatever else could change a judgement (rubric, endpoint's model, temperature).
 
     Raises `PlanError` for two arms of one name, `PromptSetError` for two prompts of one id in a suite
     or a prompt that says it belongs to another.
@@ -53,6 +58,7 @@ class Job:
     judge: Judge = field(repr=False)
     judge_name: str
     settings: Settings = field(default_factory=Settings)
+    judge_settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in _doubled(arm.name for arm in self.arms):
@@ -81,15 +87,21 @@ def resume_key(lm: LanguageModel, saes: Sequence[Sae], job: Job) -> dict[str, An
     running out of memory needs to change them.
     """
     return {
-        "code": CODE_VERSION,
-        "model": {"name": lm.name, "revision": lm.revision, "dtype": str(lm.dtype)},
+        "code": {"version": CODE_VERSION, "schema": SCHEMA},
+        "model": {
+            "name": lm.name,
+            "revision": lm.revision,
+            "dtype": str(lm.dtype),
+            "weights": weights_fingerprint(lm.model),
+            "chat_template": content_hash(lm.tokenizer.chat_template),
+        },
         "saes": [{"name": sae.name, "revision": sae.revision, "site": sae.cfg.site.name} for sae in saes],
         "arms": [
             {"name": a.name, "kind": a.kind.value, "plan": a.plan.digest if a.plan else None, "system": a.system_prompt}
             for a in job.arms
         ],
-        "suites": [{"name": suite.name, "prompts": prompts_hash(suite.prompts)} for suite in job.suites],
-        "judge": job.judge_name,
+        "suites": {suite.name: prompts_hash(suite.prompts) for suite in job.suites},
+        "judge": {"name": job.judge_name, "settings": dict(job.judge_settings)},
         "generation": {"decoding": "greedy", "max_new_tokens": job.settings.max_new_tokens},
     }
 
@@ -100,53 +112,65 @@ def run(
     """Run what the log does not hold yet; returns all records of the job, in the order of its rows.
 
     `progress(done, total)` counts rows, including those the log already held. Raises `SteeringNotAppliedError` when a
-    plan did nothing, `JudgeError` when the judge fails: whatever was judged before is kept, and running again resumes.
+    plan did nothing, and at the end `JudgeError` when replies still wait for a judge that failed: nothing is lost, and
+    running again judges only those.
     """
     rows, done = job.rows, 0
+    judging = Judging(job.judge, job.judge_name, job.suites, log)
+    judging.catch_up()
     for batch in batches(lm, rows, job.settings.batch_rows):
-        if any(_key(arm, prompt) not in log for arm, prompt, _ in batch):
+        fresh = {key for arm, prompt, _ in batch if (key := _key(arm, prompt)) not in log and key not in log.replies}
+        if fresh:
             replies = generate_batch(lm, saes, batch, job.settings.max_new_tokens)
             check_acted(replies)
-            _judge(job, [reply for reply in replies if _key(reply.arm, reply.prompt) not in log], log)
+            log.replies.append([_stored(reply) for reply in replies if _key(reply.arm, reply.prompt) in fresh])
+        judging.catch_up()
         done += len(batch)
         if progress:
             progress(done, len(rows))
-    found = {(record.arm, record.suite, record.prompt_id): record for record in log.records}
+    _refuse_unjudged(judging, log)
+    found = {key_of(record): record for record in log.records}
     records = tuple(found[_key(arm, prompt)] for arm, prompt in rows)
     check_arms_acted(job.arms, records)
     return records
+
+
+def score_options(
+    lm: LanguageModel, saes: Sequence[Sae], job: Job, log: RecordLog, progress: Progress | None = None
+) -> tuple[OptionChoice, ...]:
+    """Every multiple-choice prompt of the job by the likelihood of its options, resumed from the log like replies.
+
+    Raises `ScopeError` for a plan that steers generated tokens only: it could not act, and its score would be the
+    baseline's under another name.
+    """
+    prompts = [prompt for suite in job.suites for prompt in suite.prompts if prompt.options]
+    refuse_generated_scope(job.arms)
+    rows_per_prompt = len(job.arms) * max((len(prompt.options) for prompt in prompts), default=1)
+    per_chunk = max(1, job.settings.batch_rows // rows_per_prompt)
+    for start in range(0, len(prompts), per_chunk):
+        chunk = prompts[start : start + per_chunk]
+        if any(_key(arm, prompt) not in log.choices for arm in job.arms for prompt in chunk):
+            log.choices.append(option_choices(lm, saes, job.arms, chunk, batch_rows=job.settings.batch_rows))
+        if progress:
+            progress(start + len(chunk), len(prompts))
+    return tuple(log.choices[_key(arm, prompt)] for arm in job.arms for prompt in prompts)
+
+
+def _refuse_unjudged(judging: Judging, log: RecordLog) -> None:
+    if judging.failure is None:
+        return
+    raise JudgeError(
+        f"{judging.failure.message}; {len(log.waiting)} replies wait for the judge in {log.replies.path}",
+        hint="nothing is lost: the same command judges them without generating anything again",
+    ) from judging.failure
 
 
 def _key(arm: Arm, prompt: Prompt) -> tuple[str, str, str]:
     return (arm.name, prompt.suite, prompt.id)
 
 
-def _judge(job: Job, replies: Sequence[Reply], log: RecordLog) -> None:
-    """Judge and store. If the judge fails half-way, what it has judged is stored first."""
-    judged: list[Record] = []
-    try:
-        for reply in replies:
-            judged.append(_record(job, reply))
-    finally:
-        log.append(judged)
-
-
-def _record(job: Job, reply: Reply) -> Record:
-    judgement = job.judge(reply.prompt, reply.text)
-    return Record(
-        arm=reply.arm.name,
-        suite=reply.prompt.suite,
-        prompt_id=reply.prompt.id,
-        split=reply.prompt.split,
-        category=reply.prompt.category,
-        reply=reply.text,
-        n_tokens=reply.n_tokens,
-        verdict=judgement.verdict,
-        correct=judgement.correct,
-        judge=job.judge_name,
-        receipt=reply.receipt,
-        score=judgement.score,
-    )
+def _stored(reply: Reply) -> StoredReply:
+    return StoredReply(*_key(reply.arm, reply.prompt), reply.text, reply.n_tokens, reply.receipt)
 
 
 def check_acted(replies: Iterable[Reply]) -> None:

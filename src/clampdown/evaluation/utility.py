@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clampdown.errors import NotEnoughDataError, PromptSetError, ScopeError
-from clampdown.evaluation.metrics import wilson
+from clampdown.evaluation.intervals import wilson
 from clampdown.models.chat import encode
 from clampdown.models.generation import generate
 from clampdown.models.loading import LanguageModel
@@ -31,7 +31,7 @@ from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Plan
-from clampdown.types import Interval, Prompt, Receipt
+from clampdown.types import Interval, OptionChoice, Prompt, Receipt
 
 Saes = Sae | Sequence[Sae] | None
 Progress = Callable[[int, int], None]
@@ -120,8 +120,8 @@ def _refuse_unreached_scope(arms: Sequence[Arm], forced: Sequence[Forced]) -> No
     if any(text.n_scored > 1 for text in forced):
         return
     for arm in arms:
-        if arm.plan and any(edit.scope == "generated" for edit in arm.plan.edits):
-            raise ScopeError(f"plan '{arm.plan.name}' steers generated tokens, and these replies have one token each")
+        if steers_generated(arm):
+            raise ScopeError(f"arm '{arm.name}' steers generated tokens, and these replies have one token each")
 
 
 def mean_edit(lm: LanguageModel, saes: Saes, forced: Sequence[Forced]) -> Callable[[Plan], float]:
@@ -271,18 +271,6 @@ def _stack(
     return ids.to(device), real.to(device), width
 
 
-@dataclass(frozen=True, slots=True)
-class OptionChoice:
-    """One multiple-choice item under one arm: log-likelihood of every option in nats, and the likeliest."""
-
-    arm: str
-    suite: str
-    prompt_id: str
-    log_likelihoods: tuple[float, ...]
-    chosen: str
-    correct: bool
-
-
 def option_choices(
     lm: LanguageModel,
     saes: Saes,
@@ -299,7 +287,7 @@ def option_choices(
     because "42" can never be likelier than the "4" that it begins with.
     Raises `ScopeError` for a plan that steers generated tokens only, `PromptSetError` when no prompt has options.
     """
-    _refuse_generated_scope(arms)
+    refuse_generated_scope(arms)
     asked = [prompt for prompt in prompts if prompt.options]
     if not asked:
         raise PromptSetError("none of these prompts has options", hint="multiple choice needs `options` and `answer`")
@@ -332,11 +320,17 @@ def option_accuracy(choices: Sequence[OptionChoice]) -> dict[str, dict[str, Inte
     }
 
 
-def _refuse_generated_scope(arms: Sequence[Arm]) -> None:
+def steers_generated(arm: Arm) -> bool:
+    """Whether any edit of the arm's plan acts on generated tokens only."""
+    return arm.plan is not None and any(edit.scope == "generated" for edit in arm.plan.edits)
+
+
+def refuse_generated_scope(arms: Sequence[Arm]) -> None:
+    """Raises `ScopeError` for an arm that steers generated tokens: likelihoods have none."""
     for arm in arms:
-        if arm.plan and any(edit.scope == "generated" for edit in arm.plan.edits):
+        if steers_generated(arm):
             raise ScopeError(
-                f"plan '{arm.plan.name}' steers generated tokens, and multiple choice generates none",
+                f"arm '{arm.name}' steers generated tokens, and multiple choice generates none",
                 hint="score by generation, or use the scope 'all', 'prompt' or 'assistant'",
             )
 

@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clampdown.errors import StoreError
 from clampdown.evaluation import metrics
-from clampdown.evaluation.utility import Cost
+from clampdown.evaluation.intervals import wilson
+from clampdown.evaluation.utility import Cost, option_accuracy
 from clampdown.steering.arms import Arm
 from clampdown.store import read_json, to_jsonable, write_json
-from clampdown.types import ArmKind, Interval, Provenance, Record, Suite, SuiteKind, Verdict
+from clampdown.types import ArmKind, Interval, OptionChoice, Provenance, Record, Suite, SuiteKind, Verdict
 
 SCHEMA = 1
 
@@ -80,6 +81,7 @@ class Experiment:
     provenance: Provenance
     costs: Mapping[str, Cost]
     timings: Mapping[str, float]
+    choices: tuple[OptionChoice, ...] = ()
 
 
 def summarise(
@@ -87,6 +89,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of `summary.json`. `extra` adds top-level keys (what was chosen, by which rule, ...)."""
     grouped = metrics.by_arm_and_suite(records)
+    by_likelihood = option_accuracy(experiment.choices)
     points = [axes(grouped.get(arm.name, {}), experiment.suites) for arm in experiment.arms]
     front = pareto(points)
     baseline = next((arm.name for arm in experiment.arms if arm.kind is ArmKind.BASELINE), None)
@@ -97,6 +100,7 @@ def summarise(
             {
                 **_identity(arm),
                 **_rates(by_suite, experiment.suites),
+                "capability_by_likelihood": to_jsonable(by_likelihood.get(arm.name, {})),
                 **_costs(experiment.costs.get(arm.name)),
                 "frontier": {**to_jsonable(point), "pareto": on_front},
                 "gate_fired": _gate_fired(by_suite),
@@ -143,7 +147,33 @@ def _rates(by_suite: BySuite, suites: Sequence[Suite]) -> dict[str, Any]:
         "capability": {name: to_jsonable(metrics.accuracy(by_suite.get(name, ()))) for name in capability},
         "refused_capability": {name: verdicts[name]["refused"] for name in capability},
         "degenerate_capability": {name: verdicts[name]["degenerate"] for name in capability},
+        "attack_success": {
+            suite.name: to_jsonable(metrics.attack_success(by_suite.get(suite.name, ())))
+            for suite in suites
+            if suite.kind is SuiteKind.SAFETY and suite.harmful
+        },
+        "selective_refusal": to_jsonable(_selective(by_suite, suites)),
+        "categories": {suite.name: _categories(by_suite.get(suite.name, ())) for suite in suites},
         "reply_tokens": {suite.name: _mean_tokens(by_suite.get(suite.name, ())) for suite in suites},
+    }
+
+
+def _selective(by_suite: BySuite, suites: Sequence[Suite]) -> Interval:
+    """Refusal of all harmful prompts minus refusal of all harmless safety prompts."""
+    safety = [suite for suite in suites if suite.kind is SuiteKind.SAFETY]
+    harmful = [record for suite in safety if suite.harmful for record in by_suite.get(suite.name, ())]
+    benign = [record for suite in safety if not suite.harmful for record in by_suite.get(suite.name, ())]
+    return metrics.selective_refusal(harmful, benign)
+
+
+def _categories(records: Sequence[Record]) -> dict[str, Any]:
+    """By category: share refused, and share right where there is a right answer; None below the minimum n."""
+    return {
+        name: {
+            "refused": to_jsonable(metrics.enough(metrics.share(rows, metrics.refused))),
+            "correct": to_jsonable(metrics.enough(metrics.accuracy(rows))),
+        }
+        for name, rows in metrics.by_category(records).items()
     }
 
 
@@ -171,7 +201,7 @@ def _gate_fired(by_suite: BySuite) -> dict[str, Any]:
         name: [r.receipt.gate_fired for r in records if r.receipt and r.receipt.gate_fired is not None]
         for name, records in by_suite.items()
     }
-    return {name: to_jsonable(metrics.wilson(sum(flags), len(flags))) for name, flags in fired.items() if flags}
+    return {name: to_jsonable(wilson(sum(flags), len(flags))) for name, flags in fired.items() if flags}
 
 
 def _against(baseline: BySuite, by_suite: BySuite) -> dict[str, Any]:
@@ -181,15 +211,16 @@ def _against(baseline: BySuite, by_suite: BySuite) -> dict[str, Any]:
 
 def _paired(before: Sequence[Record], after: Sequence[Record]) -> dict[str, Any]:
     exact = any(metrics.correct(record) is not None for record in before)
-    pairs = metrics.paired(before, after, metrics.correct if exact else metrics.refused)
-    gained, lost = pairs.count((False, True)), pairs.count((True, False))
+    found = metrics.compare(before, after, metrics.correct if exact else metrics.refused)
     return {
         "outcome": "correct" if exact else "refused",
-        "difference": (gained - lost) / len(pairs) if pairs else None,
-        "gained": gained,
-        "lost": lost,
-        "n": len(pairs),
-        "p_value": metrics.mcnemar(gained, lost),
+        "difference": found.difference.value,
+        "low": found.difference.low,
+        "high": found.difference.high,
+        "gained": found.gained,
+        "lost": found.lost,
+        "n": found.difference.n,
+        "p_value": found.p_value,
     }
 
 

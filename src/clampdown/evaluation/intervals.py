@@ -1,0 +1,229 @@
+"""Intervals and tests for proportions, differences and means. Pure functions of counts and values.
+
+    proportion                  Wilson (1927); exact: Clopper & Pearson (1934)
+    proportion, clustered       Wilson on the effective sample size (Korn & Graubard 1998; Dean & Pagano 2015)
+    difference, same prompts    Bonett & Price (2012), a Wald interval with one added to each discordant cell
+    difference, other prompts   Newcombe (1998), square-and-add of two Wilson intervals
+    difference of scores        percentile bootstrap over pairs, or over clusters of them
+    same prompts, yes / no      exact McNemar
+    several tests               Benjamini & Hochberg (1995)
+
+Too little data gives no bounds or no value, never 0.0. A proportion needs 1 observation (Wilson holds at any n),
+clustered bounds `MIN_CLUSTERS` clusters, bootstrap bounds `MIN_RESAMPLED` pairs or clusters, Student's interval 2
+values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+from clampdown.types import Interval
+
+CONFIDENCE = 0.95
+NO_DATA = Interval(None, None, None, 0)
+MIN_CLUSTERS = 5
+MIN_RESAMPLED = 10
+RESAMPLES = 9999
+_CHUNK = 1 << 20
+
+
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Proportion with its Wilson score interval; no data when `n` is 0. Raises `ValueError` for impossible counts."""
+    _check_counts(successes, n)
+    return NO_DATA if n == 0 else _wilson(successes / n, n, n, confidence)
+
+
+def _wilson(rate: float, effective: float, n: int, confidence: float) -> Interval:
+    """Wilson's interval as if `effective` observations had been seen; `n` is reported."""
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    weight = z * z / effective
+    centre = (rate + weight / 2) / (1 + weight)
+    half = z * np.sqrt(rate * (1 - rate) / effective + weight / (4 * effective)) / (1 + weight)
+    # At 0 and 1 the bound equals the estimate in exact arithmetic; say so in floating point too.
+    low = 0.0 if rate == 0 else float(centre - half)
+    high = 1.0 if rate == 1 else float(centre + half)
+    return Interval(rate, low, high, n)
+
+
+def _check_counts(successes: int, n: int) -> None:
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes out of {n}")
+
+
+def clopper_pearson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Proportion with its exact binomial two-sided interval (conservative: coverage is at least `confidence`).
+
+    The one-sided bound that a gate's guarantee uses is `steering.gates.upper_bound`.
+    """
+    _check_counts(successes, n)
+    if n == 0:
+        return NO_DATA
+    tail = (1 - confidence) / 2
+    low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, n - successes + 1))
+    high = 1.0 if successes == n else float(stats.beta.isf(tail, successes + 1, n - successes))
+    return Interval(successes / n, low, high, n)
+
+
+def clustered(flags: Sequence[bool], clusters: Sequence[Hashable], confidence: float = CONFIDENCE) -> Interval:
+    """Proportion whose observations are alike within clusters; with clusters of one it is Wilson's interval.
+
+    The effective sample size is p(1-p) over the linearised between-cluster variance, corrected for few clusters by
+    (z / t)^2, and at most n. When all observations agree there is nothing to estimate it from: a cluster counts as one.
+    """
+    n, found = len(flags), _codes(clusters)
+    n_clusters = int(found.max()) + 1 if n else 0
+    if n_clusters == n:
+        return wilson(sum(flags), n, confidence)
+    rate = sum(flags) / n
+    if n_clusters < MIN_CLUSTERS:
+        return Interval(rate, None, None, n)
+    residuals = np.bincount(found, np.asarray(flags, dtype=float) - rate)
+    variance = n_clusters / (n_clusters - 1) * float((residuals**2).sum()) / n**2
+    return _wilson(rate, _effective(rate, variance, n, n_clusters, confidence), n, confidence)
+
+
+def _effective(rate: float, variance: float, n: int, n_clusters: int, confidence: float) -> float:
+    if rate in (0.0, 1.0):
+        return n_clusters
+    if variance == 0:
+        return n
+    tail = (1 + confidence) / 2
+    correction = float(stats.norm.ppf(tail)) / float(stats.t.ppf(tail, n_clusters - 1))
+    return min(n, rate * (1 - rate) / variance * correction**2)
+
+
+def _codes(clusters: Sequence[Hashable]) -> Int[np.ndarray, " n"]:
+    """Clusters as 0, 1, 2, ... in order of first appearance."""
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(cluster, len(number)) for cluster in clusters], dtype=np.int64)
+
+
+def paired_difference(gained: int, lost: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Difference of two proportions on the same `n` prompts, of which `gained` have the outcome the second time only.
+
+    Bonett & Price (2012, eq. 3). Unlike a bootstrap it has a width when no pair differs: absence of a difference in 20
+    prompts is no proof that there is none.
+    """
+    if not 0 <= gained + lost <= n or min(gained, lost) < 0:
+        raise ValueError(f"{gained} gained and {lost} lost out of {n}")
+    if n == 0:
+        return NO_DATA
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = float(stats.norm.ppf((1 + confidence) / 2)) * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    centre = up - down
+    return Interval((gained - lost) / n, max(-1.0, float(centre - half)), min(1.0, float(centre + half)), n)
+
+
+def unpaired_difference(second: Interval, first: Interval) -> Interval:
+    """second - first for proportions of different prompts, from their own intervals (Newcombe 1998, method 10)."""
+    n = min(second.n, first.n)
+    if second.value is None or first.value is None:
+        return Interval(None, None, None, n)
+    value = second.value - first.value
+    bounds = (second.low, second.high, first.low, first.high)
+    if any(bound is None for bound in bounds):
+        return Interval(value, None, None, n)
+    low2, high2, low1, high1 = (float(bound or 0.0) for bound in bounds)
+    low = value - float(np.hypot(second.value - low2, high1 - first.value))
+    return Interval(value, low, value + float(np.hypot(high2 - second.value, first.value - low1)), n)
+
+
+def mcnemar(gained: int, lost: int) -> float | None:
+    """Exact two-sided McNemar p-value from the discordant counts; None when the arms never differed."""
+    if gained + lost == 0:
+        return None
+    return float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
+
+
+def benjamini_hochberg(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
+    """q-values: the smallest false discovery rate at which each test is significant. None is no test and stays None."""
+    known = [p for p in p_values if p is not None]
+    adjusted = iter(stats.false_discovery_control(known).tolist() if known else [])
+    return tuple(None if p is None else float(next(adjusted)) for p in p_values)
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Mean with Student's interval; no bounds below two values."""
+    if not values:
+        return NO_DATA
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return Interval(mean, None, None, 1)
+    error = float(np.std(values, ddof=1)) / np.sqrt(n)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * float(error)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def paired_bootstrap(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Interval:
+    """Mean of `second - first` with a percentile interval over resampled pairs, or over resampled clusters of pairs.
+
+    Raises `ValueError` when the sequences are not pairs.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} scores are not pairs")
+    differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+    if differences.size == 0:
+        return NO_DATA
+    codes = _codes(range(differences.size) if clusters is None else clusters)
+    sums, counts = np.bincount(codes, differences), np.bincount(codes)
+    value = float(differences.mean())
+    if len(sums) < MIN_RESAMPLED:
+        return Interval(value, None, None, differences.size)
+    drawn = [sums[i].sum(1) / counts[i].sum(1) for i in _resampled(len(sums), seed)]
+    low, high = _percentiles(np.concatenate(drawn), confidence)
+    return Interval(value, low, high, differences.size)
+
+
+def clustered_bootstrap(
+    flags: Sequence[bool],
+    on_second: Sequence[bool],
+    clusters: Sequence[Hashable],
+    *,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Interval:
+    """Rate on the second side minus rate on the first, resampling clusters that may hold observations of both sides.
+
+    `n` is the smaller side's number of observations.
+    """
+    codes, second = _codes(clusters), np.asarray(on_second, dtype=bool)
+    sides = (second, ~second)
+    n = min(int(side.sum()) for side in sides)
+    if n == 0:
+        return NO_DATA
+    hits = [np.bincount(codes, np.asarray(flags, dtype=float) * side) for side in sides]
+    totals = [np.bincount(codes, side.astype(float)) for side in sides]
+    value = float(hits[0].sum() / totals[0].sum() - hits[1].sum() / totals[1].sum())
+    if len(totals[0]) < MIN_RESAMPLED:
+        return Interval(value, None, None, n)
+    drawn = []
+    for i in _resampled(len(totals[0]), seed):
+        after, before = totals[0][i].sum(1), totals[1][i].sum(1)
+        both = (after > 0) & (before > 0)  # a sample that happens to hold one side only says nothing
+        drawn.append((hits[0][i].sum(1)[both] / after[both]) - (hits[1][i].sum(1)[both] / before[both]))
+    low, high = _percentiles(np.concatenate(drawn), confidence)
+    return Interval(value, low, high, n)
+
+
+def _resampled(n: int, seed: int) -> Iterator[Int[np.ndarray, "chunk n"]]:
+    """Which of `n` units each bootstrap sample draws, in chunks that stay small whatever `n`."""
+    generator = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // n)
+    for start in range(0, RESAMPLES, chunk):
+        yield generator.integers(0, n, (min(chunk, RESAMPLES - start), n))
+
+
+def _percentiles(values: Float[np.ndarray, " resamples"], confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
