@@ -216,6 +216,23 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A run directory, or DIR:ARM.")],
+    second: Annotated[str, typer.Argument(help="A run directory, DIR:ARM, or an arm of the first one's directory.")],
+    examples: Annotated[int, typer.Option("--examples", min=0, help="Flipped prompts to show per suite.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
+) -> None:
+    """Compare two runs or two arms on the same prompts: paired differences, tests, and what flipped."""
+    from clampdown.commands import compare as job
+
+    found = job.run_compare(first, second)
+    console.print(job.shown(found, examples))
+    if json_file is not None:
+        job.write_comparison(json_file, found)
+        console.print(f"written: {json_file}")
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="A run directory with summary.json.")],
 ) -> None:

@@ -243,8 +243,20 @@ def _arm_summary(arm: ArmSpec, by: dict[tuple[str, str], list[Record]]) -> dict[
         "refused_capability": {suite: share(suite, Verdict.REFUSED) for suite in CAPABILITY},
         "kl_benign": arm.kl, "edit_norm": arm.edit_norm,
         "gate_fired": _gate_fired(arm, by) if arm.kind == "gated" else {},
-        "against_baseline": {suite: {"p_value": 0.5 if suite == "facts" else 1e-6} for suite in SAFETY + CAPABILITY},
+        "against_baseline": {suite: _against_baseline(arm, suite, by) for suite in SAFETY + CAPABILITY},
     }  # fmt: skip
+
+
+def _against_baseline(arm: ArmSpec, suite: str, by: dict[tuple[str, str], list[Record]]) -> dict[str, Any]:
+    """Paired difference as Bonett and Price have it, from the two arms' records of the same prompts."""
+    pairs = list(zip(by["baseline", suite], by[arm.name, suite], strict=True))
+    hit = (lambda r: r.verdict is Verdict.REFUSED) if suite in SAFETY else (lambda r: bool(r.correct))
+    gained, lost = (sum(hit(b) is now and hit(a) is not now for a, b in pairs) for now in (True, False))
+    up, down, n = (gained + 1) / (len(pairs) + 2), (lost + 1) / (len(pairs) + 2), len(pairs)
+    half = 1.96 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    p_value = 0.5 if suite == "facts" else 1e-6
+    return {"difference": (gained - lost) / n, "low": up - down - half, "high": up - down + half, "n": n,
+            "p_value": p_value}  # fmt: skip
 
 
 def _gate_fired(arm: ArmSpec, by: dict[tuple[str, str], list[Record]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clampdown.reports.comparison import (
+    change,
     difference,
     headline,
     mean,
@@ -16,10 +18,11 @@ from clampdown.reports.comparison import (
     point,
     sides_of,
     strength_curve,
+    suite_change,
 )
 from clampdown.types import Interval
 from tests.reports.conftest import arm_json
-from tests.reports.example_run import STRENGTHS, wilson
+from tests.reports.example_run import CAPABILITY, SAFETY, STRENGTHS, wilson
 
 
 def drawn(rng: random.Random, p: float, n: int) -> Interval:
@@ -113,3 +116,35 @@ def test_the_run_says_which_suites_are_harmful(run_of):
     run = run_of(arm_json("baseline", "baseline"), harmful_suites=["benign"])
     assert sides_of(run).harmful == ("benign",)
     assert "harmful" in sides_of(run).answerable
+
+
+def paired(value: float, half: float, n: int = 60) -> dict[str, float | int]:
+    return {"difference": value, "low": value - half, "high": value + half, "n": n}
+
+
+def test_a_change_is_the_paired_one_where_the_run_measured_it(run_of):
+    """Rates whose own intervals overlap, and paired differences that leave no doubt: the pairs decide."""
+    rates = {suite: 0.5 for suite in SAFETY + CAPABILITY}
+    pairs = {suite: paired(0.08, 0.05) for suite in SAFETY + CAPABILITY}
+    arms = (
+        arm_json("baseline", "baseline", rates),
+        arm_json("clamp", "feature", {suite: 0.58 for suite in rates}, against_baseline=pairs),
+    )
+    run = run_of(*arms)
+    sides = sides_of(run)
+    before, after = (point(arm, sides) for arm in run.arms)
+    found = change(after, before, "refusal")
+    assert found.value == pytest.approx(0.08)
+    assert found.low == pytest.approx(0.08 - 0.05 / math.sqrt(4)), "the mean of four independent suites"
+    assert difference(after.refusal, before.refusal).low < found.low
+    assert suite_change(run.arms[1], run.arms[0], "facts").low == pytest.approx(0.03)
+
+
+def test_one_suite_without_pairs_leaves_the_mean_unpaired(run_of):
+    pairs = {suite: paired(0.5, 0.1) for suite in SAFETY if suite != "harmful"}
+    run = run_of(arm_json("baseline", "baseline"), arm_json("clamp", "feature", against_baseline=pairs))
+    before, after = (point(arm, sides_of(run)) for arm in run.arms)
+    assert change(after, before, "refusal") == difference(after.refusal, before.refusal)
+    assert change(after, before, "over_refusal").value == pytest.approx(0.5)
+    missing = suite_change(run.arms[1], run.arms[0], "no such suite")
+    assert (missing.value, missing.n) == (None, 0)

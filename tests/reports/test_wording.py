@@ -132,3 +132,13 @@ def test_missing_numbers_are_left_out(run_of):
     run = run_of(BASELINE | bare, COSTLY | bare)
     assert "None" not in str(said(run))
     assert "Price" not in said(run)
+
+
+def test_a_small_change_counts_when_the_same_prompts_show_it(run_of):
+    """Ten of 200 prompts newly refused and none lost: no doubt on the same prompts, much between independent rates."""
+    pair = {"difference": 0.05, "low": 0.02, "high": 0.09, "n": 200}
+    after = {suite: rate + 0.05 for suite, rate in rates(0.5, 0.05, 0.9).items()}
+    paired = arm_json("clamp", "feature", after, against_baseline=dict.fromkeys(SAFETY, pair))
+    assert "raises refusals" in said(run_of(BASELINE, paired))["Gain"]
+    assert "+5 points [+2 to +9] on the same prompts" in said(run_of(BASELINE, paired))["Gain"]
+    assert "does not measurably change" in said(run_of(BASELINE, paired | {"against_baseline": {}}))["Gain"]

@@ -132,6 +132,11 @@ def complied(record: Record) -> bool | None:
     return None if record.verdict is Verdict.UNSCORED else record.verdict is Verdict.COMPLIED
 
 
+def degenerate(record: Record) -> bool | None:
+    """Outcome: is this reply broken? None when it could not be scored."""
+    return None if record.verdict is Verdict.UNSCORED else record.verdict is Verdict.DEGENERATE
+
+
 def correct(record: Record) -> bool | None:
     """Outcome for paired comparisons: was this reply right? None for prompts without an expected answer."""
     return record.correct

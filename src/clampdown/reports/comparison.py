@@ -1,21 +1,26 @@
 """What the numbers of a run say about each other: pure functions of intervals and arms.
 
 Suites fall on two sides: those where refusing is right (harmful) and those where answering is right. An arm's rate
-on a side is the plain mean over its suites, so that a large suite does not drown a small one. Its interval, and the
-interval of a difference, follow from the parts' own intervals by the square-and-add rule for independent estimates
-(MOVER; Newcombe 1998, Zou & Donner 2008). On the same prompts that is conservative for a difference between arms.
+on a side is the plain mean over its suites, so that a large suite does not drown a small one. Its interval follows from
+the parts' own intervals by the square-and-add rule for independent estimates (MOVER; Newcombe 1998, Zou & Donner 2008).
+
+A change from the baseline is the mean of the suites' paired differences, measured prompt by prompt on the same prompts:
+what a prompt's own difficulty does to both arms cancels. Runs that hold no paired differences get the difference of the
+two rates as if they were of different prompts, which is wider.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from clampdown.reports.run import ArmResult, RunData
 from clampdown.types import ArmKind, Interval, Verdict
 
 UNSEEN_JAILBREAKS = "jailbroken_unseen"
+Measure = Literal["refusal", "over_refusal", "capability"]
 HARMFUL_SUITES = ("harmful", "jailbroken_seen", UNSEEN_JAILBREAKS, "multi_turn")
 
 
@@ -33,7 +38,8 @@ class Point:
     """An arm's place in the trade-off: means over the suites of each side, with 95 % intervals.
 
     `unanswered` is the share of safe prompts refused or broken: a model that only babbles refuses nothing, and
-    must not look good for it.
+    must not look good for it. `changes` are paired differences to the baseline, for measures that have them in all
+    suites.
     """
 
     arm: ArmResult
@@ -42,6 +48,7 @@ class Point:
     capability: Interval
     degenerate: Interval
     unanswered: Interval
+    changes: Mapping[Measure, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +76,11 @@ def sides_of(run: RunData) -> Sides:
     )
 
 
-def mean(intervals: Iterable[Interval | None]) -> Interval:
-    """Unweighted mean of independent estimates; without data if any part is missing, never a mean of the rest."""
+def mean(intervals: Iterable[Interval | None], *, least: float = 0.0) -> Interval:
+    """Unweighted mean of independent estimates; without data if any part is missing, never a mean of the rest.
+
+    `least` is the smallest value there can be: 0 for rates, -1 for differences of rates.
+    """
     parts = list(intervals)
     n = sum(part.n for part in parts if part is not None)
     values = [part.value for part in parts if part is not None and part.value is not None]
@@ -80,7 +90,7 @@ def mean(intervals: Iterable[Interval | None]) -> Interval:
     low, high = (_spread(parts, bound) / len(parts) for bound in ("low", "high"))
     if math.isnan(low) or math.isnan(high):
         return Interval(value, None, None, n)
-    return Interval(value, max(0.0, value - low), min(1.0, value + high), n)
+    return Interval(value, max(least, value - low), min(1.0, value + high), n)
 
 
 def _either(one: Interval | None, other: Interval | None) -> Interval | None:
@@ -107,6 +117,21 @@ def difference(after: Interval, before: Interval) -> Interval:
     return Interval(value, value - down, value + up, n)
 
 
+def change(after: Point, before: Point, measure: Measure) -> Interval:
+    """after - before: paired where `before` is the baseline and the run measured it, else from the two rates."""
+    paired = after.changes.get(measure) if before.arm.kind is ArmKind.BASELINE else None
+    return difference(getattr(after, measure), getattr(before, measure)) if paired is None else paired
+
+
+def suite_change(after: ArmResult, before: ArmResult, suite: str) -> Interval:
+    """As `change`, of one suite: right answers in a capability suite, refusals elsewhere."""
+    if before.kind is ArmKind.BASELINE and suite in after.changes:
+        return after.changes[suite]
+    missing = Interval(None, None, None, 0)
+    rates = [arm.capability.get(suite) or arm.rate(suite) or missing for arm in (after, before)]
+    return difference(rates[0], rates[1])
+
+
 def _spread(parts: Sequence[Interval | None], bound: str) -> float:
     """Root of the summed squared distances from each value to its bound; NaN if a bound is unknown."""
     return math.hypot(*(_arm_length(part, bound) for part in parts if part is not None))
@@ -118,6 +143,9 @@ def _arm_length(part: Interval, bound: str) -> float:
 
 
 def point(arm: ArmResult, sides: Sides) -> Point:
+    suites: dict[Measure, tuple[str, ...]] = {
+        "refusal": sides.harmful, "over_refusal": sides.answerable, "capability": sides.capability,
+    }  # fmt: skip
     return Point(
         arm,
         refusal=mean(arm.rate(suite) for suite in sides.harmful),
@@ -125,6 +153,11 @@ def point(arm: ArmResult, sides: Sides) -> Point:
         capability=mean(arm.capability.get(suite) for suite in sides.capability),
         degenerate=mean(arm.rate(suite, Verdict.DEGENERATE) for suite in sides.harmful + sides.answerable),
         unanswered=mean(_either(arm.rate(s), arm.rate(s, Verdict.DEGENERATE)) for s in sides.answerable),
+        changes={
+            measure: mean((arm.changes[name] for name in names), least=-1.0)
+            for measure, names in suites.items()
+            if names and all(name in arm.changes for name in names)
+        },
     )
 
 

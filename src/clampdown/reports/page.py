@@ -139,7 +139,7 @@ def _worst_tile(found: Headline) -> Tile | None:
     if found.baseline is None or found.clamp is None or len(found.baseline.capability) < 2:
         return None
     name = worst_capability(found.clamp, found.baseline)
-    if name is None or not is_lower(found.clamp.capability[name], found.baseline.capability[name]):
+    if name is None or not is_lower(found.clamp, found.baseline, name):
         return None
     missing = Interval(None, None, None, 0)
     intervals = [arm.capability.get(name, missing) for arm in found.arms]

@@ -28,7 +28,8 @@ class ArmResult:
     """One arm of the summary. `suites` maps suite -> verdict -> share; `capability` maps suite -> share correct.
 
     `edit_norm` is the mean of ||x' - x|| / ||x|| over edited tokens; `kl_benign` is in nats per token. `gate_fired` and
-    `p_values` (exact McNemar against the baseline) are by suite.
+    `p_values` (exact McNemar against the baseline) are by suite, as is `changes`: the paired difference to the baseline
+    on the same prompts, of right answers in capability suites and of refusals elsewhere.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ArmResult:
     group: str | None
     gate_fired: Mapping[str, Interval] = field(default_factory=dict)
     p_values: Mapping[str, float | None] = field(default_factory=dict)
+    changes: Mapping[str, Interval] = field(default_factory=dict)
 
     def rate(self, suite: str, verdict: Verdict = Verdict.REFUSED) -> Interval | None:
         return self.suites.get(suite, {}).get(verdict)
@@ -222,7 +224,9 @@ def _arm(row: Mapping[str, Any]) -> ArmResult:
         group=row.get("group"),
         gate_fired=_intervals(row.get("gate_fired")),
         p_values={suite: pair.get("p_value") for suite, pair in (row.get("against_baseline") or {}).items()},
-    )
+        changes={suite: _interval({**pair, "value": pair["difference"]})
+                 for suite, pair in (row.get("against_baseline") or {}).items() if "low" in pair},
+    )  # fmt: skip
 
 
 def _interval(raw: Mapping[str, Any]) -> Interval:

@@ -1,7 +1,8 @@
 """Numbers as people read them, and the plain-language verdict.
 
-The verdict is generated, so it must be right for any run: a change counts as one only when its interval excludes
-zero, and a sentence whose numbers are missing is left out. `**` marks what the page sets in bold.
+The verdict is generated, so it must be right for any run: a change counts as one only when the interval of the paired
+difference on the same prompts excludes zero, and a sentence whose numbers are missing is left out. `**` marks what the
+page sets in bold.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from clampdown.reports.comparison import (
     UNSEEN_JAILBREAKS,
     Point,
     Sides,
+    change,
     controls,
-    difference,
     headline,
     mean,
     point,
+    suite_change,
 )
 from clampdown.reports.run import ArmResult, RunData
 from clampdown.types import ArmKind, Interval
@@ -25,6 +27,7 @@ from clampdown.types import ArmKind, Interval
 MISSING = "n/a"
 UNIT = "\u00a0%"
 DASH = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
 CLOSE = 0.02
 MANY_CONTROLS = 4
 
@@ -115,7 +118,7 @@ def title(run: RunData, sides: Sides) -> str:
     if found.baseline is None or found.clamp is None:
         return "What each arm refuses, and what it can still do"
     before, clamp = point(found.baseline, sides), point(found.clamp, sides)
-    if _direction(key_refusal(found.clamp, sides), key_refusal(found.baseline, sides)) <= 0:
+    if _direction(_key_change(found.clamp, found.baseline, sides)) <= 0:
         return "Clamping did not measurably raise refusals of attacks"
     if not _is_worse(clamp, before):
         return "Clamping raises refusals; no cost was measured"
@@ -128,12 +131,12 @@ def title(run: RunData, sides: Sides) -> str:
 def _resolved_title(after: Point, before: Point) -> str:
     what = "the tuned plan" if after.arm.kind is ArmKind.TUNED else "conditional steering"
     start = f"Clamping trades good answers for refusals; {what}"
-    if _direction(after.refusal, before.refusal) <= 0:
+    if _direction(change(after, before, "refusal")) <= 0:
         return f"{start} loses the gain"
-    change = difference(after.capability, before.capability).value
-    if change is not None and change < -CLOSE:
+    capability = change(after, before, "capability").value
+    if capability is not None and capability < -CLOSE:
         return f"{start} lowers the price"
-    if _direction(after.over_refusal, before.over_refusal) > 0:
+    if _direction(change(after, before, "over_refusal")) > 0:
         return f"{start} spares capability, not every borderline prompt"
     return f"{start} keeps both"
 
@@ -170,10 +173,12 @@ def key_refusal_title(sides: Sides) -> str:
 
 def _gain(run: RunData, clamp: ArmResult, baseline: ArmResult, sides: Sides) -> str:
     before, after = key_refusal(baseline, sides), key_refusal(clamp, sides)
-    verb = {1: "raises", -1: "lowers", 0: "does not measurably change"}[_direction(after, before)]
+    gained = _key_change(clamp, baseline, sides)
+    verb = {1: "raises", -1: "lowers", 0: "does not measurably change"}[_direction(gained)]
     return (
         f"{_subject(run, clamp)} {verb} refusals of {key_refusal_title(sides)}: "
-        f"**{percent(before.value)} → {full(after, with_n=False)}** (n = {after.n}; brackets are 95{UNIT} intervals)."
+        f"**{percent(before.value)} → {full(after, with_n=False)}**{_points(gained)} "
+        f"(n = {after.n}; brackets are 95{UNIT} intervals)."
     )
 
 
@@ -192,8 +197,8 @@ def _cost(after: Point, before: Point) -> Sentence:
 
 
 def _is_worse(after: Point, before: Point) -> bool:
-    over, capability = (after.over_refusal, before.over_refusal), (after.capability, before.capability)
-    return _direction(*over) > 0 or _direction(*capability) < 0
+    over, capability = change(after, before, "over_refusal"), change(after, before, "capability")
+    return _direction(over) > 0 or _direction(capability) < 0
 
 
 def _capitalised(text: str) -> str:
@@ -219,7 +224,7 @@ def _capability_change(after: Point, before: Point) -> str:
     name = worst_capability(after.arm, before.arm)
     if name is None or len(after.arm.capability) < 2:
         return text + ")"
-    if not is_lower(after.arm.capability[name], before.arm.capability[name]):
+    if not is_lower(after.arm, before.arm, name):
         return text + "; no suite measurably worse)"
     old, new = before.arm.capability[name].value, after.arm.capability[name].value
     return f"{text}; worst {suite_title(name)}, {percent(old)} → {percent(new)})"
@@ -228,18 +233,14 @@ def _capability_change(after: Point, before: Point) -> str:
 def _not_refusals(after: Point, before: Point) -> str:
     """The first paper's point, when it holds here: capability is lost, and not to refusals."""
     refused = mean(after.arm.refused_capability.values())
-    if refused.value is None or _direction(after.capability, before.capability) >= 0:
+    if refused.value is None or _direction(change(after, before, "capability")) >= 0:
         return ""
     return f"; {percent(refused.value)} of the capability answers are refusals"
 
 
 def worst_capability(after: ArmResult, before: ArmResult) -> str | None:
     """The capability suite that fell most, or None when none can be compared."""
-    losses = {
-        name: difference(interval, before.capability[name]).value
-        for name, interval in after.capability.items()
-        if name in before.capability
-    }
+    losses = {name: suite_change(after, before, name).value for name in after.capability if name in before.capability}
     known = {name: loss for name, loss in losses.items() if loss is not None}
     return min(known, key=lambda name: known[name]) if known else None
 
@@ -258,13 +259,13 @@ def _resolved(after: Point, before: Point) -> str:
 
 
 def _kept(after: Point, before: Point) -> str:
-    change = difference(after.capability, before.capability)
-    if change.value is None:
+    moved = change(after, before, "capability")
+    if moved.value is None:
         return "with capability not measured"
     rate = f"**{percent(after.capability.value)}** (baseline {percent(before.capability.value)})"
-    if abs(change.value) <= CLOSE:
+    if abs(moved.value) <= CLOSE:
         return f"and keeps mean capability at {rate}"
-    verb = "lowers" if change.value < 0 else "raises"
+    verb = "lowers" if moved.value < 0 else "raises"
     return f"and {verb} mean capability to {rate}"
 
 
@@ -305,16 +306,30 @@ def _pair(arm: ArmResult, sides: Sides) -> str:
     return f"refuses {percent(rate)} at {percent(capability)} mean capability"
 
 
-def is_lower(after: Interval, before: Interval) -> bool:
-    """Whether a rate fell measurably."""
-    return _direction(after, before) < 0
+def is_lower(after: ArmResult, before: ArmResult, suite: str) -> bool:
+    """Whether a suite's rate fell measurably."""
+    return _direction(suite_change(after, before, suite)) < 0
 
 
-def _direction(after: Interval, before: Interval) -> int:
+def _key_change(after: ArmResult, before: ArmResult, sides: Sides) -> Interval:
+    """Change of the refusal rate that the page leads with."""
+    if after.rate(UNSEEN_JAILBREAKS):
+        return suite_change(after, before, UNSEEN_JAILBREAKS)
+    return change(point(after, sides), point(before, sides), "refusal")
+
+
+def _points(moved: Interval) -> str:
+    """A paired difference in percentage points with its interval, or nothing without bounds."""
+    if moved.value is None or moved.low is None or moved.high is None:
+        return ""
+    value, low, high = (f"{100 * part:+.0f}".replace("-", MINUS) for part in (moved.value, moved.low, moved.high))
+    return f", {value} points [{low} to {high}] on the same prompts"
+
+
+def _direction(moved: Interval) -> int:
     """1 or -1 when the difference's interval excludes zero, else 0. Without bounds the sign of the value decides."""
-    change = difference(after, before)
-    if change.value is None:
+    if moved.value is None:
         return 0
-    low = change.value if change.low is None else change.low
-    high = change.value if change.high is None else change.high
+    low = moved.value if moved.low is None else moved.low
+    high = moved.value if moved.high is None else moved.high
     return 1 if low > 0 else -1 if high < 0 else 0

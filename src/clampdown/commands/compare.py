@@ -1,0 +1,239 @@
+"""`clampdown compare A B`: two runs, or two arms, on the same prompts and judged by the same judge.
+
+A and B are run directories, `DIR:ARM`, or (one of them) the name of an arm in the other's directory. Two directories
+are compared arm by arm, by name. Runs of other prompts or another judge are refused: their difference would mean
+nothing. What else differs between the runs (model, plan, reply length) is said above the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from clampdown.errors import PromptSetError, StoreError
+from clampdown.evaluation.comparison import SuiteComparison, compare_arms
+from clampdown.evaluation.suites import read_suites
+from clampdown.store import read_json, read_records, write_json
+from clampdown.types import Interval, Record
+
+LONGEST_REPLY = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run directory's records and the key that says what they are records of."""
+
+    directory: Path
+    key: Mapping[str, Any]
+    records: tuple[Record, ...]
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(record.arm for record in self.records))
+
+    def of_arm(self, arm: str) -> tuple[Record, ...]:
+        """Raises `StoreError` when the run has no such arm."""
+        found = tuple(record for record in self.records if record.arm == arm)
+        if not found:
+            raise StoreError(f"{self.directory} has no arm '{arm}'", hint=f"arms: {', '.join(self.arms)}")
+        return found
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Hash of each suite's prompts, by suite."""
+        suites = self.key["suites"]
+        return dict(suites) if isinstance(suites, Mapping) else {row["name"]: row["prompts"] for row in suites}
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What one operand names: a run, and an arm of it (None: all of them)."""
+
+    run: Run
+    arm: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ArmComparison:
+    """Two arms compared, suite by suite."""
+
+    first: str
+    second: str
+    suites: tuple[SuiteComparison, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Everything that `compare` shows."""
+
+    arms: tuple[ArmComparison, ...]
+    notes: tuple[str, ...]
+    prompts: Mapping[tuple[str, str], str]
+
+
+def run_compare(first: str, second: str) -> Comparison:
+    """Compare two operands. Raises `StoreError` for what is no run, `PromptSetError` for what cannot be compared."""
+    a, b = _sides(first, second)
+    suites = _comparable(a.run, b.run)
+    found = tuple(
+        ArmComparison(_label(a, one, b), _label(b, other, a), compare_arms(_only(a.run.of_arm(one), suites),
+                                                                           _only(b.run.of_arm(other), suites)))
+        for one, other in _arm_pairs(a, b)
+    )  # fmt: skip
+    return Comparison(found, _notes(a.run, b.run, suites), _texts(a.run.directory))
+
+
+def _sides(first: str, second: str) -> tuple[Side, Side]:
+    """Both operands; a bare arm's name belongs to the other's directory."""
+    found = [_side(operand) for operand in (first, second)]
+    known = next((side for side in found if side), None)
+    if known is None:
+        raise StoreError(f"neither '{first}' nor '{second}' is a run directory", hint="DIR, DIR:ARM, or an arm's name")
+    a, b = (side or Side(known.run, operand) for side, operand in zip(found, (first, second), strict=True))
+    return a, b
+
+
+def _side(operand: str) -> Side | None:
+    if Path(operand).is_dir():
+        return Side(_read(Path(operand)), None)
+    directory, colon, arm = operand.partition(":")
+    while colon and not Path(directory).is_dir():
+        more, colon, arm = arm.partition(":")
+        directory = f"{directory}:{more}"
+    return Side(_read(Path(directory)), arm) if colon else None
+
+
+def _read(directory: Path) -> Run:
+    manifest = read_json(directory / "manifest.json")
+    if not isinstance(manifest, Mapping) or not isinstance(manifest.get("key"), Mapping):
+        raise StoreError(f"{directory}/manifest.json does not say what was run")
+    return Run(directory, manifest["key"], read_records(directory / "records.jsonl"))
+
+
+def _comparable(a: Run, b: Run) -> tuple[str, ...]:
+    """The suites of both runs, in the first one's order.
+
+    Raises `PromptSetError` when there is none, when one has other prompts, or when the judges differ.
+    """
+    if a.key.get("judge") != b.key.get("judge"):
+        raise PromptSetError(
+            f"the runs were judged by different judges: {_judge(a)} and {_judge(b)}",
+            hint="a difference between judges is no difference between arms; judge both alike",
+        )
+    common = tuple(name for name in a.prompts if name in b.prompts)
+    other = sorted(name for name in common if a.prompts[name] != b.prompts[name])
+    if other:
+        raise PromptSetError(
+            f"the runs asked different prompts in {', '.join(other)}",
+            hint="use the same --suites, --split, --limit and --seed for both",
+        )
+    if not common:
+        raise PromptSetError("the runs have no suite in common")
+    return common
+
+
+def _judge(run: Run) -> str:
+    judge = run.key.get("judge")
+    return str(judge.get("name")) if isinstance(judge, Mapping) else str(judge)
+
+
+def _arm_pairs(a: Side, b: Side) -> list[tuple[str, str]]:
+    """Arms to compare: those named, else those of the same name, else the only steered one of each run."""
+    if a.arm and b.arm:
+        return [(a.arm, b.arm)]
+    if a.arm or b.arm:
+        name = a.arm or b.arm or ""
+        return [(name, name)]
+    if a.run.directory == b.run.directory:
+        raise PromptSetError("that is the same run twice", hint="name two of its arms: DIR:ARM and an arm's name")
+    common = [(arm, arm) for arm in a.run.arms if arm in b.run.arms]
+    if not common:
+        raise PromptSetError("the runs have no arm in common", hint="name the arms: DIR:ARM")
+    return common
+
+
+def _only(records: Sequence[Record], suites: Sequence[str]) -> list[Record]:
+    """Records of these suites, in the suites' order."""
+    return [record for suite in suites for record in records if record.suite == suite]
+
+
+def _label(side: Side, arm: str, other: Side) -> str:
+    return arm if side.run.directory == other.run.directory else f"{side.run.directory.name}:{arm}"
+
+
+def _notes(a: Run, b: Run, suites: Sequence[str]) -> tuple[str, ...]:
+    notes = [f"{name} differs between the runs" for name in ("code", "model", "saes", "generation")
+             if a.key.get(name) != b.key.get(name)]  # fmt: skip
+    left_out = sorted({*a.prompts, *b.prompts} - {*suites})
+    return (*notes, *([f"suites of one run only, left out: {', '.join(left_out)}"] if left_out else []))
+
+
+def _texts(directory: Path) -> dict[tuple[str, str], str]:
+    """The last user turn of each prompt, for the examples; none without `prompts.jsonl`."""
+    path = directory / "prompts.jsonl"
+    if not path.is_file():
+        return {}
+    return {(suite.name, prompt.id): prompt.text for suite in read_suites(path) for prompt in suite.prompts}
+
+
+def shown(found: Comparison, examples: int) -> RenderableType:
+    """Notes, a table for each pair of arms, and the prompts that flipped."""
+    parts: list[RenderableType] = [Text(f"note: {note}", style="yellow") for note in found.notes]
+    for arms in found.arms:
+        parts.append(Padding(_table(arms), (1, 0, 0, 0)))
+        parts += [_example(row, found.prompts, examples) for row in arms.suites if row.flips and examples]
+    return Group(*parts)
+
+
+def _table(arms: ArmComparison) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", caption_justify="left")
+    table.title = escape(f"{arms.first}  →  {arms.second}")
+    table.add_column("suite", no_wrap=True, overflow="ellipsis")
+    for heading in ("outcome", "n", "before", "after", "difference [95%]", "+", "\N{MINUS SIGN}", "p", "q"):
+        table.add_column(heading, justify="left" if heading == "outcome" else "right", no_wrap=True)
+    for row in arms.suites:
+        change = row.change
+        table.add_row(escape(row.suite), row.outcome, str(change.difference.n), f"{row.before:.2f}", f"{row.after:.2f}",
+                      _difference(change.difference), str(change.gained), str(change.lost),
+                      _small(change.p_value), _small(row.q_value))  # fmt: skip
+    table.caption = "+ and \N{MINUS SIGN}: prompts gained and lost; p: exact McNemar; q: Benjamini-Hochberg over suites"
+    return table
+
+
+def _difference(change: Interval) -> str:
+    if change.value is None:
+        return "n/a"
+    bounds = "" if change.low is None or change.high is None else f" [{change.low:+.2f}, {change.high:+.2f}]"
+    return f"{change.value:+.2f}{bounds}"
+
+
+def _small(p: float | None) -> str:
+    return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _example(row: SuiteComparison, prompts: Mapping[tuple[str, str], str], most: int) -> RenderableType:
+    lines: list[RenderableType] = [Text(f"{row.suite}: {len(row.flips)} flipped", style="bold")]
+    for flip in row.flips[:most]:
+        text = prompts.get((row.suite, flip.before.prompt_id), flip.before.prompt_id)
+        lines.append(Text(f"  {_cut(text)}"))
+        lines += [Text(f"    {record.verdict.value}: {_cut(record.reply)}", style="dim")
+                  for record in (flip.before, flip.after)]  # fmt: skip
+    return Group(*lines)
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_REPLY else line[:LONGEST_REPLY] + "…"
+
+
+def write_comparison(path: Path, found: Comparison) -> None:
+    """Everything as JSON: differences are second minus first."""
+    write_json(path, {"schema": 1, "kind": "comparison", "notes": found.notes, "arms": found.arms})

@@ -1,0 +1,79 @@
+"""Two arms on the same prompts, suite by suite: what changed, by how much, and whether chance would do as well.
+
+1. Where prompts have a right answer the outcome is "correct", elsewhere "refused".
+2. Each suite gets the paired difference with its interval, exact McNemar's p, and the prompts that flipped.
+3. Looking at many suites finds differences by luck: q-values are Benjamini-Hochberg's over the suites compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from clampdown.evaluation import metrics
+from clampdown.types import Interval, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """One prompt whose outcome differs between the arms."""
+
+    before: Record
+    after: Record
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteComparison:
+    """One suite under two arms. `before` and `after` are rates over the prompts that both arms answered, `length` is
+    the change of reply length in tokens, `degenerate` the change of the share of broken replies."""
+
+    suite: str
+    outcome: str
+    before: Interval
+    after: Interval
+    change: metrics.Comparison
+    degenerate: metrics.Comparison
+    length: Interval
+    flips: tuple[Flip, ...]
+    q_value: float | None = None
+
+
+def compare_arms(first: Iterable[Record], second: Iterable[Record], *, seed: int = 0) -> tuple[SuiteComparison, ...]:
+    """Every suite that both arms answered, in the order of the first."""
+    before, after = _by_suite(first), _by_suite(second)
+    rows = [_suite(name, before[name], after[name], seed) for name in before if name in after]
+    q_values = metrics.with_q_values([row.change for row in rows])
+    return tuple(replace(row, q_value=q) for row, q in zip(rows, q_values, strict=True))
+
+
+def _by_suite(records: Iterable[Record]) -> dict[str, list[Record]]:
+    grouped: dict[str, list[Record]] = {}
+    for record in records:
+        grouped.setdefault(record.suite, []).append(record)
+    return grouped
+
+
+def _suite(name: str, first: Sequence[Record], second: Sequence[Record], seed: int) -> SuiteComparison:
+    exact = any(metrics.correct(record) is not None for record in first)
+    outcome = metrics.correct if exact else metrics.refused
+    pairs = _pairs(first, second, outcome)
+    return SuiteComparison(
+        suite=name,
+        outcome="correct" if exact else "refused",
+        before=metrics.share([pair.before for pair in pairs], outcome),
+        after=metrics.share([pair.after for pair in pairs], outcome),
+        change=metrics.compare(first, second, outcome, seed=seed),
+        degenerate=metrics.compare(first, second, metrics.degenerate, seed=seed),
+        length=metrics.compare_lengths(first, second, seed=seed),
+        flips=tuple(pair for pair in pairs if outcome(pair.before) != outcome(pair.after)),
+    )
+
+
+def _pairs(first: Sequence[Record], second: Sequence[Record], outcome: metrics.Outcome) -> list[Flip]:
+    """Both records of every prompt whose outcome is known under both arms."""
+    known = {record.prompt_id: record for record in first if outcome(record) is not None}
+    return [
+        Flip(known[record.prompt_id], record)
+        for record in second
+        if record.prompt_id in known and outcome(record) is not None
+    ]
