@@ -26,7 +26,19 @@ from clampdown.store import (
     write_feature_set,
     write_json,
 )
-from clampdown.types import FeatureScore, FeatureSet, Message, Prompt, Provenance, Receipt, Record, Split, Verdict
+from clampdown.types import (
+    FeatureScore,
+    FeatureSet,
+    Message,
+    OptionChoice,
+    Prompt,
+    Provenance,
+    Receipt,
+    Record,
+    Split,
+    StoredReply,
+    Verdict,
+)
 
 # What UTF-8 can hold, with the characters at which `str.splitlines` cuts and a JSON line must not.
 texts = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
@@ -102,6 +114,40 @@ def test_another_runs_directory_is_refused(tmp_path: Path) -> None:
     RecordLog(tmp_path, {"settings": [1, 2], "model": "a"}).close()
     with pytest.raises(StoreError, match="holds another run"):
         RecordLog(tmp_path, {"model": "b", "settings": [1, 2]})
+
+
+def test_what_differs_from_the_other_run_is_said(tmp_path: Path) -> None:
+    RecordLog(tmp_path, {"model": "a", "judge": "exact", "suites": {"s": "1"}}).close()
+    with pytest.raises(StoreError, match="its judge, suites differ"):
+        RecordLog(tmp_path, {"model": "a", "judge": "rules", "suites": {"s": "2"}})
+
+
+def test_one_process_at_a_time_may_write_to_a_directory(tmp_path: Path) -> None:
+    """Two would both do the same rows, and both append them."""
+    with RecordLog(tmp_path, "key") as log:
+        with pytest.raises(StoreError, match="another process is writing"):
+            RecordLog(tmp_path, "key")
+        log.append([record(0)])
+    RecordLog(tmp_path, "key").close()
+
+
+def test_replies_wait_until_they_are_judged(tmp_path: Path) -> None:
+    replies = [StoredReply("arm", "suite", f"p{i}", "no", 2, Receipt("plan", 3, 0.5)) for i in range(3)]
+    with RecordLog(tmp_path, "key") as log:
+        log.replies.append(replies)
+        log.append([record(1)])
+    with RecordLog(tmp_path, "key") as log:
+        assert log.waiting == (replies[0], replies[2])
+        assert log.replies.rows == tuple(replies)
+
+
+def test_choices_come_back_as_they_were(tmp_path: Path) -> None:
+    choice = OptionChoice("arm", "suite", "p0", (-1.5, -0.25), "yes", True)
+    with RecordLog(tmp_path, "key") as log:
+        log.choices.append([choice, choice])
+    with RecordLog(tmp_path, "key") as log:
+        assert log.choices.rows == (choice,)
+        assert log.choices["arm", "suite", "p0"] == choice
 
 
 def test_a_broken_line_that_is_not_the_last_is_an_error_with_its_number(tmp_path: Path) -> None:
