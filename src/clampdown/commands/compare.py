@@ -125,7 +125,7 @@ def _comparable(a: Run, b: Run) -> tuple[str, ...]:
     """
     if a.key.get("judge") != b.key.get("judge"):
         raise PromptSetError(
-            f"the runs were judged by different judges: {_judge(a)} and {_judge(b)}",
+            f"the runs were judged by different judges: {a.key.get('judge')} and {b.key.get('judge')}",
             hint="a difference between judges is no difference between arms; judge both alike",
         )
     common = tuple(name for name in a.prompts if name in b.prompts)
@@ -138,11 +138,6 @@ def _comparable(a: Run, b: Run) -> tuple[str, ...]:
     if not common:
         raise PromptSetError("the runs have no suite in common")
     return common
-
-
-def _judge(run: Run) -> str:
-    judge = run.key.get("judge")
-    return str(judge.get("name")) if isinstance(judge, Mapping) else str(judge)
 
 
 def _arm_pairs(a: Side, b: Side) -> list[tuple[str, str]]:

@@ -7,20 +7,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clampdown.commands.estimate import Estimate, estimate
+from clampdown.commands.judging import judge_named
 from clampdown.commands.stages import Stages
 from clampdown.config import CODE_VERSION, ORGANISM
 from clampdown.discovery.contrast import ContrastSettings, collect_contrast, contrast_scores
 from clampdown.discovery.directions import direction_of
-from clampdown.errors import JudgeError, PlanError, PromptSetError
+from clampdown.errors import PlanError, PromptSetError
 from clampdown.evaluation import runner, utility
+from clampdown.evaluation.catalog import load_suites
 from clampdown.evaluation.control_arms import Control, Matching, Material, control_arms
 from clampdown.evaluation.controls import FeatureTable
+from clampdown.evaluation.judges.interface import NamedJudge, check_not_under_test
 from clampdown.evaluation.suites import read_suites, write_suites
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.saes.checkpoints import load_sae
@@ -29,9 +32,8 @@ from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, read_plan, write_plan
 from clampdown.store import RecordLog, key_of, prompts_hash
 from clampdown.tradeoff.frontier import Experiment, summarise, write_summary
-from clampdown.types import ArmKind, Judge, OptionChoice, Prompt, Provenance, Record, Split, Suite, SuiteKind
+from clampdown.types import ArmKind, OptionChoice, Prompt, Provenance, Record, Split, Suite, SuiteKind
 
-EXACT = "exact"
 TIMED_FROM = 500
 """Replies from which on a run is timed before it begins."""
 MATCHING_TEXTS = 16
@@ -61,15 +63,6 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """A judge with the name and the settings that go into the records and the resume key."""
-
-    judge: Judge
-    name: str
-    settings: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
 class Evaluation:
     """A job on loaded things: everything that a run needs, and the controls' table."""
 
@@ -88,13 +81,13 @@ def prepare(request: Request, stages: Stages) -> Evaluation:
     with stages.stage("Loading"):
         lm, saes = _load(plans, request.model)
     suites = suites_of(request, lm.name)
-    judge = judge_of(request.judge, lm.name)
+    judge = judge_of(request.judge, lm)
     settings = runner.Settings(max_new_tokens=request.max_new_tokens, batch_rows=request.batch_rows)
     with stages.stage("Benign replies"):
         benign = _benign_replies(lm, suites, settings)
     controls = _controls(request, plans, lm, saes, benign, stages)
     arms = (BASELINE, *map(_arm, plans), *(control.arm for control in controls if control.arm))
-    job = runner.Job(arms, suites, judge.judge, judge.name, settings, judge.settings)
+    job = runner.Job(arms, suites, judge, judge.name, settings)
     return Evaluation(lm, saes, job, controls, benign, plans, request.seed)
 
 
@@ -162,40 +155,39 @@ def _arm(plan: Plan) -> Arm:
 
 
 def suites_of(request: Request, model: str) -> tuple[Suite, ...]:
-    """The suites asked for by name or file, at most `limit` prompts each; by default the embedded model's own.
+    """The suites asked for, at most `limit` prompts each: names of the embedded corpus, or whatever `load_suites` reads
+    (NAME, NAME=FILE, FILE). By default the embedded model's own.
 
-    Raises `PromptSetError` for an unknown name, split or file.
+    Raises `PromptSetError` for what cannot be found or read, and for two suites of one name.
     """
     split = _split(request.split)
-    names = request.suites or _default_suites(model)
-    embedded = _embedded(split, request) if any(_is_name(name) for name in names) else {}
+    embedded = {suite.name: suite for suite in _embedded(split, request.limit, request.seed)}
     found: list[Suite] = []
-    for name in names:
-        if name == ORGANISM:
+    for spec in request.suites or _default_suites(model):
+        if spec == ORGANISM:
             found += [suite for suite in embedded.values() if suite.prompts]
-        elif _is_name(name):
-            if name not in embedded:
-                raise PromptSetError(f"no suite called {name}", hint=f"a file, or one of: {', '.join(embedded)}")
-            found.append(embedded[name])
+        elif spec in embedded:
+            found.append(embedded[spec])
         else:
-            found += [suite.take(request.limit) for suite in read_suites(Path(name))]
+            found += [suite.take(request.limit) for suite in load_suites(spec)]
+    names = [suite.name for suite in found]
+    if len(set(names)) < len(names):
+        raise PromptSetError(f"two suites have the same name among {', '.join(names)}", hint="name each once")
     return tuple(found)
 
 
 def _default_suites(model: str) -> tuple[str, ...]:
     if model != ORGANISM:
-        raise PromptSetError("which prompts?", hint="give --suites NAME or FILE,...; only 'organism' has defaults")
+        raise PromptSetError(
+            "which prompts?", hint="give --suites NAME, NAME=FILE or FILE; only 'organism' has suites of its own"
+        )
     return (ORGANISM,)
 
 
-def _is_name(name: str) -> bool:
-    return not Path(name).suffix
-
-
-def _embedded(split: Split, request: Request) -> dict[str, Suite]:
+def _embedded(split: Split, limit: int, seed: int) -> tuple[Suite, ...]:
     from clampdown.organism.suites import suites
 
-    return {suite.name: suite for suite in suites(split, request.limit, request.seed)}
+    return suites(split, limit, seed)
 
 
 def _split(name: str) -> Split:
@@ -205,18 +197,14 @@ def _split(name: str) -> Split:
     return Split(name)
 
 
-def judge_of(spec: str | None, model: str) -> Named:
-    """The judge asked for; by default the corpus's exact judge for the embedded model.
+def judge_of(spec: str | None, lm: LanguageModel) -> NamedJudge:
+    """The judge asked for; by default the corpus's exact judge for the embedded model, else the rules.
 
-    Raises `JudgeError` for an unknown one: a judge is never silently another.
+    Raises `JudgeError` for an unknown judge, and for one that is the model under test.
     """
-    if spec is None and model != ORGANISM:
-        raise JudgeError("which judge?", hint="give --judge; only 'organism' has a default, its corpus's exact judge")
-    if spec in (None, EXACT):
-        from clampdown.organism.judge import judge
-
-        return Named(judge, "organism-exact/1", {})
-    raise JudgeError(f"no judge called '{spec}'", hint=f"judges: {EXACT}")
+    found = judge_named(spec or ("exact" if lm.name == ORGANISM else "rules"))
+    check_not_under_test(found, lm.name, lm.revision)
+    return found
 
 
 def _benign_replies(
@@ -278,8 +266,8 @@ def _material_prompts(request: Request, model: str) -> tuple[Sequence[Prompt], S
         return sides[0], sides[1]
     if model != ORGANISM:
         return None
-    by_name = _embedded(Split.DISCOVERY, replace(request, limit=MATERIAL_PROMPTS))
-    return by_name["harmful"].prompts, by_name["benign"].prompts
+    by_name = {suite.name: suite.prompts for suite in _embedded(Split.DISCOVERY, MATERIAL_PROMPTS, request.seed)}
+    return by_name["harmful"], by_name["benign"]
 
 
 def _likelihoods(evaluation: Evaluation, request: Request, log: RecordLog, stages: Stages) -> tuple[OptionChoice, ...]:

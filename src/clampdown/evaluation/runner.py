@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +46,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to run. `judge_name` names the judge and its version: it stands in every record and in the resume key.
-    `judge_settings` is whatever else could change a judgement (rubric, endpoint's model, temperature).
+    """What to run. `judge_name` says all that could change a judgement (kind, version, model, rubric): it stands in
+    every record and in the resume key.
 
     Raises `PlanError` for two arms of one name, `PromptSetError` for two prompts of one id in a suite
     or a prompt that says it belongs to another.
@@ -58,7 +58,6 @@ class Job:
     judge: Judge = field(repr=False)
     judge_name: str
     settings: Settings = field(default_factory=Settings)
-    judge_settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in _doubled(arm.name for arm in self.arms):
@@ -101,7 +100,7 @@ def resume_key(lm: LanguageModel, saes: Sequence[Sae], job: Job) -> dict[str, An
             for a in job.arms
         ],
         "suites": {suite.name: prompts_hash(suite.prompts) for suite in job.suites},
-        "judge": {"name": job.judge_name, "settings": dict(job.judge_settings)},
+        "judge": job.judge_name,
         "generation": {"decoding": "greedy", "max_new_tokens": job.settings.max_new_tokens},
     }
 
