@@ -26,7 +26,7 @@ PLAN = clamp(4.0, name="steered")
 
 @pytest.fixture(scope="module")
 def forced(lm: LanguageModel) -> tuple[Forced, ...]:
-    return base_replies(lm, [prompt(i) for i in range(5)], max_new_tokens=6)
+    return base_replies(lm, [prompt(i) for i in range(3)], max_new_tokens=3)
 
 
 @pytest.fixture(scope="module")

@@ -112,8 +112,7 @@ def run_evaluate(evaluation: Evaluation, out: Path, request: Request, stages: St
             records = runner.run(lm, saes, job, log, tick)
         choices = _likelihoods(evaluation, request, log, stages)
     with stages.stage("Cost on benign text") as tick:
-        steered = [arm for arm in job.arms if arm.plan]
-        costs = utility.costs(lm, saes, steered, evaluation.benign, progress=tick) if evaluation.benign else {}
+        costs = utility.costs(lm, saes, job.arms, evaluation.benign, progress=tick) if evaluation.benign else {}
     experiment = Experiment(job.arms, job.suites, _provenance(evaluation), costs, dict(stages.timings), choices)
     summary = summarise(experiment, records, _extra(evaluation, request, records))
     write_summary(out / "summary.json", summary)

@@ -69,8 +69,8 @@ def random_features(table: FeatureTable, steered: Sequence[int], n: int, *, seed
     return tuple(int(feature) for feature in drawn)
 
 
-def unrelated_feature(table: FeatureTable, steered: Sequence[int]) -> int:
-    """Of the pool's features nearly orthogonal to the steered ones, the one with the smallest |refusal score|.
+def unrelated_features(table: FeatureTable, steered: Sequence[int]) -> tuple[int, ...]:
+    """The pool's features nearly orthogonal to the steered ones, smallest |refusal score| first.
 
     Raises `NotEnoughDataError` when none is orthogonal enough.
     """
@@ -78,7 +78,13 @@ def unrelated_feature(table: FeatureTable, steered: Sequence[int]) -> int:
     apart = candidates[table.cosines(steered)[candidates] <= UNRELATED_COSINE]
     if not len(apart):
         raise NotEnoughDataError(f"no feature of similar firing rate has |cosine| <= {UNRELATED_COSINE} to {steered}")
-    return int(apart[np.argmin(np.abs(table.refusal_score[apart]))])
+    order = np.argsort(np.abs(table.refusal_score[apart]), kind="stable")
+    return tuple(int(feature) for feature in apart[order])
+
+
+def unrelated_feature(table: FeatureTable, steered: Sequence[int]) -> int:
+    """The first of `unrelated_features`."""
+    return unrelated_features(table, steered)[0]
 
 
 def with_features(plan: Plan, features: Sequence[int], name: str) -> Plan:

@@ -37,6 +37,7 @@ Saes = Sae | Sequence[Sae] | None
 Progress = Callable[[int, int], None]
 
 BATCH_ROWS = 128
+_LARGEST_NLL = 700.0  # exp of more is no float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class Cost:
     """What an arm does to benign text. None where nothing could be measured.
 
     `kl` is KL(base || steered) in nats per predicted token; `top1_agreement` the share of predictions whose likeliest
-    token is the same; `edit_norm` the mean ||x'-x|| / ||x|| over touched positions; `touched` their share of all.
+    token is the same; `nll` the mean negative log-likelihood of the texts in nats; `edit_norm` the mean ||x'-x|| / ||x||
+    over touched positions; `touched` their share of all.
     """
 
     kl: float | None
@@ -67,6 +69,12 @@ class Cost:
     touched: float | None
     n_tokens: int
     n_prompts: int
+    nll: float | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the mean negative log-likelihood of the unsteered model's replies, per predicted token."""
+        return None if self.nll is None else math.exp(min(self.nll, _LARGEST_NLL))
 
     @property
     def mean_edit(self) -> float | None:
@@ -160,6 +168,7 @@ class _Tally:
     """Running sums of one arm."""
 
     kl: float = 0.0
+    nll: float = 0.0
     agreed: int = 0
     scored: int = 0
     edit: float = 0.0
@@ -174,6 +183,7 @@ class _Tally:
             touched=self.touched / self.positions,
             n_tokens=self.scored,
             n_prompts=n_prompts,
+            nll=_finite(self.nll / self.scored),
         )
 
 
@@ -188,11 +198,13 @@ def _tally_block(
     """One forward of (baseline + arms) x texts, arm by arm compared with the baseline's rows."""
     rows = [(arm, text) for arm in (BASELINE, *arms) for text in texts]
     scored = teacher_force(lm, saes, rows)
+    likelihoods = _log_likelihoods(scored, [text for _, text in rows], sorted(lm.eos_ids))
     base, mask = scored.log_probs[: len(texts)], scored.mask[: len(texts)]
     for i, arm in enumerate(arms, 1):
         part = slice(i * len(texts), (i + 1) * len(texts))
         steered, tally = scored.log_probs[part], tallies[arm.name]
         tally.kl += float((base.exp() * (base - steered)).sum(-1)[mask].double().sum())
+        tally.nll -= sum(likelihoods[part])
         tally.agreed += int((base.argmax(-1) == steered.argmax(-1))[mask].sum())
         tally.scored += int(mask.sum())
         tally.positions += int(scored.lengths[part].sum())

@@ -189,6 +189,7 @@ def _costs(cost: Cost | None) -> dict[str, Any]:
     """Measures on benign text: nats per token, share of equal top-1 tokens, mean ||x'-x||/||x||."""
     return {
         "kl_benign": cost.kl if cost else None,
+        "perplexity_benign": cost.perplexity if cost else None,
         "top1_agreement": cost.top1_agreement if cost else None,
         "edit_norm": cost.edit_norm if cost else None,
         "touched": cost.touched if cost else None,
