@@ -59,7 +59,7 @@ class Cost:
     """What an arm does to benign text. None where nothing could be measured.
 
     `kl` is KL(base || steered) in nats per predicted token; `top1_agreement` the share of predictions whose likeliest
-    token is the same; `nll` the mean negative log-likelihood of the texts in nats; `edit_norm` the mean ||x'-x|| / ||x||
+    token is the same; `nll` the mean negative log-likelihood of the texts in nats; `edit_norm` is mean ||x'-x|| / ||x||
     over touched positions; `touched` their share of all.
     """
 
