@@ -17,7 +17,7 @@ from clampdown.commands.judging import judge_named
 from clampdown.commands.stages import Stages
 from clampdown.config import CODE_VERSION, ORGANISM
 from clampdown.discovery.contrast import ContrastSettings, collect_contrast, contrast_scores
-from clampdown.discovery.directions import direction_of
+from clampdown.discovery.directions import direction_between
 from clampdown.errors import PlanError, PromptSetError
 from clampdown.evaluation import runner, utility
 from clampdown.evaluation.catalog import load_suites
@@ -131,7 +131,7 @@ def _plans(paths: Sequence[Path]) -> tuple[Plan, ...]:
         plan if names.count(plan.name) == 1 else plan.model_copy(update={"name": f"{plan.name} ({path.stem})"})
         for plan, path in zip(plans, paths, strict=True)
     ]
-    if len({plan.model for plan in plans}) > 1:
+    if len({plan.model.revision for plan in plans}) > 1:
         raise PlanError("these plans are for different models", hint="evaluate each by itself, then clampdown compare")
     for site in {ref.site for plan in plans for ref in plan.saes}:
         if len({ref.revision for plan in plans for ref in plan.saes if ref.site == site}) > 1:
@@ -248,11 +248,11 @@ def _material(request: Request, plan: Plan, lm: LanguageModel, saes: Sequence[Sa
     with stages.stage("Reading activations") as tick:
         contrast = collect_contrast(lm, sae, sides[0], sides[1], on_progress=tick)
     table = FeatureTable(
-        firing_rate=contrast.matrix("max").moments().firing_rate,
+        firing_rate=contrast.activations.moments("max").firing_rate,
         refusal_score=contrast_scores(sae, contrast, ContrastSettings())["norm_diff_mean"],
         decoder=sae.W_dec.float().cpu().numpy(),
     )
-    return Material(table, tuple(direction_of(contrast.harmful, contrast.harmless).vector.tolist()))
+    return Material(table, tuple(direction_between(contrast.activations, contrast.harmful).vector.tolist()))
 
 
 def _material_prompts(request: Request, model: str) -> tuple[Sequence[Prompt], Sequence[Prompt]] | None:
