@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from clampdown.models.chat import encode
 from clampdown.models.generation import generate
@@ -25,6 +23,7 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Plan
+from clampdown.steering.widening import distinct
 from clampdown.types import ArmKind, Message, Prompt, Receipt
 
 
@@ -158,10 +157,3 @@ def _generate(
         reply = texts[output]
         replies.append(Reply(arm, prompt, reply.text, len(reply.ids), receipt, "" if owner == arm.name else owner))
     return replies
-
-
-def distinct(sequences: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], Int[Tensor, " rows"]]:
-    """The different ones among token sequences, and for each sequence its place among them."""
-    place: dict[tuple[int, ...], int] = {}
-    index = [place.setdefault(tuple(sequence), len(place)) for sequence in sequences]
-    return [list(key) for key in place], torch.tensor(index, dtype=torch.long)

@@ -79,3 +79,10 @@ def widen_cache(cache: Any, blocks: int, prompt_of: Int[Tensor, " rows"]) -> Non
 
 def as_index(values: Sequence[int], device: torch.device) -> Int[Tensor, " n"]:
     return torch.tensor(values, dtype=torch.long, device=device)
+
+
+def distinct(sequences: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], Int[Tensor, " rows"]]:
+    """The different ones among token sequences, and for each sequence its place among them."""
+    place: dict[tuple[int, ...], int] = {}
+    index = [place.setdefault(tuple(sequence), len(place)) for sequence in sequences]
+    return [list(key) for key in place], torch.tensor(index, dtype=torch.long)
