@@ -6,8 +6,9 @@ Nine arms (the baseline and eight plans on SAE features at one site) answer prom
 
 same_batch       all nine arms together over nine runs of `generate` with the same hook, the same prompts per batch (16)
 best_batch       the same, against `generate` at the batch size at which it is quickest per prompt
-screening        200 candidate plans by refusal log-odds and benign KL, over generating for all of them in this engine;
-                 `screening_over_library`: over generating for them with the library
+screening        200 candidates by refusal log-odds and benign KL, halved successively to 8, over generating for each
+                 of them with the library; `screening_over_ours`: over generating for them in this engine;
+                 `screening_unhalved`: all of them on all prompts, over the library
 multiple_choice  four options per prompt and nine arms, over one full pass per (arm, prompt, option)
 equal            the replies of both ways are the same, token for token
 
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clampdown.discovery.refusal_tokens import RefusalTokens
 from clampdown.models.chat import pad_left
 from clampdown.models.generation import generate
 from clampdown.models.layout import find_layout
@@ -39,6 +41,7 @@ from clampdown.saes.sae import Sae, SaeConfig
 from clampdown.steering.hooks import steer
 from clampdown.steering.options import Continued, continuation_log_likelihoods
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef
+from clampdown.tradeoff.screening import Halving, Prefills, screen
 from clampdown.types import Site
 
 PROMPT, NEW, ROWS, CANDIDATES = 128, 32, 16, 200
@@ -199,25 +202,22 @@ def best_batch(subject: Subject) -> list[list[int]]:
 
 
 def screening(subject: Subject, repeats: int) -> dict[str, float]:
-    from clampdown.tradeoff.screening import Screening
-
-    scopes = ("all", "prompt", "assistant") if hasattr(subject.lm.tokenizer, "chat_template") else ("all", "prompt")
-    plans = [subject.clamp(i // 4, 1.0 + i % 4, scopes[i % len(scopes)]) for i in range(CANDIDATES)]
-    prompts = subject.prompts[:ROWS]
-    sample = subject.plans(9)[1:]
-    screen = Screening.of_tokens(subject.lm, subject.sae, prompts, prompts, refusal_ids=(5, 6, 7))
-    own, over_library = [], []
+    """Successive halving down to 8 candidates, and all of them on all prompts, over generating for every candidate."""
+    plans = [subject.clamp(i // 4, 1.0 + i % 4, ("all", "prompt")[i % 2]) for i in range(CANDIDATES)]
+    prompts, sample = subject.prompts[:ROWS], subject.plans(9)[1:]
+    benign = subject.prompts[ROWS : 2 * ROWS]
+    ratios: dict[str, list[float]] = {"screening": [], "screening_over_ours": [], "screening_unhalved": []}
     for repeat in range(repeats):
-        screened = timed(subject, lambda: screen(plans))
+        measure = Prefills(subject.lm, subject.sae, prompts, benign, RefusalTokens((5, 6, 7), 1.0, 0.0, 1, 1))
+        halved = timed(subject, lambda m=measure: screen(plans, m, ROWS, Halving(keep=8, first=1)))
+        every = timed(subject, lambda m=measure: m(plans[:40], ROWS)) * CANDIDATES / 40
         generated = timed(subject, lambda: ours(subject, sample, prompts)) * CANDIDATES / len(sample)
         one = sample[repeat % len(sample)]
         library = timed(subject, lambda p=one: librarys(subject, p, prompts)) * CANDIDATES
-        own.append(screened / generated)
-        over_library.append(screened / library)
-    return {
-        "screening": round(statistics.median(own), 3),
-        "screening_over_library": round(statistics.median(over_library), 3),
-    }
+        ratios["screening"].append(halved / library)
+        ratios["screening_over_ours"].append(halved / generated)
+        ratios["screening_unhalved"].append(every / library)
+    return {name: round(statistics.median(values), 3) for name, values in ratios.items()}
 
 
 def multiple_choice(subject: Subject, repeats: int) -> dict[str, float]:
@@ -240,9 +240,7 @@ def multiple_choice(subject: Subject, repeats: int) -> dict[str, float]:
     return {"multiple_choice": round(statistics.median(ratios), 3), "multiple_choice_difference": round(difference, 6)}
 
 
-def option_pass(
-    subject: Subject, plan: Plan | None, prompts: list[list[int]], option: tuple[int, ...]
-) -> list[float]:
+def option_pass(subject: Subject, plan: Plan | None, prompts: list[list[int]], option: tuple[int, ...]) -> list[float]:
     """One full forward over prompt and option for a batch of prompts."""
     ids = torch.tensor([[*prompt, *option] for prompt in prompts], device=subject.lm.device)
     with torch.no_grad(), steer(subject.lm, plan, subject.sae, prompt_width=PROMPT):
