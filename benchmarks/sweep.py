@@ -84,7 +84,8 @@ def random_llama(device: str, dtype: torch.dtype, **shape: Any) -> Subject:
     torch.manual_seed(0)
     config = LlamaConfig(**shape, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(dtype).eval().requires_grad_(False)
     width, d_sae = config.hidden_size, 4 * config.hidden_size
     directions = torch.nn.functional.normalize(torch.randn(d_sae, width), dim=-1)
     weights = {"W_enc": directions.T, "W_dec": directions, "b_enc": torch.zeros(d_sae), "b_dec": torch.zeros(width)}
