@@ -180,7 +180,10 @@ def evaluate(
         bool | None, typer.Option("--likelihood/--no-likelihood", help="Score options by likelihood as well.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 40,
-    batch_rows: Annotated[int, typer.Option("--batch-rows", min=1, help="Replies generated together.")] = 192,
+    batch_rows: Annotated[
+        int | None,
+        typer.Option("--batch-rows", min=1, help="Replies generated together. Default: what memory has room for."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
     out: OutOption = Path("runs/evaluate"),
     model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,

@@ -216,6 +216,7 @@ class StoredReply:
     reply: str
     n_tokens: int
     receipt: Receipt | None = None
+    same_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +236,8 @@ class Record:
     """One prompt's outcome under one arm: a line of `records.jsonl`.
 
     `objective` names what the prompt is after, for prompts that share one (attempts at one goal, a request and its
-    harmless twin): their outcomes are not independent, and intervals are clustered by it.
+    harmless twin): their outcomes are not independent, and intervals are clustered by it. `same_as` names the arm whose
+    reply this is when it was not computed again, because the two could not differ.
     """
 
     arm: str
@@ -251,6 +253,7 @@ class Record:
     receipt: Receipt | None = None
     score: float | None = None
     objective: str | None = None
+    same_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)

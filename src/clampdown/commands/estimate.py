@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from clampdown.evaluation.runner import Job
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
-from clampdown.steering.arms import batches, generate_batch
+from clampdown.steering.arms import EncodedRow, batches, generate_batch
 from clampdown.store import Key
 
 SAMPLE_SHARE = 50
@@ -42,12 +42,16 @@ def _duration(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _cut(lm: LanguageModel, job: Job) -> Iterator[list[EncodedRow]]:
+    return batches(lm, job.rows, job.settings.batch_rows, job.settings.max_new_tokens)
+
+
 def estimate(
     lm: LanguageModel, saes: Sequence[Sae], job: Job, done: Container[Key] = frozenset(), *, timed: bool = True
 ) -> Estimate:
     """Count what is left of a job; with `timed`, generate at most 2 % of it (and at least 16 rows) to see how long it
     takes. A small batch is slower per row than a large one, so that the time is an upper bound."""
-    every = [row for batch in batches(lm, job.rows, job.settings.batch_rows) for row in batch]
+    every = [row for batch in _cut(lm, job) for row in batch]
     left = [row for row in every if (row[0].name, row[1].suite, row[1].id) not in done]
     counts = Estimate(
         rows=len(every),
@@ -57,7 +61,7 @@ def estimate(
     )
     if not timed or not left:
         return counts
-    size = min(len(left), job.settings.batch_rows, max(LEAST_SAMPLE, len(left) // SAMPLE_SHARE))
+    size = min(len(left), job.settings.batch_rows or len(left), max(LEAST_SAMPLE, len(left) // SAMPLE_SHARE))
     sample = left[:: len(left) // size][:size]
     began = time.perf_counter()
     generate_batch(lm, saes, sample, job.settings.max_new_tokens)

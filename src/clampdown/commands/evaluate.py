@@ -56,7 +56,7 @@ class Request:
     match: str = "edit"
     likelihood: bool | None = None
     max_new_tokens: int = 40
-    batch_rows: int = 192
+    batch_rows: int | None = None
     seed: int = 0
     harmful: Path | None = None
     harmless: Path | None = None

@@ -87,7 +87,7 @@ class Sizes:
 
     per_suite: int
     kl_prompts: int
-    batch_rows: int = 192
+    batch_rows: int | None = None
     max_new_tokens: int = 40
 
 

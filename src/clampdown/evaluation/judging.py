@@ -99,6 +99,7 @@ class Judging:
             correct=judgement.correct,
             judge=self._name,
             receipt=reply.receipt,
+            same_as=reply.same_as,
             score=judgement.score,
             objective=prompt.meta.get(OBJECTIVE),
         )

@@ -20,7 +20,7 @@ from typing import Any
 from clampdown.config import CODE_VERSION
 from clampdown.errors import JudgeError, PlanError, PromptSetError, SteeringNotAppliedError
 from clampdown.evaluation.judging import Judging
-from clampdown.evaluation.utility import option_choices, refuse_generated_scope
+from clampdown.evaluation.utility import BATCH_ROWS, option_choices, refuse_generated_scope
 from clampdown.models.fingerprint import weights_fingerprint
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
@@ -38,10 +38,11 @@ _ALWAYS_ACT = frozenset({"clamp", "add", "add_direction", "ablate_direction"})
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How replies are generated (greedily). `batch_rows` is how many are decoded together."""
+    """How replies are generated (greedily). `batch_rows` is how many are decoded together; None: what memory
+    has room for."""
 
     max_new_tokens: int = 64
-    batch_rows: int = 256
+    batch_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def run(
     rows, done = job.rows, 0
     judging = Judging(job.judge, job.judge_name, job.suites, log)
     judging.catch_up()
-    for batch in batches(lm, rows, job.settings.batch_rows):
+    for batch in batches(lm, rows, job.settings.batch_rows, job.settings.max_new_tokens):
         fresh = {key for arm, prompt, _ in batch if (key := _key(arm, prompt)) not in log and key not in log.replies}
         if fresh:
             replies = generate_batch(lm, saes, batch, job.settings.max_new_tokens)
@@ -144,12 +145,13 @@ def score_options(
     """
     prompts = [prompt for suite in job.suites for prompt in suite.prompts if prompt.options]
     refuse_generated_scope(job.arms)
+    batch_rows = job.settings.batch_rows or BATCH_ROWS
     rows_per_prompt = len(job.arms) * max((len(prompt.options) for prompt in prompts), default=1)
-    per_chunk = max(1, job.settings.batch_rows // rows_per_prompt)
+    per_chunk = max(1, batch_rows // rows_per_prompt)
     for start in range(0, len(prompts), per_chunk):
         chunk = prompts[start : start + per_chunk]
         if any(_key(arm, prompt) not in log.choices for arm in job.arms for prompt in chunk):
-            log.choices.append(option_choices(lm, saes, job.arms, chunk, batch_rows=job.settings.batch_rows))
+            log.choices.append(option_choices(lm, saes, job.arms, chunk, batch_rows=batch_rows))
         if progress:
             progress(start + len(chunk), len(prompts))
     return tuple(log.choices[_key(arm, prompt)] for arm in job.arms for prompt in prompts)
@@ -169,7 +171,7 @@ def _key(arm: Arm, prompt: Prompt) -> tuple[str, str, str]:
 
 
 def _stored(reply: Reply) -> StoredReply:
-    return StoredReply(*_key(reply.arm, reply.prompt), reply.text, reply.n_tokens, reply.receipt)
+    return StoredReply(*_key(reply.arm, reply.prompt), reply.text, reply.n_tokens, reply.receipt, reply.same_as)
 
 
 def check_acted(replies: Iterable[Reply]) -> None:

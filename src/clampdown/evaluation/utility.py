@@ -30,7 +30,9 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.hooks import steer
+from clampdown.steering.options import Continued, continuation_log_likelihoods
 from clampdown.steering.plan import Plan
+from clampdown.steering.widening import distinct
 from clampdown.types import Interval, OptionChoice, Prompt, Receipt
 
 Saes = Sae | Sequence[Sae] | None
@@ -246,16 +248,19 @@ def teacher_force(lm: LanguageModel, saes: Saes, rows: Sequence[tuple[Arm, Force
 
 
 def force_tokens(lm: LanguageModel, saes: Saes, rows: Sequence[Presented]) -> Scored:
-    """Present each text after its prompt, in one forward.
+    """Present each text after its prompt, in one forward. Plans share what they cannot change (`steering.widening`).
 
     A block of one-token replies holds nothing for a scope 'generated' to cover, as in generation: callers refuse
     plans that could not act on any of their texts.
     """
     # The last token of a reply that was cut off predicts nothing that is scored, so it need not be computed.
     replies = [row.reply if row.ended else row.reply[:-1] for row in rows]
-    ids, real, width = _stack([row.prompt for row in rows], replies, lm.pad_id, lm.device)
+    texts = [(tuple(row.prompt), tuple(reply)) for row, reply in zip(rows, replies, strict=True)]
+    shown, prompt_of = distinct(texts)
+    ids, real, width = _stack([p for p, _ in shown], [r for _, r in shown], lm.pad_id, lm.device)
     predicted = ids.shape[1] - width + 1
-    with steer(lm, [row.plan for row in rows], saes, prompt_width=width, require_reach=False) as steering:
+    plans = [row.plan for row in rows]
+    with steer(lm, plans, saes, prompt_width=width, prompt_of=prompt_of, require_reach=False) as steering:
         output = lm.model(
             input_ids=ids,
             attention_mask=real.long(),
@@ -266,7 +271,8 @@ def force_tokens(lm: LanguageModel, saes: Saes, rows: Sequence[Presented]) -> Sc
         receipts = steering.receipts()
     counts = torch.tensor([len(row.reply) + row.ended for row in rows], device=lm.device)
     mask = torch.arange(predicted, device=lm.device) < counts[:, None]
-    return Scored(output.logits.float().log_softmax(-1), mask, real.sum(1), receipts)
+    log_probs = output.logits.float().log_softmax(-1)[steering.spread.row_of]
+    return Scored(log_probs, mask, real.sum(1)[prompt_of.to(real.device)], receipts)
 
 
 def _stack(
@@ -303,23 +309,20 @@ def option_choices(
     asked = [prompt for prompt in prompts if prompt.options]
     if not asked:
         raise PromptSetError("none of these prompts has options", hint="multiple choice needs `options` and `answer`")
-    rows = [
-        (arm, prompt, Forced(prompt, tuple(lm.tokenizer.encode(option, add_special_tokens=False)), ended))
-        for prompt in asked
-        for arm in arms
-        for option in prompt.options
-    ]
-    likelihoods: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for start in range(0, len(rows), batch_rows):
-        chunk = rows[start : start + batch_rows]
-        with torch.inference_mode():
-            scored = teacher_force(lm, saes, [(arm, text) for arm, _, text in chunk])
-            values = _log_likelihoods(scored, [text for _, _, text in chunk], sorted(lm.eos_ids))
-        for (arm, prompt, _), value in zip(chunk, values, strict=True):
-            likelihoods[arm.name, prompt.suite, prompt.id].append(value)
-    return tuple(
-        _choice(arm.name, prompt, likelihoods[arm.name, prompt.suite, prompt.id]) for arm in arms for prompt in asked
-    )
+    pairs = [(arm, prompt) for prompt in asked for arm in arms]
+    per_chunk = max(1, batch_rows // max(len(prompt.options) for prompt in asked))
+    found: dict[tuple[str, str, str], OptionChoice] = {}
+    for start in range(0, len(pairs), per_chunk):
+        chunk = pairs[start : start + per_chunk]
+        rows = [_continued(lm, arm, prompt, ended=ended) for arm, prompt in chunk]
+        for (arm, prompt), values in zip(chunk, continuation_log_likelihoods(lm, saes, rows), strict=True):
+            found[arm.name, prompt.suite, prompt.id] = _choice(arm.name, prompt, values)
+    return tuple(found[arm.name, prompt.suite, prompt.id] for arm in arms for prompt in asked)
+
+
+def _continued(lm: LanguageModel, arm: Arm, prompt: Prompt, *, ended: bool) -> Continued:
+    options = tuple(tuple(lm.tokenizer.encode(option, add_special_tokens=False)) for option in prompt.options)
+    return Continued(arm.plan, encode(lm, arm.messages(prompt)), options, ended)
 
 
 def option_accuracy(choices: Sequence[OptionChoice]) -> dict[str, dict[str, Interval]]:

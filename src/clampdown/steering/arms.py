@@ -20,6 +20,7 @@ import torch
 from clampdown.models.chat import encode
 from clampdown.models.generation import generate
 from clampdown.models.loading import LanguageModel
+from clampdown.models.memory import rows_that_fit
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Plan
@@ -70,11 +71,14 @@ class Reply:
 EncodedRow = tuple[Arm, Prompt, list[int]]
 
 
-def batches(lm: LanguageModel, pairs: Sequence[tuple[Arm, Prompt]], rows: int) -> Iterator[list[EncodedRow]]:
+def batches(
+    lm: LanguageModel, pairs: Sequence[tuple[Arm, Prompt]], rows: int | None, max_new_tokens: int = 0
+) -> Iterator[list[EncodedRow]]:
     """(arm, prompt, token ids) in batches of about equal length, longest first, so memory peaks at the start.
 
     Rows that show the model the same tokens stay together, and in one batch if they fit, because they share work. How
-    rows are cut into batches depends on the pairs alone.
+    rows are cut into batches depends on the pairs and on `rows` alone; None stands for as many as memory has room for,
+    with `max_new_tokens` more.
     """
     ids: dict[tuple[Message, ...], list[int]] = {}
     together: dict[tuple[int, ...], list[EncodedRow]] = {}
@@ -83,8 +87,12 @@ def batches(lm: LanguageModel, pairs: Sequence[tuple[Arm, Prompt]], rows: int) -
         if messages not in ids:
             ids[messages] = encode(lm, messages)
         together.setdefault(tuple(ids[messages]), []).append((arm, prompt, ids[messages]))
+    groups = sorted(together.values(), key=lambda group: -len(group[0][2]))
+    if rows is None and groups:
+        rows = rows_that_fit(lm, len(groups[0][0][2]) + max_new_tokens)
+    rows = rows or 1
     batch: list[EncodedRow] = []
-    for group in sorted(together.values(), key=lambda group: -len(group[0][2])):
+    for group in groups:
         if batch and len(batch) + len(group) > rows:
             yield batch
             batch = []
@@ -102,12 +110,11 @@ def generate_arms(
     pairs: Sequence[tuple[Arm, Prompt]],
     *,
     max_new_tokens: int,
-    batch_rows: int = 256,
+    batch_rows: int | None = None,
 ) -> list[Reply]:
     """Greedy replies of every (arm, prompt) pair, arms mixed freely in each batch."""
-    return [
-        reply for batch in batches(lm, pairs, batch_rows) for reply in generate_batch(lm, saes, batch, max_new_tokens)
-    ]
+    cut = batches(lm, pairs, batch_rows, max_new_tokens)
+    return [reply for batch in cut for reply in generate_batch(lm, saes, batch, max_new_tokens)]
 
 
 def generate_batch(

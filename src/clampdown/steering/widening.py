@@ -81,8 +81,8 @@ def as_index(values: Sequence[int], device: torch.device) -> Int[Tensor, " n"]:
     return torch.tensor(values, dtype=torch.long, device=device)
 
 
-def distinct(sequences: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], Int[Tensor, " rows"]]:
-    """The different ones among token sequences, and for each sequence its place among them."""
-    place: dict[tuple[int, ...], int] = {}
+def distinct(sequences: Sequence[Sequence[Any]]) -> tuple[list[list[Any]], Int[Tensor, " rows"]]:
+    """The different ones among sequences (of token ids, say), and for each sequence its place among them."""
+    place: dict[tuple[Any, ...], int] = {}
     index = [place.setdefault(tuple(sequence), len(place)) for sequence in sequences]
     return [list(key) for key in place], torch.tensor(index, dtype=torch.long)
