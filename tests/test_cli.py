@@ -53,6 +53,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("sweep", "--feature", "1", "--multiples", "nan"), "not a finite number"),
         (("sweep", "--feature", "1", "--suites", "nonsense"), "no suite called nonsense"),
         (("sweep", "--feature", "1", "--split", "discovery"), "not a split"),
+        (("sweep", "--feature", "1", "--unit", "furlong"), "not a unit of strength"),
         (("report", "/no/such/run"), "has no summary.json"),
         (("chat", "--plan", "/no/such/plan.toml", "--prompt", "x"), "cannot read"),
         (("discover", "--pooling", "sideways"), "unknown pooling"),
@@ -154,3 +155,16 @@ def test_the_installed_command_runs_in_a_process_of_its_own(tmp_path: Path) -> N
     )
     assert done.returncode == 2
     assert "summary.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_plan_made_by_hand_shows_its_strength_in_every_unit(monkeypatch, capsys, tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    args = ("--feature", "5", "--strength", "1.5p99", "--scope", "assistant", "--out", path)
+    assert run(monkeypatch, "plan", "make", *args) == 0
+    assert run(monkeypatch, "plan", "show", path, "--check") == 0
+    shown = capsys.readouterr().out
+    assert "clamp feature 5 to" in shown and "(1.5 x p99)" in shown and "moves the residual by" in shown
+    assert "fits its model and SAE" in shown
+    text = path.read_text()
+    path.write_text(text.replace("assistant", "all"))
+    assert "changed after it was made" in refusal(monkeypatch, capsys, "plan", "show", path)

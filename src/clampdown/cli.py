@@ -30,6 +30,10 @@ app.add_typer(organism_app, name="organism")
 features_app = typer.Typer(no_args_is_help=True, help="Look at features that were found.")
 app.add_typer(features_app, name="features")
 
+
+plan_app = typer.Typer(no_args_is_help=True, help="Make a plan by hand, and see what a plan does.")
+app.add_typer(plan_app, name="plan")
+
 ModelOption = Annotated[str, typer.Option("--model", help="'organism', a directory, or a hub id.")]
 SaeOption = Annotated[str, typer.Option("--sae", help="'organism', 'organism:x8', a directory, or 'release:id'.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory for the results; an interrupted run resumes.")]
@@ -128,6 +132,7 @@ def sweep(
     features: Annotated[Path | None, typer.Option("--features", help="A features file; its best one is used.")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="A plan.toml whose strengths are scaled.")] = None,
     multiples: Annotated[str, typer.Option("--multiples", help="Strengths, as multiples of the unit.")] = "0.5,1,1.5",
+    unit: Annotated[str, typer.Option("--unit", help="max, p99, resid, raw, or % of the residual.")] = "max",
     operator: Annotated[str, typer.Option("--operator", help="clamp, clamp_active, floor, scale or add.")] = "clamp",
     scope: Annotated[str, typer.Option("--scope", help="all, prompt, generated, assistant, last_user.")] = "all",
     error_term: Annotated[str, typer.Option("--error-term", help="keep or drop the SAE's error.")] = "keep",
@@ -148,6 +153,7 @@ def sweep(
         features_file=features,
         plan_file=plan,
         multiples=job.parse_multiples(multiples),
+        unit=job.parse_unit(unit),
         operator=operator,
         scope=scope,
         error_term=error_term,
@@ -327,6 +333,57 @@ def features_compare(
     console.print(agreement_summary(job.compare(first, second, score or ()), console.width))
 
 
+@plan_app.command("make")
+def plan_make(
+    feature: Annotated[list[int], typer.Option("--feature", help="Feature to steer; repeat for several.")],
+    strength: Annotated[
+        list[str], typer.Option("--strength", help="12, 1.5p99, 1.5max, 0.1resid or 5%; one for all or one for each.")
+    ],
+    operator: Annotated[str, typer.Option("--operator", help="clamp, clamp_active, floor, scale or add.")] = "clamp",
+    scope: Annotated[str, typer.Option("--scope", help="all, prompt, generated, assistant, last_user.")] = "all",
+    error_term: Annotated[str, typer.Option("--error-term", help="keep or drop the SAE's error.")] = "keep",
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Calibration prompts; default: the embedded model's own.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="What to call it.")] = "",
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("plan.toml"),
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    site: Annotated[str | None, typer.Option("--site", help="Where the SAE reads, if its files do not say.")] = None,
+) -> None:
+    """Write a plan that steers features, with its strengths resolved to raw values."""
+    from clampdown.commands import plan as job
+    from clampdown.steering.units import Strength
+
+    strengths = tuple(Strength.parse(text) for text in strength)
+    request = job.Request(tuple(feature), strengths, operator, scope, error_term, name)
+    with _stages().stage("Calibrating"):
+        job.make_plan(model, sae, request, prompts, out, site)
+    _show_plan(out)
+    console.print(f"written: {out}", soft_wrap=True)
+
+
+@plan_app.command("show")
+def plan_show(
+    file: Annotated[Path, typer.Argument(help="A plan.toml.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Also load the model and the SAE that it was made for.")
+    ] = False,
+    model: Annotated[str | None, typer.Option("--model", help="With --check: another name of the model.")] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="With --check: another name of the SAE.")] = None,
+) -> None:
+    """Say what a plan does, with its strengths in every unit, and check it against model and SAE."""
+    from clampdown.commands import plan as job
+
+    _show_plan(file)
+    if check:
+        from clampdown.steering.plan import read_plan
+
+        with _stages().stage("Checking"):
+            job.check_against(read_plan(file), model, sae)
+        console.print("fits its model and SAE")
+
+
 @organism_app.command("train")
 def organism_train(
     out: Annotated[Path, typer.Option("--out", help="Where the model and its SAEs are written.")],
@@ -371,6 +428,13 @@ def _show(directory: Path, stages: Stages) -> None:
         path = write_report(directory)
     console.print(run_summary(read_run(directory), console.width))
     console.print(f"[bold]report:[/bold] {path}", soft_wrap=True)
+
+
+def _show_plan(path: Path) -> None:
+    from clampdown.commands import plan as job
+
+    for heading, text in job.show(path):
+        console.print(f"[bold]{heading:>12}[/bold]  {_escaped(text)}", soft_wrap=True, highlight=False)
 
 
 def _show_features(found: Any) -> None:

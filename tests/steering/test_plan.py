@@ -56,6 +56,23 @@ def test_digest_follows_what_a_plan_does_and_not_what_it_is_called() -> None:
     assert plan().digest != other.digest
 
 
+def test_figures_for_display_are_no_part_of_what_a_plan_does() -> None:
+    shown = Edit(site=SITE, operator="clamp", features=(3,), strengths=(2.5,), p99=(1.5,), edit_norm=0.1)
+    assert plan(edits=(shown,)).digest == plan().digest
+
+
+def test_a_file_that_was_changed_by_hand_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    write_plan(path, plan())
+    text = path.read_text()
+    assert f'digest = "{plan().digest}"' in text
+    path.write_text(text.replace("2.5", "25.0"))
+    with pytest.raises(PlanError, match=r"changed after it was made.*\n.*delete its `digest` line"):
+        read_plan(path)
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("digest")))
+    assert read_plan(path).edits[0].strengths == (25.0,)
+
+
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf])
 def test_strengths_must_be_finite(strength: float) -> None:
     with pytest.raises(StrengthError, match="finite"):

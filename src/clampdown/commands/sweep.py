@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from clampdown.activations.collect import collect
-from clampdown.activations.stream import plan_pass, read_sae
 from clampdown.commands.experiment import Sizes, Subject, measure_arms
+from clampdown.commands.plan import CALIBRATION_PROMPTS, CALIBRATION_SUITES
 from clampdown.commands.stages import Stages
 from clampdown.errors import PlanError, PromptSetError, StrengthError
 from clampdown.featuresets import check_made_for
-from clampdown.steering.arms import BASELINE
+from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, read_plan, write_plan
+from clampdown.steering.units import Calibration, Strength, Unit, calibrate, measured, resolve
 from clampdown.store import read_feature_set
 from clampdown.tradeoff.sweep import sweep_arms
-from clampdown.types import Split
+from clampdown.types import ArmKind, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +24,7 @@ class Request:
     """What was asked for on the command line: features by index, from a file, or a whole plan."""
 
     multiples: tuple[float, ...]
+    unit: Unit = Unit.MAX
     features: tuple[int, ...] = ()
     features_file: Path | None = None
     plan_file: Path | None = None
@@ -48,11 +47,19 @@ def parse_multiples(text: str) -> tuple[float, ...]:
     return values
 
 
+def parse_unit(name: str) -> Unit:
+    """Raises `StrengthError`."""
+    try:
+        return Unit(name)
+    except ValueError as error:
+        raise StrengthError(f"'{name}' is not a unit of strength", hint=f"one of: {', '.join(Unit)}") from error
+
+
 def run_sweep(subject: Subject, request: Request, out: Path, stages: Stages) -> dict[str, Any]:
     """Write a run directory with one arm per strength; returns its summary."""
     split = _split(request.split)
-    plan, units = _plan_and_units(subject, request, stages)
-    arms = [BASELINE, *sweep_arms(plan, units, request.multiples)]
+    plan, steered = _plan_and_arms(subject, request, stages)
+    arms = [BASELINE, *steered]
     write_plan(out / "plan.toml", plan)
     chosen = _only(subject, split, request)
     sizes = Sizes(per_suite=request.limit, kl_prompts=min(60, request.limit))
@@ -77,14 +84,15 @@ def _only(subject: Subject, split: Split, request: Request) -> Subject:
     return subject.with_suites(wanted)
 
 
-def _plan_and_units(subject: Subject, request: Request, stages: Stages) -> tuple[Plan, list[float]]:
-    """The plan at multiple 1, and the raw strength that multiple 1 means for each of its strengths."""
+def _plan_and_arms(subject: Subject, request: Request, stages: Stages) -> tuple[Plan, tuple[Arm, ...]]:
+    """The plan to keep (at multiple 1, or the first strength when 1 is not a sensible one), and an arm per multiple."""
     given = [request.features, request.features_file, request.plan_file]
     if sum(bool(item) for item in given) != 1:
         raise PlanError("say what to steer in exactly one way", hint="--feature N, --features FILE or --plan FILE")
     if request.plan_file:
         plan = read_plan(request.plan_file)
-        return plan, [strength for edit in plan.edits for strength in edit.strengths]
+        units = [strength for edit in plan.edits for strength in edit.strengths]
+        return plan, sweep_arms(plan, units, request.multiples)
     features = request.features
     if request.features_file:
         found = read_feature_set(request.features_file, with_columns=False)
@@ -93,31 +101,38 @@ def _plan_and_units(subject: Subject, request: Request, stages: Stages) -> tuple
         features = found.ranking[:1]
     if not features:
         raise PlanError(f"{request.features_file} lists no features")
-    units = _largest_activations(subject, features, stages)
-    return _feature_plan(subject, features, units, request), units
+    calibration = _calibration(subject, features, stages)
+    arms = tuple(_feature_arm(subject, features, m, calibration, request) for m in request.multiples)
+    if request.unit in (Unit.MAX, Unit.P99):
+        return _feature_plan(subject, features, 1.0, calibration, request), arms
+    return _feature_plan(subject, features, request.multiples[0], calibration, request), arms
 
 
-def _largest_activations(subject: Subject, features: tuple[int, ...], stages: Stages) -> list[float]:
-    """Each feature's largest activation on harmful and benign discovery prompts: the unit of the sweep."""
-    view = subject.sae.select(features)
-    prompts = subject.prompts(Split.DISCOVERY, 120, "harmful", "jailbroken_seen", "benign")
-    with stages.stage("Reading activations") as tick:
-        found = collect(plan_pass(subject.lm, [read_sae(subject.sae)], prompts), tick)
-    largest = np.maximum.reduce([found.moments(name).max for name in found.poolings])
-    peaks = [float(largest[feature]) for feature in view.features]
-    for feature, peak in zip(features, peaks, strict=True):
-        if peak <= 0:
-            raise StrengthError(f"feature {feature} never fired on the discovery prompts: it has no scale to multiply")
-    return peaks
+def _calibration(subject: Subject, features: tuple[int, ...], stages: Stages) -> Calibration:
+    """What the features do on harmful and benign discovery prompts: the units of the sweep."""
+    prompts = subject.prompts(Split.DISCOVERY, CALIBRATION_PROMPTS, *CALIBRATION_SUITES)
+    with stages.stage("Reading activations"):
+        return calibrate(subject.lm, subject.sae.cfg.site, subject.sae.select(features), prompts)
 
 
-def _feature_plan(subject: Subject, features: tuple[int, ...], units: list[float], request: Request) -> Plan:
+def _feature_arm(
+    subject: Subject, features: tuple[int, ...], multiple: float, calibration: Calibration, request: Request
+) -> Arm:
+    plan = _feature_plan(subject, features, multiple, calibration, request)
+    by = f"x{multiple:g}" if request.unit is Unit.MAX else str(Strength(multiple, request.unit))
+    named = plan.model_copy(update={"name": f"{plan.name} {by}"})
+    return Arm(named.name, ArmKind.FEATURE, named, named.edits[0].strengths[0], group=plan.name)
+
+
+def _feature_plan(
+    subject: Subject, features: tuple[int, ...], multiple: float, calibration: Calibration, request: Request
+) -> Plan:
     sae, site = subject.sae, subject.sae.cfg.site.name
     edit = Edit(
         site=site,
         operator=request.operator,
         features=features,
-        strengths=tuple(units),
+        strengths=resolve([Strength(multiple, request.unit)], request.operator, calibration),
         scope=request.scope,
         error_term="drop" if request.error_term == "drop" else "keep",
     )
@@ -125,6 +140,6 @@ def _feature_plan(subject: Subject, features: tuple[int, ...], units: list[float
         name=f"{request.operator} {'+'.join(map(str, features))}",
         model=ModelRef(name=subject.lm.name, revision=subject.lm.revision),
         saes=(SaeRef(site=site, name=sae.name, revision=sae.revision),),
-        edits=(edit,),
-        provenance={"unit": "largest activation on discovery prompts"},
+        edits=(measured(edit, calibration),),
+        provenance={"strengths": str(Strength(multiple, request.unit)), "calibrated on": "discovery prompts"},
     )

@@ -96,7 +96,7 @@ def with_features(plan: Plan, features: Sequence[int], name: str) -> Plan:
     edits = []
     for edit in plan.edits:
         mine, left = left[: len(edit.features)], left[len(edit.features) :]
-        edits.append(_edited(edit, features=tuple(mine), p99=None))
+        edits.append(_edited(edit, features=tuple(mine), p99=None, edit_norm=None))
     return _planned(plan, name=name, edits=tuple(edits), gate=None)
 
 
@@ -109,7 +109,7 @@ def with_strengths(plan: Plan, strengths: Sequence[float], name: str | None = No
     edits = []
     for edit in plan.edits:
         mine, left = left[: len(edit.strengths)], left[len(edit.strengths) :]
-        edits.append(_edited(edit, strengths=tuple(mine)))
+        edits.append(_edited(edit, strengths=tuple(mine), edit_norm=None))
     return _planned(plan, name=name or plan.name, edits=tuple(edits))
 
 

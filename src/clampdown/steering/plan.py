@@ -2,7 +2,10 @@
 
 A plan is data. It names features by index, vectors by value, and the exact model and SAE it was made for; it never
 says how its features were found. Strengths are stored as the raw values that act, with the calibration figures that
-let them be shown as multiples of the feature's p99 activation.
+let them be shown as multiples of the feature's p99 activation and as a share of the residual's length (`units`).
+
+A file carries the plan's digest. One that was changed by hand says so when it is read: a threshold's guarantee and a
+measured strength belong to the plan that they were measured with.
 """
 
 from __future__ import annotations
@@ -74,7 +77,8 @@ class Edit(_Part):
 
     For feature operators: `features[i]` gets `strengths[i]` (raw activation units; for `scale`, the factor).
     For dense operators: `vector` names an entry of the plan's `vectors` and `strengths` has one number.
-    `p99` are the features' 99th-percentile activations on the calibration prompts, for display only.
+    `p99` are the features' 99th-percentile activations on the calibration prompts, and `edit_norm` this edit's mean
+    ||x'-x|| / ||x|| there: for display only.
     """
 
     site: str
@@ -85,6 +89,7 @@ class Edit(_Part):
     scope: str = "all"
     error_term: Literal["keep", "drop"] = "keep"
     p99: tuple[float, ...] | None = None
+    edit_norm: float | None = None
 
     @field_validator("site")
     @classmethod
@@ -215,12 +220,25 @@ class Plan(_Part):
 
     @property
     def digest(self) -> str:
-        """Hash of everything that changes what the plan does (not its name or provenance)."""
-        return content_hash(self.model_dump(mode="json", exclude={"name", "provenance"}))
+        """Hash of everything that changes what the plan does (not its name, its provenance or what is for display)."""
+        shown_only = {"edits": {"__all__": {"p99", "edit_norm"}}}
+        return content_hash(self.model_dump(mode="json", exclude={"name": True, "provenance": True, **shown_only}))
 
 
 def parse_plan(data: dict[str, Any], source: str = "plan") -> Plan:
-    """Validate plain data. Every way to be wrong is a `PlanError` that says where."""
+    """Validate plain data; a `digest` in it must be the plan's. Every way to be wrong is a `PlanError` that says
+    where."""
+    stated = data.get("digest")
+    plan = _validated({key: value for key, value in data.items() if key != "digest"}, source)
+    if stated is not None and stated != plan.digest:
+        raise PlanError(
+            f"{source} was changed after it was made: its digest is {plan.digest}, it says {stated}",
+            hint="delete its `digest` line to use it as it is now; what was measured with the old plan is not about it",
+        )
+    return plan
+
+
+def _validated(data: dict[str, Any], source: str) -> Plan:
     version = data.get("schema_version")
     if version != SCHEMA_VERSION:
         raise PlanError(f"{source}: schema_version is {version!r}, this clampdown reads {SCHEMA_VERSION}")
@@ -245,5 +263,6 @@ def read_plan(path: Path) -> Plan:
 
 
 def write_plan(path: Path, plan: Plan) -> None:
-    """Write a `plan.toml` that reads back equal."""
-    write_atomic(path, tomli_w.dumps(plan.model_dump(mode="json", exclude_none=True)))
+    """Write a `plan.toml` that reads back equal, with its digest."""
+    data = plan.model_dump(mode="json", exclude_none=True)
+    write_atomic(path, tomli_w.dumps({"schema_version": data.pop("schema_version"), "digest": plan.digest, **data}))

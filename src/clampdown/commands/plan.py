@@ -1,0 +1,131 @@
+"""`clampdown plan make` and `show`: a plan from features and strengths in any unit, and what a plan does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clampdown.config import CODE_VERSION, ORGANISM
+from clampdown.errors import PlanError
+from clampdown.evaluation.suites import read_suites
+from clampdown.models.loading import LanguageModel, load_model
+from clampdown.saes.checkpoints import open_sae
+from clampdown.saes.sae import FeatureSource, check_fits
+from clampdown.steering.operators import OPERATORS
+from clampdown.steering.plan import Edit, Gate, ModelRef, Plan, SaeRef, read_plan, write_plan
+from clampdown.steering.program import check_plan
+from clampdown.steering.units import Strength, Unit, calibrate, in_words, measured, resolve
+from clampdown.store import prompts_hash
+from clampdown.types import Prompt, Site, Split
+
+CALIBRATION_SUITES, CALIBRATION_PROMPTS = ("harmful", "jailbroken_seen", "benign"), 120
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One edit of a plan: features, a strength for all or one for each, what is done and where."""
+
+    features: tuple[int, ...]
+    strengths: tuple[Strength, ...]
+    operator: str = "clamp"
+    scope: str = "all"
+    error_term: str = "keep"
+    name: str = ""
+
+
+def make_plan(model: str, sae: str, request: Request, prompts: Path | None, out: Path, site: str | None = None) -> Plan:
+    """Resolve the strengths on calibration prompts and write the plan. Raises `PlanError`, `StrengthError` and kin."""
+    _check(request)
+    lm = load_model(model)
+    opened = open_sae(sae, device=str(lm.device), site=Site.parse(site) if site else None)
+    check_fits(opened, lm.d_model, lm.n_layers)
+    plan = plan_of(lm, opened, request, calibration_prompts(model, prompts))
+    check_plan(plan, lm, {opened.cfg.site.name: opened})
+    write_plan(out, plan)
+    return plan
+
+
+def _check(request: Request) -> None:
+    operator = OPERATORS.get(request.operator)
+    if operator is None or operator.dense:
+        known = ", ".join(name for name, row in OPERATORS.items() if not row.dense)
+        raise PlanError(f"'{request.operator}' is not an operator on features", hint=f"one of: {known}")
+    if not request.features:
+        raise PlanError("a plan needs a feature", hint="--feature N")
+    if request.error_term not in ("keep", "drop"):
+        raise PlanError(f"error term '{request.error_term}' is not known", hint="keep or drop")
+
+
+def plan_of(lm: LanguageModel, sae: FeatureSource, request: Request, prompts: Sequence[Prompt]) -> Plan:
+    """The plan with raw strengths. Without prompts only raw strengths can be resolved, and no other unit is shown."""
+    site = sae.cfg.site
+    raw_only = all(strength.unit is Unit.RAW for strength in request.strengths)
+    calibration = None
+    if prompts or not raw_only:
+        calibration = calibrate(lm, site, sae.select(request.features), prompts)
+    values = tuple(s.value for s in request.strengths) * (1 if len(request.strengths) > 1 else len(request.features))
+    edit = Edit(
+        site=site.name,
+        operator=request.operator,
+        features=request.features,
+        strengths=resolve(request.strengths, request.operator, calibration) if calibration else values,
+        scope=request.scope,
+        error_term="drop" if request.error_term == "drop" else "keep",
+    )
+    asked = " ".join(map(str, request.strengths))
+    made_from = {"strengths": asked, "calibration": prompts_hash(prompts) if prompts else "none", "code": CODE_VERSION}
+    return Plan(
+        name=request.name or f"{request.operator} {'+'.join(map(str, request.features))}",
+        model=ModelRef(name=lm.name, revision=lm.revision),
+        saes=(SaeRef(site=site.name, name=sae.name, revision=sae.revision),),
+        edits=(measured(edit, calibration) if calibration else edit,),
+        provenance=made_from,
+    )
+
+
+def calibration_prompts(model: str, path: Path | None) -> tuple[Prompt, ...]:
+    """Prompts of a file; for the embedded model its own; else none."""
+    if path is not None:
+        return tuple(prompt for suite in read_suites(path, harmful=False) for prompt in suite.prompts)
+    if model != ORGANISM:
+        return ()
+    from clampdown.organism.suites import suites
+
+    chosen = [s for s in suites(Split.DISCOVERY, CALIBRATION_PROMPTS) if s.name in CALIBRATION_SUITES]
+    return tuple(prompt for suite in chosen for prompt in suite.prompts)
+
+
+def check_against(plan: Plan, model: str | None, sae: str | None) -> None:
+    """Raises `PlanMismatchError` and kin unless the plan was made for this model and SAE (default: those it names)."""
+    lm = load_model(model or plan.model.name)
+    opened = [open_sae(sae or ref.name, site=Site.parse(ref.site)) for ref in plan.saes]
+    check_plan(plan, lm, {source.cfg.site.name: source for source in opened})
+
+
+def show(path: Path) -> list[tuple[str, str]]:
+    """A plan as (heading, text) lines, strengths in every unit that the plan knows. Raises `PlanError`."""
+    return list(lines(read_plan(path)))
+
+
+def lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What a plan is, for people."""
+    yield "plan", f"{plan.name} (digest {plan.digest})"
+    yield "model", f"{plan.model.name} at {plan.model.revision}"
+    for ref in plan.saes:
+        yield "SAE", f"{ref.name} at {ref.revision}, reads {ref.site}"
+    for edit in plan.edits:
+        yield "edit", in_words(edit)
+    yield "gate", "none: every conversation is steered" if plan.gate is None else _gate(plan.gate)
+    yield from plan.provenance.items()
+
+
+def _gate(gate: Gate) -> str:
+    text = f"{gate.kind} on {len(set(gate.features))} features at {gate.site}, fires above {gate.threshold:.4g}"
+    if gate.guarantee is None:
+        return text
+    promise = gate.guarantee
+    return (
+        f"{text}; at {promise.confidence:.0%} confidence at most {promise.bound:.2%} of benign prompts fire it "
+        f"({promise.triggered} of {promise.n} did)"
+    )
