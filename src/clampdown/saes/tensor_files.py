@@ -16,6 +16,7 @@ import math
 import mmap
 import pickle
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -134,7 +135,9 @@ def load_torch(path: Path) -> dict[str, Tensor]:
     with _opened(path):
         pass
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():  # of a plain pickle's protocol, just before it is refused
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise PickleCheckpointError(
             f"{path} holds more than tensors: reading it would run code from the file",
