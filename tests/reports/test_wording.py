@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from clampdown.reports.comparison import sides_of
@@ -66,6 +68,14 @@ def test_gain_and_price(run_of):
     assert f"**5{UNIT} → 90{UNIT}" in text["Price"]
     assert f"**95{UNIT} → 50{UNIT}" in text["Price"]
     assert headline_of(run) == "Clamping trades good answers for refusals"
+
+
+def test_a_chosen_strength_is_said_in_other_units_too(run_of):
+    run = run_of(BASELINE, COSTLY, strength_unit="raw activation")
+    note = "1.3 times its p99, moving the residual by 8%"
+    chosen = replace(run.chosen, strength=9.73, strength_note=note)
+    assert f"to 9.73 (raw activation; {note})" in said(replace(run, chosen=chosen))["Gain"]
+    assert note not in said(replace(run, chosen=replace(chosen, strength=1.0)))["Gain"]
 
 
 def test_no_effect_is_called_no_effect(run_of):

@@ -22,6 +22,7 @@ from clampdown.activations.collect import collect
 from clampdown.activations.stream import plan_pass, read_sae
 from clampdown.commands import experiment
 from clampdown.commands.experiment import Sizes, Subject
+from clampdown.commands.plan import CALIBRATION_SUITES
 from clampdown.commands.stages import Stages
 from clampdown.discovery import causal
 from clampdown.discovery.contrast import Contrast, ContrastSettings, collect_contrast, contrast_scores, find_by_contrast
@@ -32,6 +33,7 @@ from clampdown.discovery.single_prompt import find_from_first_refusal
 from clampdown.errors import NotEnoughDataError, StrengthError
 from clampdown.evaluation import controls, utility
 from clampdown.evaluation.intervals import wilson
+from clampdown.steering import units
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.gates import Pooled, Probe, choose_threshold, fit_probe, make_gate
 from clampdown.steering.plan import Edit, Gate, Plan, write_plan
@@ -48,6 +50,7 @@ TEST_MULTIPLES = {"all": (0.25, 0.5, 0.75, 1.0, 1.25), "prompt": (0.5, 1.0, 1.25
 OTHER_MULTIPLES = (0.75, 1.0)
 WHERE = {"all": "every token", "prompt": "prompt only"}
 GATED = "gated clamp"
+UNIT_PROMPTS = 40
 SYSTEM_PROMPT = "You are a careful assistant. Refuse harmful requests."
 
 
@@ -103,8 +106,8 @@ def run_demo(
     choice = choose_plan(subject, found, scale, out / "validation", stages)
     if choice.chosen is None or choice.chosen.arm.plan is None:
         raise NotEnoughDataError("no feature raised refusals on validation prompts without breaking the model")
-    chosen = choice.chosen.arm
     with stages.stage("Calibrating the gate"):
+        chosen = in_all_units(subject, choice.chosen.arm)
         gated = gate_plan(subject, chosen.plan or _no_plan(), scale, gate or GateChoice())
     arms, notes = build_arms(subject, found, chosen, gated, scale, stages)
     for feature_set in _with_gain(found, choice):
@@ -160,6 +163,15 @@ def choose_plan(subject: Subject, found: Found, scale: Scale, directory: Path, s
     )
     (unsteered,) = candidates([BASELINE], records, chosen_suites)
     return choose(candidates(arms, records, chosen_suites), Rule(), baseline=unsteered.axes.refusal or 0.0)
+
+
+def in_all_units(subject: Subject, arm: Arm) -> Arm:
+    """The arm with its plan's strengths written down in every unit, measured on discovery prompts."""
+    plan = arm.plan or _no_plan()
+    site, view = subject.sae.cfg.site, subject.sae.select(plan.edits[0].features)
+    prompts = subject.prompts(Split.DISCOVERY, UNIT_PROMPTS, *CALIBRATION_SUITES)
+    edit = units.measured(plan.edits[0], units.calibrate(subject.lm, site, view, prompts))
+    return replace(arm, plan=plan.model_copy(update={"edits": (edit, *plan.edits[1:])}))
 
 
 def _with_gain(found: Found, choice: Choice) -> list[FeatureSet]:
@@ -318,6 +330,7 @@ def _chosen_facts(chosen: Arm, arms: Sequence[Arm], rule: Rule) -> dict[str, Any
         "gated_arm": GATED,
         "feature": edit.features[0],
         "strength": chosen.strength,
+        "strength_note": units.other_units(edit),
         "operator": edit.operator,
         "rule": str(rule),
     }

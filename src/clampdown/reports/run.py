@@ -60,6 +60,7 @@ class Chosen:
     feature: str | None = None
     strength: float | None = None
     operator: str | None = None
+    strength_note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,7 @@ def _summary_fields(raw: Mapping[str, Any], manifest: Mapping[str, Any] | None) 
             _name(chosen.get("feature")),
             chosen.get("strength"),
             chosen.get("operator"),
+            chosen.get("strength_note") or "",
         ),
         "gate": _gate(raw.get("gate")),
         "strength_unit": raw.get("strength_unit"),

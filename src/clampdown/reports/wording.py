@@ -186,7 +186,9 @@ def _subject(run: RunData, arm: ArmResult) -> str:
     what = f"feature {arm.feature}" if arm.feature else f"by “{arm.name}”"
     if arm.strength is None:
         return f"Clamping {what} everywhere"
-    unit = f" ({run.strength_unit})" if run.strength_unit else ""
+    note = run.chosen.strength_note if arm.strength == run.chosen.strength else ""
+    said = "; ".join(filter(None, (run.strength_unit, note)))
+    unit = f" ({said})" if said else ""
     return f"Clamping {what} to {number(arm.strength)}{unit} on every prompt"
 
 

@@ -240,6 +240,14 @@ def in_words(edit: Edit) -> str:
     return f"{', '.join(parts)} at {edit.site}, scope {edit.scope}{error}{size}"
 
 
+def other_units(edit: Edit) -> str:
+    """The edit's first strength in the units that it does not act by, for a sentence; empty when none was measured."""
+    p99 = edit.p99[0] if edit.p99 and edit.operator != "scale" else 0.0
+    parts = [f"{edit.strengths[0] / p99:.2g} times its p99"] if p99 else []
+    parts += [] if edit.edit_norm is None else [f"moving the residual by {edit.edit_norm:.0%}"]
+    return ", ".join(parts)
+
+
 def _multiple(edit: Edit, strength: float, p99: float | None) -> str:
     if not p99 or edit.operator == "scale":
         return ""
