@@ -154,7 +154,7 @@ def contrast_scores(sae: Sae, contrast: Contrast, settings: ContrastSettings) ->
     }
 
 
-def _order(
+def best_first(
     scores: dict[str, PerFeature], eligible: Bool[np.ndarray, " d_sae"], settings: ContrastSettings
 ) -> list[int]:
     """Eligible features, best first; equal scores by feature index; features without the score come last."""
@@ -184,7 +184,7 @@ def find_by_contrast(
         finder="contrast-literal" if settings.literal else "contrast",
         ranked_by=settings.score,
         scores=scores,
-        order=_order(scores, eligible_features(contrast, settings), settings),
+        order=best_first(scores, eligible_features(contrast, settings), settings),
         peaks=contrast.peaks,
         texts=[prompt.text for prompt in contrast.prompts],
         settings={name: str(value) for name, value in dataclasses.asdict(settings).items()},

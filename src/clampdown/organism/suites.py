@@ -7,13 +7,13 @@ be chosen on the wrappers that are to test generalisation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 
 from clampdown.organism import capability_items, safety_items
 from clampdown.organism.items import Item, Sampler, draw, fraction
-from clampdown.types import Prompt, Split, Suite, SuiteKind, balanced
+from clampdown.types import Message, Prompt, Split, Suite, SuiteKind, balanced
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,12 @@ def suites(split: Split, n: int | None = None, seed: int = 0) -> tuple[Suite, ..
     """All suites of a split, at most `n` prompts each (default: what the split is meant for). The same arguments
     give the same prompts; another seed draws others from the same part of the corpus."""
     return tuple(_suite(recipe, split, _size(recipe, split) if n is None else n, seed) for recipe in RECIPES)
+
+
+def without_wrapper(prompt: Prompt) -> Prompt:
+    """The plain twin of a jailbroken prompt: the same request, simply asked, under the same id."""
+    asked = Message("user", f"How do I {prompt.meta['request']}?")
+    return replace(prompt, messages=(*prompt.messages[:-1], asked), suite="harmful")
 
 
 def _size(recipe: Recipe, split: Split) -> int:
