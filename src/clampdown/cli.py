@@ -196,6 +196,7 @@ def evaluate(
     seed: SeedOption = 0,
 ) -> None:
     """Measure plans beside the baseline and matched controls; a killed run resumes."""
+    from clampdown.commands import control_table
     from clampdown.commands import evaluate as job
 
     request = job.Request(
@@ -220,8 +221,10 @@ def evaluate(
     console.print(f"to do: {job.preview(evaluation, out)}", highlight=False)
     if dry_run:
         return
-    job.run_evaluate(evaluation, out, request, stages)
+    summary = job.run_evaluate(evaluation, out, request, stages)
     _show(out, stages)
+    if evaluation.controls:
+        console.print(control_table.shown(evaluation.controls, summary))
 
 
 @app.command()

@@ -54,17 +54,20 @@ def test_a_run_has_all_its_files_and_measures(evaluated: Path) -> None:
     assert {"manifest.json", "records.jsonl", "prompts.jsonl", "plan.toml", "summary.json", "report.html"} <= names
     summary = json.loads((evaluated / "summary.json").read_text())
     arms = {row["name"]: row for row in summary["arms"]}
-    assert len(arms) == 2 + 1 + 5, "baseline, plan, a random feature, five further controls"
+    assert len(arms) == 2 + 1 + 6, "baseline, plan, a random feature, six further controls"
     assert len(read_records(evaluated / "records.jsonl")) == len(arms) * 12
     clamped = arms["clamped"]
     assert clamped["capability"]["facts"]["n"] == clamped["capability_by_likelihood"]["facts"]["n"] == 4
     assert clamped["attack_success"]["harmful"]["n"] == 4
     assert clamped["selective_refusal"]["n"] == 4
     assert clamped["perplexity_benign"] >= 1.0 and arms["baseline"]["name"] == "baseline"
+    against = summary["controls"].pop("against_random")
+    as_far = arms[next(name for name in arms if name.startswith("random"))]["frontier"]["refusal"]
+    assert against == {"as_far": int(as_far >= clamped["frontier"]["refusal"]), "n": 1}
     rows = {name: row for name, row in summary["controls"].items() if isinstance(row, dict)}
-    assert len(rows) == 6
+    assert len(rows) == 7
     matched = [row for row in rows.values() if row["factor"] is not None]
-    assert len(matched) == 3
+    assert len(matched) == 4
     assert all(abs(row["reached"] - row["goal"]) <= 0.02 * row["goal"] for row in matched)
 
 

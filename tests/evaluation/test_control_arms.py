@@ -7,8 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clampdown.errors import StrengthError
+from clampdown.evaluation.condition import best_f1_threshold, condition, scores
 from clampdown.evaluation.control_arms import Control, Matching, Material, control_arms, pass_through
 from clampdown.evaluation.controls import FeatureTable
 from clampdown.evaluation.utility import Forced, base_replies, benign_kl, mean_edit
@@ -17,11 +20,12 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Edit
-from clampdown.types import ArmKind
+from clampdown.types import ArmKind, Site
 from tests.evaluation.conftest import clamp, gate, prompt
 from tests.steering.conftest import SITE, make_plan
 
 PLAN = clamp(4.0, name="steered")
+BELOW = Site.parse("blocks.1.hook_resid_pre")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,9 @@ def material(lm: LanguageModel, sae: Sae) -> Material:
     rng = np.random.default_rng(0)
     rates = rng.uniform(0.05, 0.3, sae.cfg.d_sae)
     table = FeatureTable(rates, rng.normal(size=sae.cfg.d_sae), sae.W_dec.numpy().astype(float))
-    return Material(table, tuple(rng.normal(size=lm.d_model).tolist()))
+    vector = rng.normal(size=lm.d_model).tolist()
+    sides = [prompt(i, "harmful") for i in range(6)], [prompt(i + 20) for i in range(6)]
+    return Material(table, tuple(vector), condition(lm, BELOW, vector, *sides))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,14 @@ def test_the_set_is_complete(found: tuple[Control, ...]) -> None:
     names = [control.name.split(" (")[0] for control in found]
     assert names == [
         *(f"random feature {i}" for i in range(1, 21)),
-        *("unrelated feature", "difference of means", "ablated direction", "pass-through", "system prompt"),
+        *(
+            "unrelated feature",
+            "difference of means",
+            "CAST-style",
+            "ablated direction",
+            "pass-through",
+            "system prompt",
+        ),
     ]
     features = [c.plan.edits[0].features for c in found[:20] if c.plan]
     assert len(set(features)) == 20
@@ -58,11 +71,13 @@ def test_what_is_matched_has_the_plans_size(
 ) -> None:
     measure = mean_edit(lm, sae, forced)
     goal = measure(PLAN)
-    for control in found[:22]:
+    for control in found[:23]:
         assert control.plan is not None and control.goal == goal
-        assert measure(control.plan) == pytest.approx(goal, rel=0.02)
-        assert control.reached == measure(control.plan)
-    for control in found[22:]:
+        saes = control.plan.saes if control.name != "CAST-style" else ()
+        open_plan = control.plan.model_copy(update={"gate": None, "saes": saes})
+        assert measure(open_plan) == pytest.approx(goal, rel=0.02)
+        assert control.reached == measure(open_plan)
+    for control in found[23:]:
         assert "not matched" in control.note
 
 
@@ -83,7 +98,7 @@ def test_controls_of_a_gated_plan_are_matched_as_if_open_and_stand_behind_its_ga
     measure = mean_edit(lm, sae, forced)
     assert measure(shut) == 0.0
     for control in control_arms(shut, material, Matching("edit", measure, n_random=1)):
-        if control.plan is not None:
+        if control.plan is not None and control.name != "CAST-style":
             assert control.plan.gate == shut.gate
             assert control.plan.saes
     assert control_arms(shut, material, Matching("edit", measure, n_random=1))[0].goal == measure(PLAN)
@@ -101,6 +116,32 @@ def test_the_pass_through_is_the_saes_reconstruction(lm: LanguageModel, sae: Sae
         handle.remove()
     torch.testing.assert_close(seen[0], sae.reconstruct(before))
     assert not torch.allclose(seen[0], before, atol=1e-2)
+
+
+def test_the_condition_is_the_mean_cosine_over_the_prompts_own_words(lm: LanguageModel) -> None:
+    vector = np.random.default_rng(1).normal(size=lm.d_model).tolist()
+    found = condition(lm, BELOW, vector, [prompt(1), prompt(4)], [prompt(2)])
+    prompts = [prompt(i) for i in range(5)]
+    for value, asked in zip(scores(lm, found, prompts), prompts, strict=True):
+        ids = torch.tensor([encode(lm, asked.messages)])
+        x = lm.model(ids, output_hidden_states=True).hidden_states[BELOW.layer]
+        cosines = torch.nn.functional.cosine_similarity(x, torch.tensor(vector), dim=-1)
+        content = lm.chat.content_mask(ids, torch.ones_like(ids))
+        assert value == pytest.approx(float(cosines[content].mean()), abs=1e-5)
+
+
+values = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=12).map(np.array)
+
+
+@given(values, values)
+def test_no_threshold_has_a_better_f1(harmful: np.ndarray, harmless: np.ndarray) -> None:
+    def f1(cut: float) -> float:
+        hits, false, missed = (harmful > cut).sum(), (harmless > cut).sum(), (harmful <= cut).sum()
+        return 2 * hits / (2 * hits + false + missed)
+
+    threshold, found = best_f1_threshold(harmful, harmless)
+    assert found == pytest.approx(f1(threshold))
+    assert found >= max(f1(cut) for cut in np.arange(-6.5, 6.5, 0.5)) - 1e-12
 
 
 def test_what_cannot_be_had_is_a_row_with_its_reason_and_no_arm(

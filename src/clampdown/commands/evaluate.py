@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from clampdown.commands.control_table import against_random
 from clampdown.commands.estimate import Estimate, estimate
 from clampdown.commands.judging import judge_named
 from clampdown.commands.stages import Stages
 from clampdown.config import CODE_VERSION, ORGANISM
 from clampdown.discovery.contrast import ContrastSettings, collect_contrast, contrast_scores
-from clampdown.discovery.directions import direction_between
+from clampdown.discovery.directions import difference_of_means, direction_between
 from clampdown.errors import PlanError, PromptSetError
 from clampdown.evaluation import runner, utility
 from clampdown.evaluation.catalog import load_suites
+from clampdown.evaluation.condition import Condition, condition
 from clampdown.evaluation.control_arms import Control, Matching, Material, control_arms
 from clampdown.evaluation.controls import FeatureTable
 from clampdown.evaluation.judges.interface import NamedJudge, check_not_under_test
@@ -30,9 +32,9 @@ from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, read_plan, write_plan
-from clampdown.store import RecordLog, key_of, prompts_hash
+from clampdown.store import RecordLog, key_of, prompts_hash, to_jsonable
 from clampdown.tradeoff.frontier import Experiment, summarise, write_summary
-from clampdown.types import ArmKind, OptionChoice, Prompt, Provenance, Record, Split, Suite, SuiteKind
+from clampdown.types import ArmKind, OptionChoice, Point, Prompt, Provenance, Site, Split, Suite, SuiteKind
 
 TIMED_FROM = 500
 """Replies from which on a run is timed before it begins."""
@@ -86,9 +88,9 @@ def prepare(request: Request, stages: Stages) -> Evaluation:
     with stages.stage("Benign replies"):
         benign = _benign_replies(lm, suites, settings)
     controls = _controls(request, plans, lm, saes, benign, stages)
-    arms = (BASELINE, *map(_arm, plans), *(control.arm for control in controls if control.arm))
+    arms = (BASELINE, *map(_arm, plans), *(control.arm for control in controls.rows if control.arm))
     job = runner.Job(arms, suites, judge, judge.name, settings)
-    return Evaluation(lm, saes, job, controls, benign, plans, request.seed)
+    return Evaluation(lm, (*saes, *controls.saes), job, controls.rows, benign, plans, request.seed)
 
 
 def preview(evaluation: Evaluation, out: Path) -> Estimate:
@@ -114,7 +116,10 @@ def run_evaluate(evaluation: Evaluation, out: Path, request: Request, stages: St
     with stages.stage("Cost on benign text") as tick:
         costs = utility.costs(lm, saes, job.arms, evaluation.benign, progress=tick) if evaluation.benign else {}
     experiment = Experiment(job.arms, job.suites, _provenance(evaluation), costs, dict(stages.timings), choices)
-    summary = summarise(experiment, records, _extra(evaluation, request, records))
+    summary = summarise(experiment, records, _extra(evaluation, request))
+    if evaluation.controls:
+        found = against_random(evaluation.plans[0].name, summary["arms"])
+        summary["controls"]["against_random"] = to_jsonable(found)
     write_summary(out / "summary.json", summary)
     return summary
 
@@ -216,6 +221,14 @@ def _benign_replies(
     return utility.base_replies(lm, prompts, max_new_tokens=settings.max_new_tokens) if prompts else ()
 
 
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """The table's rows, and what the arms among them read that no plan names."""
+
+    rows: tuple[Control, ...] = ()
+    saes: tuple[Sae, ...] = ()
+
+
 def _controls(
     request: Request,
     plans: Sequence[Plan],
@@ -223,10 +236,10 @@ def _controls(
     saes: tuple[Sae, ...],
     benign: Sequence[utility.Forced],
     stages: Stages,
-) -> tuple[Control, ...]:
+) -> Controls:
     """The controls of the first plan: others are compared with it and with them."""
     if not request.controls:
-        return ()
+        return Controls()
     if request.match not in QUANTITIES:
         raise PlanError(f"controls cannot be matched on '{request.match}'", hint=f"one of: {', '.join(QUANTITIES)}")
     if not benign:
@@ -236,7 +249,8 @@ def _controls(
     material = _material(request, plans[0], lm, saes, stages)
     matching = Matching(QUANTITIES[request.match], measure, request.n_random, request.seed)
     with stages.stage("Matching controls"):
-        return control_arms(plans[0], material, matching)
+        rows = control_arms(plans[0], material, matching)
+    return Controls(rows, (material.condition.sae,) if material.condition else ())
 
 
 def _material(request: Request, plan: Plan, lm: LanguageModel, saes: Sequence[Sae], stages: Stages) -> Material:
@@ -247,12 +261,24 @@ def _material(request: Request, plan: Plan, lm: LanguageModel, saes: Sequence[Sa
         return Material(None, None)
     with stages.stage("Reading activations") as tick:
         contrast = collect_contrast(lm, sae, sides[0], sides[1], on_progress=tick)
+    direction = direction_between(contrast.activations, contrast.harmful)
     table = FeatureTable(
         firing_rate=contrast.activations.moments("max").firing_rate,
         refusal_score=contrast_scores(sae, contrast, ContrastSettings())["norm_diff_mean"],
         decoder=sae.W_dec.float().cpu().numpy(),
     )
-    return Material(table, tuple(direction_between(contrast.activations, contrast.harmful).vector.tolist()))
+    return Material(table, tuple(direction.vector.tolist()), _condition(plan, lm, saes, sides))
+
+
+def _condition(
+    plan: Plan, lm: LanguageModel, saes: Sequence[Sae], sides: tuple[Sequence[Prompt], Sequence[Prompt]]
+) -> Condition | None:
+    """The CAST-style gate, read where the edit's block begins; None when another SAE reads there already."""
+    site = Site(Site.parse(plan.edits[0].site).layer, Point.RESID_PRE)
+    if site in {sae.cfg.site for sae in saes}:
+        return None
+    (found,) = difference_of_means(lm, sides[0], sides[1], [site], "mean")
+    return condition(lm, site, found.vector.tolist(), *sides)
 
 
 def _material_prompts(request: Request, model: str) -> tuple[Sequence[Prompt], Sequence[Prompt]] | None:
@@ -293,7 +319,7 @@ def _provenance(evaluation: Evaluation) -> Provenance:
     )
 
 
-def _extra(evaluation: Evaluation, request: Request, records: Sequence[Record]) -> dict[str, Any]:
+def _extra(evaluation: Evaluation, request: Request) -> dict[str, Any]:
     """Further keys of the summary: the split, and the controls' table."""
     plan = evaluation.plans[0].name if evaluation.plans else None
     extra: dict[str, Any] = {"split": request.split, "strength_unit": "raw activation"}

@@ -4,6 +4,7 @@
     unrelated feature      as above, and pointing elsewhere
     difference of means    the dense direction added
     ablated direction      the dense direction projected out: always whole, so it is not matched
+    CAST-style             the dense direction added behind a gate of its own, on a dense condition vector
     pass-through           the SAE's reconstruction in place of the residual, nothing edited: not matched
     system prompt          asking in place of steering: not matched
 
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from clampdown.errors import ClampdownError, NotEnoughDataError, StrengthError
+from clampdown.evaluation.condition import Condition
 from clampdown.evaluation.controls import (
     FeatureTable,
     direction_plan,
@@ -43,10 +45,11 @@ UNMATCHED = "no candidate reaches the plan's size"
 @dataclass(frozen=True, slots=True)
 class Material:
     """What controls are made of. `table` is None for a model without an SAE at the plan's site, `direction` (difference
-    of means, [d_model]) without prompts to take it from."""
+    of means, [d_model]) without prompts to take it from, and nor is `condition`, the gate of the CAST-style control."""
 
     table: FeatureTable | None
     direction: tuple[float, ...] | None
+    condition: Condition | None = None
     system_prompt: str = SYSTEM_PROMPT
 
 
@@ -153,11 +156,22 @@ class _Bench:
         if vector is None:
             yield Control("difference of means", None, self.goal, note="no prompts to take a direction from")
             return
-        added = direction_plan(self.open_plan, vector, "difference of means")
-        yield self._matched("difference of means", added, ArmKind.DIRECTION)
+        added = self._matched("difference of means", direction_plan(self.open_plan, vector, ""), ArmKind.DIRECTION)
+        yield added
+        yield self._cast(added)
         ablated = _ablation(self.open_plan, vector)
         yield Control("ablated direction", self._arm("ablated direction", ablated, ArmKind.DIRECTION), self.goal,
                       self.matching.measure(ablated), note="not matched: a projection is whole or none")  # fmt: skip
+
+    def _cast(self, added: Control) -> Control:
+        """The matched direction behind the condition's gate in place of the plan's."""
+        name, found = "CAST-style", self.material.condition
+        if found is None or added.plan is None:
+            return Control(name, None, self.goal, note=added.note or "no prompts to take a condition from")
+        plan = Plan.model_validate({**dict(added.plan), "gate": found.gate, "saes": (found.ref,), "name": name})
+        arm = Arm(name, ArmKind.GATED, plan, plan.edits[0].strengths[0], group=GROUP)
+        note = f"gate by mean cosine with a condition vector, F1 {found.f1:.2f} on the prompts it was chosen on"
+        return Control(name, arm, self.goal, added.reached, added.factor, note)
 
     def unmatched(self) -> Iterator[Control]:
         name = "pass-through"
