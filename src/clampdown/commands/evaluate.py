@@ -118,7 +118,7 @@ def run_evaluate(evaluation: Evaluation, out: Path, request: Request, stages: St
     experiment = Experiment(job.arms, job.suites, _provenance(evaluation), costs, dict(stages.timings), choices)
     summary = summarise(experiment, records, _extra(evaluation, request))
     if evaluation.controls:
-        found = against_random(evaluation.plans[0].name, summary["arms"])
+        found = against_random(summary["controls"]["of"], summary["arms"])
         summary["controls"]["against_random"] = to_jsonable(found)
     write_summary(out / "summary.json", summary)
     return summary
