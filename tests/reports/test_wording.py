@@ -73,7 +73,7 @@ def test_gain_and_price(run_of):
 def test_a_chosen_strength_is_said_in_other_units_too(run_of):
     run = run_of(BASELINE, COSTLY, strength_unit="raw activation")
     note = "1.3 times its p99, moving the residual by 8%"
-    chosen = replace(run.chosen, strength=9.73, strength_note=note)
+    chosen = replace(run.chosen, strength=9.731, strength_note=note)
     assert f"to 9.73 (raw activation; {note})" in said(replace(run, chosen=chosen))["Gain"]
     assert note not in said(replace(run, chosen=replace(chosen, strength=1.0)))["Gain"]
 
