@@ -169,6 +169,54 @@ def sweep(
 
 
 @app.command()
+def screen(
+    features: Annotated[Path, typer.Argument(help="A features file that `discover` wrote.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="How many of its features, best first.")] = 20,
+    multiples: Annotated[
+        str, typer.Option("--multiples", help="Clamps, as multiples of each feature's largest activation.")
+    ] = "0.5,1,1.5,2",
+    scopes: Annotated[str, typer.Option("--scopes", help="Comma-separated: all, prompt, assistant, last_user.")] = (
+        "all,prompt"
+    ),
+    keep: Annotated[int, typer.Option("--keep", min=1, help="How many candidates generate in the end.")] = 8,
+    kl_limit: Annotated[
+        float | None,
+        typer.Option("--kl-limit", min=0, help="Drop what costs more nats on benign prompts."),
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts per harmful suite to screen on.")] = 16,
+    split: Annotated[str, typer.Option("--split", help="Where the kept are measured: validation or test.")] = (
+        "validation"
+    ),
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts per suite for the kept.")] = 50,
+    out: OutOption = Path("runs/screen"),
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Read hundreds of clamps from prefills, generate for the best few, and say why the others were dropped."""
+    from clampdown.commands import screen as job
+    from clampdown.commands.experiment import organism_subject
+    from clampdown.commands.sweep import parse_multiples
+    from clampdown.tradeoff.screening import Halving
+
+    request = job.Request(
+        features_file=features,
+        multiples=parse_multiples(multiples),
+        scopes=tuple(name.strip() for name in scopes.split(",") if name.strip()),
+        top=top,
+        prompts=prompts,
+        halving=Halving(keep=keep, kl_limit=kl_limit),
+        split=split,
+        limit=limit,
+    )
+    stages = _stages()
+    with stages.stage("Loading"):
+        subject = organism_subject(model, sae, seed=seed)
+    job.run_screen(subject, request, out, stages)
+    _show(out, stages)
+
+
+@app.command()
 def evaluate(
     plans: Annotated[list[Path], typer.Argument(help="One or more plan.toml of one model.")],
     suites: Annotated[

@@ -54,6 +54,21 @@ def test_readings_equal_plain_passes(lm: LanguageModel, sae: Sae, plans: list[Pl
     assert len({round(reading.gain, 3) for reading in found}) == len(plans)
 
 
+def test_scopes_that_a_prefill_cannot_tell_apart_are_read_once(lm: LanguageModel, sae: Sae) -> None:
+    scopes = ("all", "prompt", "assistant")
+    widths: list[int] = []
+    plans = [clamp_plan(lm, sae, 3, 5.0, scope) for scope in scopes]
+    measure = Prefills(lm, sae, HARMFUL[:2], BENIGN[:2], TOKENS)
+    measure(plans, 2)
+    handle = lm.layout.blocks[2].register_forward_pre_hook(lambda _module, args: widths.append(len(args[0])))
+    try:
+        every, prompt, assistant = measure(plans, 2)
+    finally:
+        handle.remove()
+    assert every == prompt != assistant
+    assert sum(widths) == 2 * (len(HARMFUL[:2]) + len(BENIGN[:2])), "two plans' rows, not three"
+
+
 def test_halving_reads_the_best_on_ever_more_prompts(plans: list[Plan]) -> None:
     asked: list[tuple[int, int]] = []
 

@@ -57,7 +57,7 @@ def parse_unit(name: str) -> Unit:
 
 def run_sweep(subject: Subject, request: Request, out: Path, stages: Stages) -> dict[str, Any]:
     """Write a run directory with one arm per strength; returns its summary."""
-    split = _split(request.split)
+    split = split_to_measure(request.split)
     plan, steered = _plan_and_arms(subject, request, stages)
     arms = [BASELINE, *steered]
     write_plan(out / "plan.toml", plan)
@@ -67,7 +67,7 @@ def run_sweep(subject: Subject, request: Request, out: Path, stages: Stages) -> 
     return measure_arms(chosen, arms, out, sizes, stages, lambda _records: notes, split=split)
 
 
-def _split(name: str) -> Split:
+def split_to_measure(name: str) -> Split:
     allowed = (Split.VALIDATION, Split.TEST)
     if name not in {split.value for split in allowed}:
         raise PromptSetError(f"'{name}' is not a split to measure on", hint="validation, or test (read it once)")
@@ -95,24 +95,29 @@ def _plan_and_arms(subject: Subject, request: Request, stages: Stages) -> tuple[
         return plan, sweep_arms(plan, units, request.multiples)
     features = request.features
     if request.features_file:
-        found = read_feature_set(request.features_file, with_columns=False)
-        sae = subject.sae
-        check_made_for(found, sae=sae.name, revision=sae.revision, site=sae.cfg.site.name)
-        features = found.ranking[:1]
-    if not features:
-        raise PlanError(f"{request.features_file} lists no features")
-    calibration = _calibration(subject, features, stages)
+        features = read_features(subject, request.features_file)[:1]
+    calibration = calibration_of(subject, features, stages)
     arms = tuple(_feature_arm(subject, features, m, calibration, request) for m in request.multiples)
     if request.unit in (Unit.MAX, Unit.P99):
         return _feature_plan(subject, features, 1.0, calibration, request), arms
     return _feature_plan(subject, features, request.multiples[0], calibration, request), arms
 
 
-def _calibration(subject: Subject, features: tuple[int, ...], stages: Stages) -> Calibration:
+def calibration_of(subject: Subject, features: tuple[int, ...], stages: Stages) -> Calibration:
     """What the features do on harmful and benign discovery prompts: the units of the sweep."""
     prompts = subject.prompts(Split.DISCOVERY, CALIBRATION_PROMPTS, *CALIBRATION_SUITES)
     with stages.stage("Reading activations"):
         return calibrate(subject.lm, subject.sae.cfg.site, subject.sae.select(features), prompts)
+
+
+def read_features(subject: Subject, path: Path) -> tuple[int, ...]:
+    """The features of a file, best first. Raises `PlanError` when there are none, its kin for another SAE's file."""
+    found = read_feature_set(path, with_columns=False)
+    sae = subject.sae
+    check_made_for(found, sae=sae.name, revision=sae.revision, site=sae.cfg.site.name)
+    if not found.ranking:
+        raise PlanError(f"{path} lists no features")
+    return tuple(found.ranking)
 
 
 def _feature_arm(

@@ -23,7 +23,7 @@ from clampdown.reports.comparison import Headline, Sides, headline, point, sides
 from clampdown.reports.examples import SuiteExamples, examples_of, pair
 from clampdown.reports.figures import frontier_figures, strength_figures
 from clampdown.reports.run import GateResult, RunData, read_run
-from clampdown.reports.tables import EMPTY, Table, arms_table, changes_table, facts, feature_table
+from clampdown.reports.tables import EMPTY, Table, arms_table, changes_table, facts, feature_table, screening_table
 from clampdown.reports.wording import (
     DASH,
     is_lower,
@@ -102,6 +102,7 @@ def build_page(run: RunData) -> str:
         changes=changes_table(paired, found) if paired else None,
         examples=_examples(paired, found, run),
         arms=arms_table(run, found, sides),
+        screening=screening_table(run),
         finders=tuple(_finder(each, run) for each in run.feature_sets),
         provenance=facts(run.provenance),
         decisions=[(name, facts(tree)) for name, tree in run.decisions.items()],

@@ -89,6 +89,7 @@ class Turn:
 class RunData:
     """All that a report shows. `prompts` maps (suite, prompt id) -> turns; `notes` says what is missing, by part.
 
+    `screening` holds the candidates that were read from prefills, with the reason for each that was not kept.
     `decisions` is how the run chose its plan and matched its controls, as the summary words it.
     """
 
@@ -107,6 +108,7 @@ class RunData:
     feature_sets: tuple[FeatureSet, ...] = ()
     plan: Mapping[str, Any] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
+    screening: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_run(directory: Path) -> RunData:
@@ -199,6 +201,7 @@ def _summary_fields(raw: Mapping[str, Any], manifest: Mapping[str, Any] | None) 
         "harmful_suites": None if harmful is None else tuple(harmful),
         "provenance": provenance,
         "decisions": {key: raw[key] for key in ("chosen", "controls") if isinstance(raw.get(key), Mapping)},
+        "screening": tuple(raw.get("screening") or ()),
         "timings": {str(k): float(v) for k, v in (raw.get("timings") or {}).items() if _is_number(v)},
     }
 

@@ -207,6 +207,40 @@ def feature_table(found: FeatureSet, chosen: Sequence[str]) -> Table:
     return Table(f"features-{found.finder}", caption, columns, rows)
 
 
+def screening_table(run: RunData) -> Table | None:
+    """Every candidate that was read from prefills: what it gained and cost there, and why it was not kept."""
+    if not run.screening:
+        return None
+    dropped = sum(bool(each.get("dropped")) for each in run.screening)
+    caption = (
+        f"{len(run.screening)} candidates read at the first reply token, {len(run.screening) - dropped} of them kept "
+        "for generation. Change of the refusal log-odds on harmful prompts and KL on benign ones, in nats, on as many "
+        "prompts of each kind as each candidate reached."
+    )
+    columns = (
+        Column("candidate", kind="text"),
+        Column("refusal log-odds", "change, nats"),
+        Column("benign KL", "nats"),
+        Column("prompts"),
+        Column("strength", "raw activation"),
+        Column("kept?", kind="text"),
+    )
+    return Table("screening", caption, columns, tuple(_screening_row(each) for each in run.screening))
+
+
+def _screening_row(each: Mapping[str, Any]) -> Row:
+    reason = str(each.get("dropped") or "")
+    cells = (
+        Cell(str(each["plan"]), str(each["plan"])),
+        number_cell(each.get("gain")),
+        number_cell(each.get("kl")),
+        number_cell(each.get("n_prompts")),
+        number_cell(each.get("strength")),
+        Cell(reason or "kept", reason or "kept"),
+    )
+    return Row(cells, not reason)
+
+
 def _feature_row(feature: FeatureScore, scores: tuple[Sequence[str], Sequence[str]], chosen: bool) -> Row:
     """`scores`: names before the tokens, names after them."""
     cells = (

@@ -27,6 +27,7 @@ from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.plan import Plan
+from clampdown.steering.widening import first_alike
 from clampdown.types import Prompt
 
 Ids = Sequence[int]
@@ -43,7 +44,10 @@ class Reading:
 
 
 class Prefills:
-    """Measure: plans -> readings, on the first n harmful and the first n benign prompts."""
+    """Measure: plans -> readings, on the first n harmful and the first n benign prompts.
+
+    A prefill cannot tell the scope "all" from "prompt": plans that differ in nothing else are read once.
+    """
 
     def __init__(
         self, lm: LanguageModel, sae: Sae | None, harmful: Sequence[Ids], benign: Sequence[Ids], tokens: RefusalTokens
@@ -64,7 +68,16 @@ class Prefills:
             texts = [*self._harmful[:n], *self._benign[:n]]
             screen = Screen(self._lm, self._sae, texts)
             self._screens[n] = _Sample(screen, min(n, len(self._harmful)), self._tokens)
-        return self._screens[n].read(plans, on_progress)
+        alike = first_alike([_at_prefill(plan).digest for plan in plans])
+        distinct = sorted(set(alike))
+        read = dict(zip(distinct, self._screens[n].read([plans[i] for i in distinct], on_progress), strict=True))
+        return [read[i] for i in alike]
+
+
+def _at_prefill(plan: Plan) -> Plan:
+    """The plan as a prefill sees it."""
+    edits = (edit.model_copy(update={"scope": "prompt"}) if edit.scope == "all" else edit for edit in plan.edits)
+    return plan.model_copy(update={"edits": tuple(edits)})
 
 
 class _Sample:
