@@ -148,6 +148,15 @@ def test_operands_that_name_nothing(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_plan_for_another_model_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = plan().model_copy(update={"model": ModelRef(name="organism", revision="another")})
+    write_plan(tmp_path / "plan.toml", other)
+    assert command("evaluate", tmp_path / "plan.toml", "--dry-run", "--out", tmp_path / "run") == 2
+    assert "was made for organism at revision another" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_scope_that_cannot_act_on_likelihoods_is_refused_when_they_are_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

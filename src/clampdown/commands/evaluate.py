@@ -32,6 +32,7 @@ from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, read_plan, write_plan
+from clampdown.steering.program import check_plan
 from clampdown.store import RecordLog, key_of, prompts_hash, to_jsonable
 from clampdown.tradeoff.frontier import Experiment, summarise, write_summary
 from clampdown.types import ArmKind, OptionChoice, Point, Prompt, Provenance, Site, Split, Suite, SuiteKind
@@ -150,6 +151,8 @@ def _load(plans: Sequence[Plan], model: str | None) -> tuple[LanguageModel, tupl
     saes = tuple(load_sae(name).to(lm.device) for name in names.values())
     for sae in saes:
         check_fits(sae, lm.d_model, lm.n_layers)
+    for plan in plans:
+        check_plan(plan, lm, {sae.cfg.site.name: sae for sae in saes})
     return lm, saes
 
 
