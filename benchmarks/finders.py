@@ -55,10 +55,10 @@ console = Console(width=110)
 class Sizes:
     """Prompts in all: screened and generated are split over seeds and tempting suites, benign over seeds."""
 
-    screened: int = 36
-    benign: int = 15
+    screened: int = 27
+    benign: int = 12
     generated_features: int = 40
-    generated_prompts: int = 36
+    generated_prompts: int = 18
     discovery: int = 120
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,14 +37,6 @@ ModelOption = Annotated[str, typer.Option("--model", help="'organism', a directo
 SaeOption = Annotated[str, typer.Option("--sae", help="'organism', 'organism:x8', a directory, or 'release:id'.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory for the results; an interrupted run resumes.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of prompts, controls and probes.")]
-
-
-class Finder(StrEnum):
-    """Which finder `discover` runs."""
-
-    CONTRAST = "contrast"
-    SINGLE = "single-prompt"
-    BOTH = "both"
 
 
 def _version(asked: bool) -> bool:
@@ -92,36 +83,55 @@ def demo(
 @app.command()
 def discover(
     out: OutOption = Path("runs/discover"),
-    finder: Annotated[Finder, typer.Option("--finder", help="Which finder to run.")] = Finder.BOTH,
+    finder: Annotated[str, typer.Option("--finder", help="Finders by name, comma-separated; 'both' or 'all'.")] = "",
     harmful: Annotated[Path | None, typer.Option("--harmful", help="JSONL or CSV of harmful prompts.")] = None,
     harmless: Annotated[Path | None, typer.Option("--harmless", help="JSONL or CSV of harmless prompts.")] = None,
+    jailbroken: Annotated[
+        Path | None, typer.Option("--jailbroken", help="Harmful prompts inside wrappers, with the same ids.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Single-prompt finder: the prompt to refuse.")] = None,
+    judge: Annotated[str | None, typer.Option("--judge", help="Who tells refusals: exact, rules, llm:...")] = None,
     pooling: Annotated[str, typer.Option("--pooling", help="How prompts are pooled.")] = "assistant_start",
     literal: Annotated[bool, typer.Option("--literal", help="Contrast as published: no activity floor.")] = False,
     top: Annotated[int, typer.Option("--top", min=1, help="How many features to keep.")] = 64,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Clamp the finalists and rank by effect.")] = True,
+    refine: Annotated[bool, typer.Option("--refine", help="Refine what was found into plan.toml.")] = False,
+    set_size: Annotated[int, typer.Option("--set-size", min=1, help="Refine to at most this many features.")] = 1,
+    scan: Annotated[bool, typer.Option("--scan", help="Scan every layer and SAE instead of ranking features.")] = False,
     model: ModelOption = ORGANISM,
     sae: SaeOption = ORGANISM,
     seed: SeedOption = 0,
 ) -> None:
-    """Find refusal features: from one prompt, and by contrasting harmful with harmless prompts."""
+    """Find refusal features by clamping, gradients, contrasts or one prompt; refine them into a plan."""
     from clampdown.commands import discover as job
+    from clampdown.commands.refining import refinement_table
 
     request = job.Request(
-        finders=("contrast", "single-prompt") if finder is Finder.BOTH else (finder.value,),
+        finders=job.finder_names(finder),
         harmful=harmful,
         harmless=harmless,
+        jailbroken=jailbroken,
         prompt=prompt,
+        judge=judge,
         pooling=pooling,
         literal=literal,
         top=top,
         check=check,
+        refine=refine,
+        set_size=set_size,
         seed=seed,
     )
     stages = _stages()
-    for path, found in job.run_discover(model, sae, request, out, stages):
+    if scan:
+        console.print(job.scan_table(job.run_scan(model, sae, request, out, stages)))
+        return
+    discovered = job.run_discover(model, sae, request, out, stages)
+    for path, found in discovered.written:
         _show_features(found)
         console.print(f"written: {path}")
+    if discovered.refinement is not None:
+        console.print(refinement_table(discovered.refinement))
+        console.print(f"written: {discovered.refinement.path}")
 
 
 @app.command()

@@ -1,68 +1,167 @@
-"""`clampdown discover`: run finders on a model's SAE, check their finalists causally, write FeatureSet files."""
+"""`clampdown discover`: run finders on a model's SAE, refine what they found into a plan, scan the layers."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from rich.table import Table
 
 from clampdown.commands.experiment import load_pair
-from clampdown.commands.stages import Stages
+from clampdown.commands.judging import judge_named
+from clampdown.commands.refining import Refinement, refine_found
+from clampdown.commands.stages import Stages, Tick
 from clampdown.config import ORGANISM
-from clampdown.discovery import causal
-from clampdown.discovery.contrast import ContrastSettings, collect_contrast, find_by_contrast
-from clampdown.discovery.refusal_tokens import find_refusal_tokens
-from clampdown.discovery.screening import PrefillRefusal
-from clampdown.discovery.single_prompt import SinglePromptSettings, find_from_first_refusal, find_from_one_prompt
+from clampdown.discovery.contrast import ContrastSettings
+from clampdown.discovery.finders import DEFAULT, FINDERS, MATCHED_EFFECT, Material, clamp_all, run_finder
+from clampdown.discovery.layers import LayerScore, scan_layers
+from clampdown.discovery.pairs import Pair, pair_by_id
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.suites import read_suites
 from clampdown.models.loading import LanguageModel
-from clampdown.saes.sae import Sae
-from clampdown.store import write_feature_set
+from clampdown.saes.checkpoints import load_sae
+from clampdown.saes.sae import Sae, check_fits
+from clampdown.store import write_feature_set, write_json
 from clampdown.types import FeatureSet, Judge, Message, Prompt, Split
 
 DISCOVERY_PROMPTS, CHECK_PROMPTS, CHECKED = 160, 16, 24
+BOTH = ("contrast", "single-prompt")
+ORGANISM_SAES = ("organism", "organism:x8")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for on the command line."""
+    """What was asked for on the command line. No `judge`: the exact one on the embedded model, else rules."""
 
-    finders: tuple[str, ...]
+    finders: tuple[str, ...] = (DEFAULT,)
     harmful: Path | None = None
     harmless: Path | None = None
+    jailbroken: Path | None = None
     prompt: str | None = None
+    judge: str | None = None
     pooling: str = "assistant_start"
     literal: bool = False
     top: int = 64
     check: bool = True
+    refine: bool = False
+    set_size: int = 1
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts to find features on, prompts to check them on, and who can tell a refusal (None: nobody)."""
+    """Prompts to find features on, jailbreak pairs among them, and held-out ones to refine on."""
 
     harmful: tuple[Prompt, ...]
     harmless: tuple[Prompt, ...]
-    check: tuple[Prompt, ...]
-    judge: Judge | None
+    pairs: tuple[Pair, ...]
+    held_out_harmful: tuple[Prompt, ...]
+    held_out_harmless: tuple[Prompt, ...]
+    judge: Judge
 
 
-def run_discover(model: str, sae: str, request: Request, out: Path, stages: Stages) -> list[tuple[Path, FeatureSet]]:
-    """Write one file per finder under `out`; returns them with their paths, in the order asked for."""
+@dataclass(frozen=True, slots=True)
+class Discovered:
+    """What a run found: the feature sets with their files and, if asked for, the refined plan."""
+
+    written: tuple[tuple[Path, FeatureSet], ...]
+    refinement: Refinement | None
+
+
+def finder_names(asked: str) -> tuple[str, ...]:
+    """Finders by name: a comma-separated list, `both` or `all`. Raises `PromptSetError` for an unknown one."""
+    names = tuple(name.strip() for name in asked.split(",") if name.strip()) or (DEFAULT,)
+    every = {"both": BOTH, "all": tuple(FINDERS)}
+    names = tuple(dict.fromkeys(one for name in names for one in every.get(name, (name,))))
+    for name in names:
+        if name not in FINDERS:
+            raise PromptSetError(f"no finder is called '{name}'", hint=f"one of: {', '.join(FINDERS)}, both, all")
+    return names
+
+
+def run_discover(model: str, sae: str, request: Request, out: Path, stages: Stages) -> Discovered:
+    """Write one file per finder under `out`, and with `refine` a plan made from the first finder's features."""
     with stages.stage("Loading"):
         lm, loaded = load_pair(model, sae)
     prompts = _prompts(model, request)
-    found = [_find(lm, loaded, name, prompts, request, stages) for name in request.finders]
-    if request.check:
-        found = _checked(lm, loaded, found, prompts, stages)
+    relay = _Relay()
+    given = _material(lm, loaded, prompts, request, relay)
+    found = [_find(given, name, request, stages, relay) for name in request.finders]
     written = []
     for feature_set in found:
         path = out / f"{feature_set.finder}.json"
         write_feature_set(path, feature_set)
         written.append((path, feature_set))
-    return written
+    refinement = None
+    if request.refine or request.set_size > 1:
+        held_out = (prompts.held_out_harmful, prompts.held_out_harmless)
+        refinement = refine_found(given, found[0], held_out, request.set_size, out, stages)
+    return Discovered(tuple(written), refinement)
+
+
+def run_scan(model: str, sae: str, request: Request, out: Path, stages: Stages) -> tuple[LayerScore, ...]:
+    """The layer scan, into `out/scan.json`. On the embedded model both its SAEs are scanned."""
+    with stages.stage("Loading"):
+        lm, loaded = load_pair(model, sae)
+        names = ORGANISM_SAES if (model, sae) == (ORGANISM, ORGANISM) else ()
+        saes = [loaded, *(load_sae(name).to(lm.device) for name in names[1:])]
+    for one in saes:
+        check_fits(one, lm.d_model, lm.n_layers)
+    prompts = _prompts(model, request)
+    with stages.stage("Scanning layers") as tick:
+        rows = scan_layers(lm, saes, prompts.harmful, prompts.harmless, tick)
+    write_json(out / "scan.json", {"schema": 1, "model": lm.name, "revision": lm.revision, "rows": rows})
+    return rows
+
+
+@dataclass
+class _Relay:
+    """Progress of whatever runs now: what is computed once for several finders reports to the one that asked first."""
+
+    tick: Tick | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.tick is not None:
+            self.tick(done, total)
+
+
+def _material(lm: LanguageModel, sae: Sae, prompts: Prompts, request: Request, relay: _Relay) -> Material:
+    asked = Prompt("asked", (Message("user", request.prompt),), "asked") if request.prompt is not None else None
+    return Material(
+        lm,
+        sae,
+        prompts.harmful,
+        prompts.harmless,
+        prompts.pairs,
+        prompts.judge,
+        asked,
+        ContrastSettings(pooling=request.pooling, top=request.top),
+        seed=request.seed,
+        on_progress=relay,
+    )
+
+
+def _find(given: Material, name: str, request: Request, stages: Stages, relay: _Relay) -> FeatureSet:
+    """One finder; those that do not clamp by themselves have their first features clamped, unless told not to."""
+    if name == "contrast" and request.literal:
+        name = "contrast-literal"
+    with stages.stage(f"Finding: {name}") as tick:
+        relay.tick = tick
+        found = run_finder(name, given)
+        if not request.check or name == DEFAULT:
+            return found
+        return checked(given, found)
+
+
+def checked(given: Material, found: FeatureSet, top: int = CHECKED) -> FeatureSet:
+    """The set with its first features clamped at equal benign KL, and ranked by what that did."""
+    tested = clamp_all(given, found.features[:top])
+    tested.sort(key=lambda score: -score.scores.get(MATCHED_EFFECT, float("-inf")))
+    return dataclasses.replace(found, features=(*tested, *found.features[top:]), ranked_by=MATCHED_EFFECT)
 
 
 def _prompts(model: str, request: Request) -> Prompts:
@@ -73,58 +172,47 @@ def _prompts(model: str, request: Request) -> Prompts:
             "no prompts to find features with",
             hint="give --harmful FILE and --harmless FILE (JSONL or CSV with a 'prompt' column)",
         )
-    from clampdown.organism.judge import judge
-    from clampdown.organism.suites import suites
+    from clampdown.organism.suites import suites, without_wrapper
 
-    by_name = {s.name: s.prompts for s in suites(Split.DISCOVERY, DISCOVERY_PROMPTS, request.seed)}
+    found = {s.name: s.prompts for s in suites(Split.DISCOVERY, DISCOVERY_PROMPTS, request.seed)}
     validation = {s.name: s.prompts for s in suites(Split.VALIDATION, CHECK_PROMPTS, request.seed)}
-    check = (*validation["harmful"], *validation["jailbroken_seen"], *validation["multi_turn"])
-    return Prompts(by_name["harmful"], by_name["benign"], check, judge)
+    return Prompts(
+        found["harmful"],
+        found["benign"],
+        tuple(Pair(without_wrapper(prompt), prompt) for prompt in found["jailbroken_seen"]),
+        (*validation["jailbroken_seen"], *validation["multi_turn"]),
+        validation["benign"],
+        judge_named(request.judge or "exact"),
+    )
 
 
 def _from_files(request: Request) -> Prompts:
+    """A quarter of each side, at most `CHECK_PROMPTS`, is held out for refinement."""
     if request.harmful is None or request.harmless is None:
         raise PromptSetError("a contrast needs both kinds of prompts", hint="give --harmful and --harmless")
-    harmful = _all_prompts(request.harmful, harmful=True)
-    harmless = _all_prompts(request.harmless, harmful=False)
-    held_out = max(1, min(CHECK_PROMPTS, len(harmful) // 4))
-    return Prompts(harmful[:-held_out] or harmful, harmless, harmful[-held_out:], None)
+    harmful, harmful_held = _split(_all_prompts(request.harmful, harmful=True))
+    harmless, harmless_held = _split(_all_prompts(request.harmless, harmful=False))
+    wrapped = _all_prompts(request.jailbroken, harmful=True) if request.jailbroken else ()
+    pairs, pairs_held = _split(pair_by_id((*harmful, *harmful_held), wrapped))
+    tempting_held = tuple(pair.wrapped for pair in pairs_held) or harmful_held
+    return Prompts(harmful, harmless, pairs, tempting_held, harmless_held, judge_named(request.judge or "rules"))
+
+
+def _split(prompts: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...]]:
+    held_out = min(CHECK_PROMPTS, len(prompts) // 4)
+    cut = len(prompts) - held_out
+    return tuple(prompts[:cut]), tuple(prompts[cut:] or prompts)
 
 
 def _all_prompts(path: Path, *, harmful: bool) -> tuple[Prompt, ...]:
     return tuple(prompt for suite in read_suites(path, harmful=harmful) for prompt in suite.prompts)
 
 
-def _find(lm: LanguageModel, sae: Sae, finder: str, prompts: Prompts, request: Request, stages: Stages) -> FeatureSet:
-    if finder == "single-prompt":
-        with stages.stage("Reading one refusal"):
-            return _single(lm, sae, prompts, request)
-    settings = ContrastSettings(pooling=request.pooling, literal=request.literal, top=request.top)
-    with stages.stage("Contrasting prompts") as tick:
-        contrast = collect_contrast(lm, sae, prompts.harmful, prompts.harmless, (request.pooling,), on_progress=tick)
-        return find_by_contrast(lm, sae, contrast, settings, seed=request.seed)
-
-
-def _single(lm: LanguageModel, sae: Sae, prompts: Prompts, request: Request) -> FeatureSet:
-    """The prompt asked for, else the first harmful one that the model refuses (as far as a judge can tell)."""
-    settings = SinglePromptSettings(top=request.top)
-    if request.prompt is not None:
-        asked = Prompt("asked", (Message("user", request.prompt),), "asked")
-        return find_from_one_prompt(lm, sae, asked, judge=prompts.judge, settings=settings)
-    return find_from_first_refusal(lm, sae, prompts.harmful, judge=prompts.judge, settings=settings)
-
-
-def _checked(
-    lm: LanguageModel, sae: Sae, found: Sequence[FeatureSet], prompts: Prompts, stages: Stages
-) -> list[FeatureSet]:
-    """Clamp every finder's best features at their own maximum and rank them by the refusal log-odds they give."""
-    if prompts.judge is None:
-        raise PromptSetError(
-            "the causal check needs a judge that can tell this model's refusals",
-            hint="use --no-check for prompts of your own; the corpus's exact judge knows the embedded model only",
-        )
-    with stages.stage("Clamping finalists") as tick:
-        tokens = find_refusal_tokens(lm, [*prompts.harmful[:24], *prompts.harmless[:24]], prompts.judge)
-        measure = PrefillRefusal(lm, sae, prompts.check, tokens, on_progress=tick)
-        make_plan = causal.clamp_at_multiple(lm, sae, 1.0)
-        return [causal.rank_by_effect(f, make_plan, measure, top=CHECKED) for f in found]
+def scan_table(rows: Sequence[LayerScore]) -> Table:
+    """The layer scan for a terminal."""
+    table = Table("site", "SAE", "feature", "AUROC", "d'", title=f"held-out prompts, n = {rows[0].n}")
+    for row in rows:
+        feature = "difference of means" if row.feature is None else str(row.feature)
+        d_prime = "n/a" if row.d_prime is None else f"{row.d_prime:.2f}"
+        table.add_row(row.site, row.sae or "", feature, f"{row.auroc:.3f}", d_prime)
+    return table

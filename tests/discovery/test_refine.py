@@ -1,0 +1,107 @@
+"""Refinement on worlds whose best set is known: gains that add, saturate and fight each other, and costs that bind."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from clampdown.discovery.refine import Clamps, Limits, Outcome, grow, interactions, prune, refine
+from clampdown.errors import NotEnoughDataError
+
+WEIGHTS = {1: 2.0, 2: 1.5, 3: 0.1, 4: -1.0, 5: 3.0}
+
+
+def world(clamps):
+    """Each strength gains its weight with a peak at 1; 1 and 2 hold 1.0 in common; cost is the squared length."""
+    gain = sum(WEIGHTS.get(f, 0) * s * (2 - s) for f, s in zip(clamps.features, clamps.strengths, strict=True))
+    if {1, 2} <= set(clamps.features):
+        gain -= 1.0
+    return Outcome(gain, sum(s * s for s in clamps.strengths))
+
+
+def measure(sets):
+    return [world(clamps) for clamps in sets]
+
+
+def single(*features):
+    return [Clamps((f,), (1.0,)) for f in features]
+
+
+def no_more(_clamps):
+    return []
+
+
+def test_the_strength_that_gains_most_is_found_and_the_budget_is_kept():
+    free = refine(single(1), measure, no_more, Limits(budget=9.0, min_gain=0.01))
+    assert free.best.clamps.strengths[0] == pytest.approx(1.0, abs=0.08)
+    tight = refine(single(1), measure, no_more, Limits(budget=0.3, min_gain=0.01))
+    assert tight.best.outcome.cost <= 0.3
+    assert 0.4 < tight.best.clamps.strengths[0] < 0.55
+
+
+def test_the_best_single_is_the_best_of_all():
+    found = refine(single(1, 2, 3, 4), measure, no_more, Limits(budget=9.0, min_gain=0.01))
+    assert found.best.clamps.features == (1,)
+    assert found.interactions == ()
+
+
+def test_a_set_grows_while_it_gains_and_not_by_what_does_not_help():
+    found = refine(single(4, 3, 2, 1), measure, no_more, Limits(budget=9.0, min_gain=0.2, max_size=3))
+    assert set(found.best.clamps.features) == {1, 2}
+    alone = max(world(c).gain for c in single(1, 2, 3, 4))
+    assert found.best.outcome.gain > alone + 0.2
+
+
+def test_interactions_are_the_pair_minus_its_parts():
+    clamps = Clamps((1, 2, 5), (1.0, 0.8, 0.5))
+    found = {(i.first, i.second): i for i in interactions(clamps, measure)}
+    for pair in itertools.combinations((1, 2, 5), 2):
+        parts = sum(world(clamps.only([f])).gain for f in pair)
+        assert found[pair].excess == pytest.approx(world(clamps.only(pair)).gain - parts)
+    assert found[1, 2].excess == pytest.approx(-1.0)
+    assert found[1, 5].excess == pytest.approx(0.0)
+
+
+def test_rescoring_brings_in_what_the_first_pool_lacked():
+    """Feature 5 is found only by looking around feature 1."""
+    asked = []
+
+    def around(clamps):
+        asked.append(clamps.features)
+        return single(5) if 1 in clamps.features else []
+
+    found = refine(single(1, 3), measure, around, Limits(budget=9.0, min_gain=0.1))
+    assert found.best.clamps.features == (5,)
+    assert asked[0] == (1,)
+    assert [r.added for r in found.rounds[:2]] == [(1,), (5,)]
+    gains = [r.best.outcome.gain for r in found.rounds]
+    assert gains == sorted(gains)
+
+
+def test_what_does_not_help_is_dropped():
+    limits = Limits(budget=9.0, min_gain=0.15, max_size=3)
+    start = Clamps((1, 3, 2), (1.0, 1.0, 1.0))
+    pruned = prune(_tried(start), measure, limits)
+    assert set(pruned.clamps.features) == {1, 2}
+
+
+def test_rounds_end_when_validation_gains_nothing():
+    """Noise that grows by less than `min_gain` each round must not go on for ever."""
+    found = refine(single(1), measure, lambda c: single(1, 3), Limits(budget=9.0, min_gain=0.2, max_rounds=50))
+    assert len(found.rounds) <= 2
+
+
+def test_nothing_gains():
+    limits = Limits(budget=9.0, min_gain=0.1)
+    assert grow(None, single(4), measure, limits) is None
+    with pytest.raises(NotEnoughDataError):
+        refine(single(4), measure, no_more, limits)
+    with pytest.raises(NotEnoughDataError):
+        refine(single(1), measure, no_more, Limits(budget=1e-6, min_gain=0.1))
+
+
+def _tried(clamps):
+    from clampdown.discovery.refine import Tried
+
+    return Tried(clamps, world(clamps))
