@@ -303,6 +303,48 @@ def compare(
 
 
 @app.command()
+def multiturn(
+    plans: Annotated[
+        list[Path] | None, typer.Argument(help="plan.toml files of one model; none: the baseline.")
+    ] = None,
+    attacker: Annotated[
+        str, typer.Option("--attacker", help="scripted, embedded, llm:MODEL@URL, local:MODEL.")
+    ] = "scripted",
+    objectives: Annotated[str | None, typer.Option("--objectives", help="A suite: name, NAME=FILE or FILE.")] = None,
+    judge: Annotated[str | None, typer.Option("--judge", help="Who scores; default: the embedded exact judge.")] = None,
+    split: Annotated[str, typer.Option("--split", help="validation or test.")] = "test",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many objectives.")] = 60,
+    attempts: Annotated[int, typer.Option("--attempts", min=1, help="Conversations per objective.")] = 1,
+    max_turns: Annotated[int, typer.Option("--max-turns", min=1, help="Turns that the target keeps.")] = 10,
+    max_backtracks: Annotated[int, typer.Option("--max-backtracks", min=0, help="Refused turns taken back.")] = 10,
+    success: Annotated[float, typer.Option("--success", min=0.0, max=1.0, help="Score of a successful answer.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 48,
+    out: OutOption = Path("runs/multiturn"),
+    model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Attack the baseline and plans over many turns: scripted escalations, or Crescendo with any attacker."""
+    from clampdown.commands import multiturn as job
+    from clampdown.evaluation.multiturn import Rules
+
+    request = job.Request(
+        plans=tuple(plans or ()),
+        attacker=attacker,
+        objectives=objectives,
+        judge=judge,
+        split=split,
+        limit=limit,
+        attempts=attempts,
+        rules=Rules(max_turns, max_backtracks, success),
+        max_new_tokens=max_new_tokens,
+        model=model,
+        seed=seed,
+    )
+    console.print(job.table(job.run_multiturn(request, out, _stages())))
+    console.print(f"written: {out}")
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="A run directory with summary.json.")],
 ) -> None:

@@ -36,9 +36,9 @@ def items() -> dict[str, tuple[Prompt, ...]]:
     return {name: found[name] for name in ("facts", "instructions")}
 
 
-def make_plan(lm: LanguageModel, sae: Sae, scope: str, gate: Gate | None = None) -> Plan:
+def make_plan(lm: LanguageModel, sae: Sae, scope: str, gate: Gate | None = None, strength: float = 60.0) -> Plan:
     site = sae.cfg.site.name
-    edit = Edit(site=site, operator="clamp", features=(FEATURE,), strengths=(60.0,), scope=scope)
+    edit = Edit(site=site, operator="clamp", features=(FEATURE,), strengths=(strength,), scope=scope)
     return Plan(
         name=f"clamp {scope}",
         model=ModelRef(name=lm.name, revision=lm.revision),

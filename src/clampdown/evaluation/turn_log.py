@@ -1,0 +1,97 @@
+"""The steps of multi-turn attacks on disk: append-only `turns.jsonl`, resumable after a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clampdown.errors import StoreError
+from clampdown.store import content_hash, read_json, to_jsonable, write_json
+from clampdown.types import Receipt, Verdict
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One question and its answer: a line of `turns.jsonl`.
+
+    `conversation` is suite/objective/attempt. `asks`: the question requested the objective itself. `kept` is False for
+    a turn that was taken out of the target's history again. `score` is None when the scorer could not say.
+    """
+
+    arm: str
+    conversation: str
+    step: int
+    question: str
+    asks: bool
+    reply: str
+    n_tokens: int
+    verdict: Verdict
+    score: float | None
+    kept: bool
+    judge: str
+    receipt: Receipt | None = None
+
+
+def turn_from_json(row: Mapping[str, Any]) -> Turn:
+    receipt = row.get("receipt")
+    return Turn(**{**row, "verdict": Verdict(row["verdict"]), "receipt": Receipt(**receipt) if receipt else None})
+
+
+class TurnLog:
+    """The turns of one run directory. `key` is everything that could change one; another key's directory is refused."""
+
+    def __init__(self, directory: Path, key: Any) -> None:
+        self.path = directory / "turns.jsonl"
+        digest, manifest = content_hash(key), directory / "manifest.json"
+        if not manifest.exists():
+            write_json(manifest, {"schema": SCHEMA, "resume_key": digest, "key": key})
+        elif read_json(manifest).get("resume_key") != digest:
+            raise StoreError(
+                f"{directory} holds another run (other model, objectives, arms, attacker, judge or rules)",
+                hint="choose an empty --out directory, or repeat the exact command to resume",
+            )
+        self.turns: list[Turn] = self._recover()
+        # Unbuffered: what a full disk refused must not linger in a buffer and be written by a later call.
+        self._handle = self.path.open("ab", buffering=0)
+
+    def _recover(self) -> list[Turn]:
+        """Parse what is there; cut a half-written last line off the file."""
+        raw = self.path.read_bytes() if self.path.exists() else b""
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) != len(raw):
+            os.truncate(self.path, len(whole))
+        return [self._parse(number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
+
+    def _parse(self, number: int, line: bytes) -> Turn:
+        try:
+            return turn_from_json(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.path} line {number} is not a turn: {error}") from error
+
+    def append(self, turns: Sequence[Turn]) -> None:
+        """Write turns and wait until they are on disk. Raises `StoreError`; then none of them is there."""
+        lines = "".join(json.dumps(to_jsonable(turn), ensure_ascii=False) + "\n" for turn in turns).encode()
+        before = self.path.stat().st_size
+        try:
+            while lines:
+                lines = lines[self._handle.write(lines) :]
+            os.fsync(self._handle.fileno())
+        except OSError as error:
+            os.ftruncate(self._handle.fileno(), before)
+            raise StoreError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self.turns += turns
+
+    def close(self) -> None:
+        self._handle.close()
+
+    def __enter__(self) -> TurnLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
