@@ -1,0 +1,13 @@
+"""What Inspect loads at start: the provider's name. torch and the model wait until somebody asks for it."""
+
+from __future__ import annotations
+
+from inspect_ai.model import ModelAPI, modelapi  # pyright: ignore[reportMissingImports]
+
+
+@modelapi(name="clampdown")
+def clampdown() -> type[ModelAPI]:
+    """`--model clampdown/PLAN`, PLAN a file, or `clampdown/baseline`."""
+    from clampdown.interop.inspect import SteeredAPI
+
+    return SteeredAPI
