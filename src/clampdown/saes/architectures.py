@@ -28,12 +28,14 @@ class Architecture:
     """One kind of SAE: the per-feature vectors that its encoder needs, and its activation.
 
     `activate(product, vectors, k)` maps the encoder's matrix product to feature activations. When `pointwise`, it may
-    be called with any subset of the features.
+    be called with any subset of the features. `rectifies`: with pre = product + b_enc the activation is pre where
+    pre > max(threshold, 0) and 0 elsewhere, so that a decoding step can do it in three kernels.
     """
 
     vectors: tuple[str, ...]
     activate: Activate
     pointwise: bool = True
+    rectifies: bool = False
 
 
 def _relu(product: Tensor, vectors: Vectors, _k: int) -> Tensor:
@@ -56,9 +58,9 @@ def _topk(product: Tensor, vectors: Vectors, k: int) -> Tensor:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "relu": Architecture(("b_enc",), _relu),
-    "jumprelu": Architecture(("b_enc", "threshold"), _jumprelu),
-    "batchtopk": Architecture(("b_enc", "threshold"), _jumprelu),
+    "relu": Architecture(("b_enc",), _relu, rectifies=True),
+    "jumprelu": Architecture(("b_enc", "threshold"), _jumprelu, rectifies=True),
+    "batchtopk": Architecture(("b_enc", "threshold"), _jumprelu, rectifies=True),
     "gated": Architecture(("b_gate", "r_mag", "b_mag"), _gated),
     "topk": Architecture(("b_enc",), _topk, pointwise=False),
 }

@@ -18,7 +18,10 @@ def compiled_part(lm: LanguageModel) -> str | None:
     model: Any = lm.model
     if _compiled(model):
         return type(model).__name__
-    return next((f"'{name}'" for name, module in model.named_modules() if _compiled(module)), None)
+    # Not every module: this is asked at every `steer`, and what is hooked lies in the decoder and its blocks.
+    if _compiled(lm.layout.decoder):
+        return "its decoder"
+    return next((f"block {i}" for i, block in enumerate(lm.layout.blocks) if _compiled(block)), None)
 
 
 def refuse_compiled(lm: LanguageModel) -> None:

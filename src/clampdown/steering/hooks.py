@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,9 +29,11 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.checkpoints import open_sae
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.compiled import refuse_compiled
+from clampdown.steering.fused import decoding_step
 from clampdown.steering.plan import Plan
-from clampdown.steering.program import GateProgram, Rows, SiteProgram, check_plan, gate_programs, site_programs
+from clampdown.steering.program import Rows, check_plan, gate_programs, site_programs
 from clampdown.steering.scopes import SCOPES, Window, last_run
+from clampdown.steering.turn import Tally, Turn, columns_real, real_columns
 from clampdown.steering.widening import (
     Spread,
     as_index,
@@ -47,63 +48,6 @@ from clampdown.types import Point, Receipt, Site
 FLUSH_EVERY = 32
 
 _ACTIVE: ContextVar[Mapping[int, Steering]] = ContextVar("clampdown_steering", default={})  # noqa: B039  (never mutated)
-
-
-@dataclass
-class _Turn:
-    """One batch of conversations from its prefill on. `alive[i]` is the original row of current row i, `prompt_of[i]`
-    its prompt among the `n_prompts` that the model was called with; while `narrow`, hidden states are one per prompt.
-    """
-
-    programs: tuple[SiteProgram, ...]
-    gates: tuple[GateProgram, ...]
-    alive: Int[Tensor, " rows"]
-    fired: Float[Tensor, " rows"]
-    prompt_of: Int[Tensor, " rows"]
-    n_prompts: int
-    prompt_width: int
-    prompt_ids: Int[Tensor, "prompts prompt"] | None
-    real: Bool[Tensor, "rows columns"]
-    narrow: bool = False
-    seen: int = 0
-    assistant_start: int | None = None
-    last_user: Bool[Tensor, "rows prompt"] | None = None
-    constant: dict[str, Float[Tensor, "rows 1"]] | None = None
-    cache: Any = None
-
-
-@dataclass
-class _Tally:
-    """What the receipts report, per original row."""
-
-    touched: Float[Tensor, " rows"]
-    norm: Float[Tensor, " rows"]
-    gate_score: Float[Tensor, " rows"]
-    gate_fired: Float[Tensor, " rows"]
-    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    @classmethod
-    def empty(cls, n: int, device: torch.device) -> _Tally:
-        touched, norm, score, fired = torch.zeros(4, n, device=device)
-        return cls(touched, norm, score, fired)
-
-    def restart(self) -> None:
-        """Without a cache each pass edits every column again: only the last pass counts."""
-        self.pending.clear()
-        self.touched.zero_()
-        self.norm.zero_()
-
-    def flush(self, alive: Int[Tensor, " rows"]) -> None:
-        """Reduce the kept (delta, x) pairs to counts and norms, all passes at once: they hold the same rows."""
-        if not self.pending:
-            return
-        delta = torch.cat([delta for delta, _ in self.pending], dim=1)
-        x = torch.cat([x for _, x in self.pending], dim=1)
-        size = torch.linalg.vector_norm(delta, dim=-1, dtype=torch.float32)
-        relative = size / torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-12)
-        self.touched.index_add_(0, alive, (size > 0).float().sum(1))
-        self.norm.index_add_(0, alive, relative.sum(1))
-        self.pending.clear()
 
 
 class Steering:
@@ -126,8 +70,8 @@ class Steering:
         self._like: list[int] = []
         self._prefill = False
         self._plans: Rows = ()
-        self._turn: _Turn | None = None
-        self._tally: _Tally | None = None
+        self._turn: Turn | None = None
+        self._tally: Tally | None = None
         self._weights: dict[str, Tensor] = {}
         self._visited: set[str] = set()
         self._reached: set[str] = set()
@@ -136,6 +80,7 @@ class Steering:
         self._gate_sites = _sites(p.gate.site for p in plans if p is not None and p.gate)
         self._edit_sites = _sites(e.site for p in plans if p is not None for e in p.edits)
         self._shared_blocks = shared_blocks(self._edit_sites, lm.n_layers)
+        self._key = id(lm.layout.decoder)
 
     # ---- what users call -------------------------------------------------------------------------------------
 
@@ -168,7 +113,7 @@ class Steering:
         turn.alive, turn.fired, turn.real = turn.alive[rows], turn.fired[rows], turn.real[rows]
         turn.prompt_of = turn.prompt_of[rows]
         turn.programs = tuple(program.at(rows) for program in turn.programs)
-        turn.constant = None
+        turn.constant, turn.steps = None, {}
         if turn.last_user is not None:
             turn.last_user = turn.last_user[rows]
 
@@ -200,14 +145,16 @@ class Steering:
 
     def _mine(self) -> bool:
         """Whether the running context steers with this object. Another block's is skipped; none at all is an error."""
-        active = _ACTIVE.get().get(id(self._lm.layout.decoder))
+        active = _ACTIVE.get().get(self._key)
+        if active is self:
+            return True
         if active is None:
             raise SteeringNotAppliedError(
                 "this model is being steered, but not by the thread that is running it now",
                 hint="run generate in the thread that entered steer(...), or inside contextvars.copy_context().run; "
                 "for an unsteered run beside it use steer(lm, None)",
             )
-        return active is self
+        return False
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._mine():
@@ -251,9 +198,9 @@ class Steering:
         if prompt_width > width:
             raise SteeringNotAppliedError(f"the prompt has {prompt_width} columns, the first pass only {width}")
         prompt_of = prompt_of.to(device)
-        self._tally = _Tally.empty(n_rows, device)
+        self._tally = Tally.empty(n_rows, device)
         self._like = []
-        self._turn = _Turn(
+        self._turn = Turn(
             programs=site_programs(plans, self._lm, self._saes),
             gates=gate_programs(plans, self._lm, self._saes),
             alive=torch.arange(n_rows, device=device),
@@ -262,12 +209,12 @@ class Steering:
             n_prompts=n_prompts,
             prompt_width=prompt_width,
             prompt_ids=ids,
-            real=_real(ids, mask, n_prompts, width, device, self._lm.pad_id)[prompt_of],
+            real=real_columns(ids, mask, n_prompts, width, device, self._lm.pad_id)[prompt_of],
             narrow=shared,
         )
         self._resolve_scopes(self._turn)
 
-    def _resolve_scopes(self, turn: _Turn) -> None:
+    def _resolve_scopes(self, turn: Turn) -> None:
         """Find the offsets that this batch's scopes and gates need, from the token ids."""
         scopes = {scope for program in turn.programs for scope in program.scopes}
         needs_ids = bool(scopes & {"assistant", "last_user"}) or bool(turn.gates)
@@ -281,7 +228,7 @@ class Steering:
         if "last_user" in scopes:
             turn.last_user = last_run(self._content(turn))[turn.prompt_of]
 
-    def _content(self, turn: _Turn) -> Bool[Tensor, "prompts prompt"]:
+    def _content(self, turn: Turn) -> Bool[Tensor, "prompts prompt"]:
         assert turn.prompt_ids is not None
         prompt = turn.prompt_ids[:, : turn.prompt_width]
         real = torch.zeros_like(prompt)
@@ -302,7 +249,7 @@ class Steering:
         if decoding and turn.constant is not None:
             self._weights = turn.constant
             return
-        real = _columns_real(turn, start, width, mask)
+        real = columns_real(turn, start, width, mask)
         columns = torch.arange(start, start + width, device=real.device)
         window = Window(columns, real, turn.prompt_width, turn.assistant_start, turn.last_user)
         scopes = {scope for program in turn.programs for scope in program.scopes}
@@ -310,7 +257,10 @@ class Steering:
         self._reached |= {scope for scope, m in masks.items() if bool(m.any())}
         gated = turn.fired.unsqueeze(1)
         self._weights = {scope: m * gated for scope, m in masks.items()}
-        turn.constant = self._weights if decoding else None
+        turn.constant, turn.steps = None, {}
+        if decoding:
+            turn.constant = self._weights
+            turn.steps = {program.site.name: decoding_step(program, self._weights) for program in turn.programs}
 
     def _read_gates(self, site: str, x: Float[Tensor, "rows pos d_model"]) -> None:
         """At prefill: score each row's prompt and fix whether it is steered this turn."""
@@ -351,7 +301,7 @@ class Steering:
         self._spread = Spread(turn.prompt_of, as_index([output_of[i] for i in self._like], x.device))
         return x[turn.prompt_of]
 
-    def _alike(self, turn: _Turn) -> list[int]:
+    def _alike(self, turn: Turn) -> list[int]:
         """For each row the first row that cannot differ from it: one prompt, and one plan or none that acts."""
         acting = {id(plan): None if plan is None or plan.is_identity else plan.digest for plan in self._plans}
         shut = (turn.fired == 0).tolist()
@@ -375,20 +325,25 @@ class Steering:
             return None
         self._visited.add(site)
         turn, tally = self._require_turn()
+        step = turn.steps.get(site)
+        changed = step(x) if step is not None and x.dtype is torch.float32 else self._edit_general(site, x)
+        if changed is not None:
+            tally.pending.append((changed, x))
+            if len(tally.pending) >= FLUSH_EVERY:
+                tally.flush(turn.alive)
+        return changed
+
+    def _edit_general(self, site: str, x: Float[Tensor, "rows pos d_model"]) -> Tensor | None:
+        turn, _ = self._require_turn()
         program = next((p for p in turn.programs if p.site.name == site), None)
-        if program is None:
-            return None
-        delta = program.delta(x, self._weights)
-        tally.pending.append((delta, x))
-        if len(tally.pending) >= FLUSH_EVERY:
-            tally.flush(turn.alive)
-        return x + delta
+        return None if program is None else x + program.delta(x, self._weights)
 
     def _after_pass(self, module: nn.Module, args: Any, output: Any) -> None:
-        missed = ", ".join(site.name for site in self._edit_sites if site.name not in self._visited)
-        if not self._mine():
+        done = len(self._visited) == len(self._edit_sites)
+        if (done and not self._prefill) or not self._mine():
             return
-        if missed:
+        if not done:
+            missed = ", ".join(site.name for site in self._edit_sites if site.name not in self._visited)
             raise SteeringNotAppliedError(f"the model ran, but nothing happened at {missed}")
         self._end_prefill()
 
@@ -415,7 +370,7 @@ class Steering:
                 hint="call generate(..., disable_compile=True), or prepare(lm, ...) before anything is compiled",
             )
 
-    def _require_turn(self) -> tuple[_Turn, _Tally]:
+    def _require_turn(self) -> tuple[Turn, Tally]:
         if self._turn is None or self._tally is None:
             raise SteeringNotAppliedError("a block of the model ran outside a forward pass of its decoder")
         return self._turn, self._tally
@@ -451,30 +406,6 @@ def _receipt(plan: Plan, touched: float, norm: float, score: float, fired: float
     if plan.gate is None:
         return Receipt(plan.name, int(touched), mean)
     return Receipt(plan.name, int(touched), mean, score, bool(fired))
-
-
-def _real(
-    ids: Tensor | None, mask: Tensor | None, n_rows: int, width: int, device: torch.device, pad: int | None
-) -> Bool[Tensor, "rows columns"]:
-    """Which columns hold tokens. Without a 2-D mask (static caches send 4-D ones) a leading run of pads is padding."""
-    if mask is not None:
-        return mask[:, :width].bool()
-    if ids is None or pad is None:
-        return torch.ones(n_rows, width, dtype=torch.bool, device=device)
-    return (ids != pad).cumsum(1) > 0
-
-
-def _columns_real(turn: _Turn, start: int, width: int, mask: Tensor | None) -> Bool[Tensor, "rows pos"]:
-    if start == 0 and mask is not None:
-        return mask[:, :width].bool()
-    if start == 0:
-        grown = torch.ones(len(turn.alive), width, dtype=torch.bool, device=turn.real.device)
-        known = min(width, turn.real.shape[1])
-        grown[:, :known] = turn.real[:, :known]
-        return grown
-    if mask is not None and mask.shape[1] >= start + width:
-        return mask[:, start : start + width].bool()
-    return torch.ones(len(turn.alive), width, dtype=torch.bool, device=turn.real.device)
 
 
 def _resolve_saes(

@@ -128,7 +128,9 @@ class SiteProgram:
 
     @property
     def scopes(self) -> set[str]:
-        return {group.scope for bank in self.banks for group in bank.groups}
+        """The scopes of the edits, dropped error terms among them."""
+        dropped = set(self.dropped.rows_by_scope) if self.dropped else set()
+        return {group.scope for bank in self.banks for group in bank.groups} | dropped
 
 
 def _pool_max(activation: Tensor, content: Tensor) -> Tensor:
@@ -207,15 +209,21 @@ def _groups(
 def _group(operator: str, scope: str, cells: list[tuple[int, int, float]], n_rows: int, like: Tensor) -> Group:
     channels = sorted({channel for _, channel, _ in cells})
     column = {channel: i for i, channel in enumerate(channels)}
-    strengths = torch.zeros(n_rows, 1, len(channels))
-    member = torch.zeros(n_rows, 1, len(channels))
+    strengths = [[0.0] * len(channels) for _ in range(n_rows)]
+    member = [[0.0] * len(channels) for _ in range(n_rows)]
     for row, channel, strength in cells:
-        if member[row, 0, column[channel]]:
+        if member[row][column[channel]]:
             raise PlanError(f"two edits '{operator}' with scope '{scope}' of one plan act on the same channel")
-        strengths[row, 0, column[channel]] = strength
-        member[row, 0, column[channel]] = 1.0
+        strengths[row][column[channel]] = strength
+        member[row][column[channel]] = 1.0
     to = like.device
-    return Group(operator, scope, torch.tensor(channels, device=to), strengths.to(to), member.to(to))
+    return Group(
+        operator,
+        scope,
+        channels=torch.tensor(channels, device=to),
+        strengths=torch.tensor(strengths, device=to).unsqueeze(1),
+        member=torch.tensor(member, device=to).unsqueeze(1),
+    )
 
 
 def _feature_bank(rows: Rows, site: str, sae: FeatureSource) -> Bank:
