@@ -353,6 +353,20 @@ def report(
 
 
 @app.command()
+def check(
+    plan: Annotated[Path, typer.Argument(help="The plan.toml to try.")],
+    model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="Default: the SAE that the plan names.")] = None,
+) -> None:
+    """Try a plan on its model: hooks fire, zero is the identity, the edit is what its formula says."""
+    from clampdown.commands import check as checking
+
+    with _stages().stage("Checking"):
+        checks = checking.run_checks(plan, model, sae)
+    checking.show(checks, console)
+
+
+@app.command()
 def chat(
     plan: Annotated[Path | None, typer.Option("--plan", help="plan.toml to steer with; default: none.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this once and exit.")] = None,

@@ -16,6 +16,7 @@ from clampdown.saes.checkpoints import OpenedSae, open_sae
 from clampdown.steering.arms import BASELINE, Arm, Reply, generate_arms
 from clampdown.steering.plan import read_plan
 from clampdown.steering.program import check_plan
+from clampdown.steering.selftest import require_self_test
 from clampdown.types import ArmKind, Message, Prompt, Receipt, Site
 
 SIDE_BY_SIDE_WIDTH = 72
@@ -50,13 +51,17 @@ class Session:
 def open_session(
     model: str, sae: str | None, plan_file: Path | None, *, system: str | None, max_new_tokens: int
 ) -> Session:
-    """Load what the chat needs. Raises `PlanMismatchError` when the plan was made for something else."""
+    """Load what the chat needs, and try the plan on it.
+
+    Raises `PlanMismatchError` when it was made for something else, `SteeringNotAppliedError` when it does not act.
+    """
     lm = load_model(model)
     if plan_file is None:
         return Session(lm, [], (BASELINE,), system, max_new_tokens)
     plan = read_plan(plan_file)
     saes = [open_sae(sae or ref.name, device=str(lm.device), site=Site.parse(ref.site)) for ref in plan.saes]
     check_plan(plan, lm, {loaded.cfg.site.name: loaded for loaded in saes})
+    require_self_test(lm, plan, saes)
     return Session(lm, saes, (BASELINE, Arm(plan.name, ArmKind.FEATURE, plan)), system, max_new_tokens)
 
 

@@ -408,7 +408,7 @@ def _receipt(plan: Plan, touched: float, norm: float, score: float, fired: float
     return Receipt(plan.name, int(touched), mean, score, bool(fired))
 
 
-def _resolve_saes(
+def resolve_saes(
     plans: Sequence[Plan | None], saes: FeatureSource | Sequence[FeatureSource] | None, device: torch.device
 ) -> dict[str, FeatureSource]:
     """SAEs by site: the ones given, else opened by the name that the plan states, of which only features are read."""
@@ -445,7 +445,7 @@ def steer(
     plan could not act. No hook outlives the block.
     """
     distinct = list({id(p): p for p in (plans if isinstance(plans, Sequence) else [plans])}.values())
-    by_site = _resolve_saes(distinct, saes, lm.device)
+    by_site = resolve_saes(distinct, saes, lm.device)
     for plan in distinct:
         if plan is not None:
             check_plan(plan, lm, by_site)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clampdown.errors import PlanError, PlanMismatchError
 from clampdown.models.loading import LanguageModel
-from clampdown.saes.sae import FeatureSource, Sae, check_features, check_fits
+from clampdown.saes.sae import FeatureSource, FeatureView, Sae, check_features, check_fits
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.plan import Edit, Gate, Plan
 from clampdown.types import Site
@@ -226,10 +226,17 @@ def _group(operator: str, scope: str, cells: list[tuple[int, int, float]], n_row
     )
 
 
+def _wide(sae: FeatureSource, features: Sequence[int]) -> FeatureView:
+    """The features' view in float32 whatever the SAE is stored in: activations are compared with thresholds, and sums
+    in 16 bit land on the wrong side. A top-k view holds the whole encoder, which is left as it is."""
+    view = sae.select(features)
+    return view.to(dtype=torch.float32) if view.architecture.pointwise else view
+
+
 def _feature_bank(rows: Rows, site: str, sae: FeatureSource) -> Bank:
     found = _edits(rows, site, dense=False)
     features = sorted({f for _, _, edit in found for f in edit.features})
-    view = sae.select(features)
+    view = _wide(sae, features)
     entries = [(row, edit, edit.features) for row, _, edit in found]
     groups = _groups(entries, {f: i for i, f in enumerate(features)}, len(rows), view.directions)
     return Bank(view, len(features), groups)
@@ -305,7 +312,7 @@ def _gate_program(rows: Rows, site: str, sae: FeatureSource, device: torch.devic
         bias[row], threshold[row], gated[row] = gate.bias, gate.threshold, True
     return GateProgram(
         site=Site.parse(site),
-        view=sae.select(features),
+        view=_wide(sae, features),
         gated=gated.to(device),
         weights={name: w.to(device) for name, w in weights.items()},
         bias=bias.to(device),
