@@ -1,0 +1,93 @@
+"""The endpoint client against a server that fails in every way an endpoint can."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from clampdown.errors import EndpointDownError, EndpointError
+from clampdown.evaluation.judges.endpoint import ChatClient, Endpoint
+from clampdown.types import Message
+from tests.evaluation.chat_server import ChatServer, Fault, chat_server
+
+ASK = [Message("user", "hello")]
+
+
+def client(server: ChatServer, **settings: object) -> ChatClient:
+    given = {"timeout": 5.0, "retries": 3, "backoff": 0.01, "longest_wait": 0.3, **settings}
+    return ChatClient(Endpoint(server.url, "judge-model", **given))  # type: ignore[arg-type]
+
+
+TRANSIENT = {
+    "rate limit": Fault(429, '{"error": {"message": "slow down"}}', (("Retry-After", "0.05"),)),
+    "rate limit with a date": Fault(429, "", (("Retry-After", "Wed, 21 Oct 2015 07:28:00 GMT"),)),
+    "rate limit with nonsense": Fault(429, "", (("Retry-After", "soon"),)),
+    "server error": Fault(500, "boom"),
+    "overloaded": Fault(503, "<html>busy</html>"),
+    "not JSON": Fault(200, "garbage"),
+    "other JSON": Fault(200, '{"choices": []}'),
+    "no text": Fault(200, '{"choices": [{"message": {"content": null}}]}'),
+    "a list": Fault(200, "[1]"),
+    "cut connection": Fault(body=None),
+    "timeout": Fault(delay=0.5, body="late"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_what_passes_is_retried(name: str) -> None:
+    with chat_server(lambda body: "hi", [TRANSIENT[name]] * 2) as server, client(server, timeout=0.2) as chat:
+        assert chat.complete(ASK) == "hi"
+        assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_what_stays_is_an_error_at_once_with_the_servers_words(status: int) -> None:
+    fault = Fault(status, '{"error": {"message": "no such model"}}')
+    with chat_server(lambda body: "hi", [fault]) as server, client(server) as chat:
+        with pytest.raises(EndpointError, match=rf"HTTP {status}: no such model") as caught:
+            chat.complete(ASK)
+        assert not isinstance(caught.value, EndpointDownError)
+        assert len(server.requests) == 1
+
+
+def test_after_the_last_retry_it_is_down() -> None:
+    with chat_server(lambda body: Fault(503, "busy")) as server, client(server) as chat:
+        with pytest.raises(EndpointDownError, match=r"in 4 attempts: HTTP 503: busy"):
+            chat.complete(ASK)
+        assert len(server.requests) == 4
+
+
+def test_nobody_listening_is_down() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with ChatClient(Endpoint(url, "m", retries=1, backoff=0.01)) as chat, pytest.raises(EndpointDownError):
+        chat.complete(ASK)
+
+
+def test_a_servers_wish_to_wait_is_kept() -> None:
+    fault = Fault(429, "", (("Retry-After", "0.2"),))
+    with chat_server(lambda body: "hi", [fault]) as server, client(server) as chat:
+        chat.complete(ASK)
+        assert server.times[1] - server.times[0] >= 0.2
+
+
+def test_the_request_is_the_apis(monkeypatch: pytest.MonkeyPatch) -> None:
+    with chat_server(lambda body: "hi") as server, client(server) as chat:
+        chat.complete([Message("system", "s"), *ASK], max_tokens=7)
+    assert server.requests == [
+        {
+            "model": "judge-model",
+            "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}],
+            "max_tokens": 7,
+            "temperature": 0.0,
+            "seed": 0,
+        }
+    ]
+
+
+@pytest.mark.parametrize(("url", "model"), [("api.example.com", "m"), ("http://x/v1", "")])
+def test_an_endpoint_needs_an_address_and_a_model(url: str, model: str) -> None:
+    with pytest.raises(EndpointError):
+        Endpoint(url, model)
