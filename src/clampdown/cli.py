@@ -501,6 +501,21 @@ def plan_show(
         console.print("fits its model and SAE")
 
 
+@app.command("judge-agreement")
+def judge_agreement(
+    files: Annotated[list[Path] | None, typer.Argument(help="Further files of labelled replies.")] = None,
+    replies: Annotated[
+        list[Path] | None, typer.Option("--replies", help="CSV or JSONL: prompt, completion, final_label.")
+    ] = None,
+    judge: Annotated[str, typer.Option("--judge", help="The judge to measure, such as 'rules'.")] = "rules",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Measure a judge against human labels: confusion matrix, and kappa with its interval."""
+    from clampdown.commands import judge_agreement as job
+
+    console.print(job.run_agreement(judge, [*(replies or ()), *(files or ())], json_file, _stages()))
+
+
 @organism_app.command("train")
 def organism_train(
     out: Annotated[Path, typer.Option("--out", help="Where the model and its SAEs are written.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -68,10 +69,8 @@ def chat_server(answer: Answer, faults: Sequence[Fault] = (), hold: float = 0.0)
             for name, value in (*said.headers, ("Content-Length", str(len(payload)))):
                 self.send_header(name, value)
             self.end_headers()
-            try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client had stopped waiting
                 self.wfile.write(payload)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the client had stopped waiting
 
         def log_message(self, *_: object) -> None:
             """Quiet."""

@@ -113,7 +113,12 @@ def test_no_reply_can_close_its_tags() -> None:
 
 
 def test_earlier_turns_are_shown_as_what_they_are() -> None:
-    turns = (Message("system", "be kind"), Message("user", "hi"), Message("assistant", "hello"), Message("user", "how?"))
+    turns = (
+        Message("system", "be kind"),
+        Message("user", "hi"),
+        Message("assistant", "hello"),
+        Message("user", "how?"),
+    )
     text = XSTEST.ask(Prompt("p", turns, "s"), REPLY)[-1].content
     assert re.findall(r"<([a-z-]+)-[0-9a-f]{12}>", text) == [
         "system-prompt", "request", "earlier-reply", "request", "reply",
@@ -164,9 +169,9 @@ def test_after_faults_the_findings_are_those_of_a_quiet_run() -> None:
 
 
 def test_a_wrong_key_stops_the_run() -> None:
-    with chat_server(lambda body: Fault(401, '{"error": {"message": "bad key"}}')) as server:
-        with pytest.raises(JudgeError, match="bad key"):
-            list(judge(server).find([Case(prompt(), REPLY)]))
+    denied = Fault(401, '{"error": {"message": "bad key"}}')
+    with chat_server(lambda body: denied) as server, pytest.raises(JudgeError, match="bad key"):
+        list(judge(server).find([Case(prompt(), REPLY)]))
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,14 @@ from collections.abc import Callable, Mapping
 from clampdown.errors import JudgeError
 from clampdown.evaluation.judges.interface import NamedJudge, one_by_one, screened
 from clampdown.evaluation.judges.rules import VERSION, rules_verdict
+from clampdown.evaluation.judges.strings import prefixes, substrings
 from clampdown.types import Judgement, Prompt
 
 Maker = Callable[[str], NamedJudge]
 """Makes a judge from what follows the colon of its spec ("" without one)."""
 
 
-def _rules(argument: str) -> NamedJudge:
-    if argument:
-        raise JudgeError(f"the rules judge takes no argument, got '{argument}'", hint="--judge rules")
-
+def _rules() -> NamedJudge:
     def judge(prompt: Prompt, reply: str) -> Judgement:
         verdict, why = rules_verdict(reply, prompt.text)
         return Judgement(verdict, detail=why)
@@ -34,7 +32,23 @@ def _llm(argument: str) -> NamedJudge:
     return parse_llm(argument)
 
 
-JUDGES: dict[str, Maker] = {"rules": _rules, "llm": _llm}
+def _plain(name: str, make: Callable[[], NamedJudge]) -> Maker:
+    """A judge without an argument."""
+
+    def maker(argument: str) -> NamedJudge:
+        if argument:
+            raise JudgeError(f"the judge '{name}' takes no argument, got '{argument}'", hint=f"--judge {name}")
+        return make()
+
+    return maker
+
+
+JUDGES: dict[str, Maker] = {
+    "rules": _plain("rules", _rules),
+    "llm": _llm,
+    "substrings": _plain("substrings", substrings),
+    "prefixes": _plain("prefixes", prefixes),
+}
 
 
 def make_judge(spec: str, more: Mapping[str, Maker] | None = None) -> NamedJudge:
