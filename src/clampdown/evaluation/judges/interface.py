@@ -38,13 +38,14 @@ class Finding:
 class NamedJudge:
     """A judge under its name. `find` yields one finding per case, in any order, as they become known.
 
-    `model` is the language model that judges, if one does: it may not be the one under test.
+    `model` (and the `revision` of its weights) is the language model that judges, if one does.
     Called with one prompt and reply it is a `types.Judge`; then a judge that cannot be reached raises.
     """
 
     name: str
     find: Callable[[Sequence[Case]], Iterator[Finding]] = field(repr=False)
     model: str | None = None
+    revision: str | None = None
 
     def __call__(self, prompt: Prompt, reply: str) -> Judgement:
         """Judge one reply. Raises `JudgeUnreachableError` when there is no judgement to be had now."""
@@ -81,7 +82,7 @@ def screened(judge: NamedJudge) -> NamedJudge:
             for finding in judge.find([cases[index] for index in left]):
                 yield Finding(left[finding.index], finding.judgement, finding.problem)
 
-    return NamedJudge(judge.name, find, judge.model)
+    return NamedJudge(judge.name, find, judge.model, judge.revision)
 
 
 def check_not_under_test(judge: NamedJudge, *names: str) -> None:
@@ -91,8 +92,8 @@ def check_not_under_test(judge: NamedJudge, *names: str) -> None:
     """
     if judge.model is None:
         return
-    judged = {_plain_name(name) for name in names}
-    if {_plain_name(judge.model), _plain_name(judge.model.partition(":")[0])} & judged:
+    own = (judge.model, judge.model.partition(":")[0], judge.revision or judge.model)
+    if {_plain_name(name) for name in own} & {_plain_name(name) for name in names}:
         raise JudgeError(
             f"'{judge.model}' would judge its own replies", hint="choose another judge: a model finds itself right"
         )

@@ -32,6 +32,12 @@ def _llm(argument: str) -> NamedJudge:
     return parse_llm(argument)
 
 
+def _wildguard(argument: str) -> NamedJudge:
+    from clampdown.evaluation.judges.wildguard import wildguard  # only this judge needs torch
+
+    return wildguard(argument)
+
+
 def _plain(name: str, make: Callable[[], NamedJudge]) -> Maker:
     """A judge without an argument."""
 
@@ -45,6 +51,7 @@ def _plain(name: str, make: Callable[[], NamedJudge]) -> Maker:
 
 JUDGES: dict[str, Maker] = {
     "rules": _plain("rules", _rules),
+    "wildguard": _wildguard,
     "llm": _llm,
     "substrings": _plain("substrings", substrings),
     "prefixes": _plain("prefixes", prefixes),
