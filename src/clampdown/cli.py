@@ -28,6 +28,8 @@ organism_app = typer.Typer(no_args_is_help=True, help="Train and measure the emb
 app.add_typer(organism_app, name="organism")
 features_app = typer.Typer(no_args_is_help=True, help="Look at features that were found.")
 app.add_typer(features_app, name="features")
+suites_app = typer.Typer(no_args_is_help=True, help="The public suites that can be loaded.")
+app.add_typer(suites_app, name="suites")
 
 
 plan_app = typer.Typer(no_args_is_help=True, help="Make a plan by hand, and see what a plan does.")
@@ -514,6 +516,24 @@ def judge_agreement(
     from clampdown.commands import judge_agreement as job
 
     console.print(job.run_agreement(judge, [*(replies or ()), *(files or ())], json_file, _stages()))
+
+
+@suites_app.command("list")
+def suites_list() -> None:
+    """All public suites with their licences and sizes."""
+    from clampdown.commands import suites
+
+    console.print(suites.listed())
+
+
+@suites_app.command("show")
+def suites_show(
+    suite: Annotated[str, typer.Argument(help="NAME, NAME=FILE or FILE.")],
+) -> None:
+    """Where a suite comes from; with a file, what it holds."""
+    from clampdown.commands import suites
+
+    console.print(suites.shown(suite))
 
 
 @organism_app.command("train")
