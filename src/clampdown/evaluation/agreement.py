@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from clampdown.errors import PromptSetError
-from clampdown.evaluation.metrics import CONFIDENCE, NO_DATA
+from clampdown.evaluation.intervals import CONFIDENCE
 from clampdown.evaluation.rows import Row, read_rows
 from clampdown.types import Interval, Message, Prompt, Verdict
 
@@ -101,7 +101,7 @@ def _interval(counts: np.ndarray, seed: int) -> Interval:
     n = int(counts.sum())
     value = float(kappa(counts.sum(0))) if n else float("nan")
     if not np.isfinite(value):
-        return Interval(None, None, None, n) if n else NO_DATA
+        return Interval(None, None, None, n)
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=DRAWS)
     drawn = kappa(np.tensordot(weights, counts, axes=1))
