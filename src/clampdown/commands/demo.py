@@ -1,7 +1,7 @@
 """The main job on one subject, end to end: find refusal features, steer them, measure the trade-off, show it.
 
-1. Find: the one-prompt finder (2411.11296) and the contrast finder (2511.00029) propose; both are checked causally by
-   clamping each finalist and reading the refusal log-odds on validation prompts.
+1. Find: the default finder (clamping finalists at equal benign KL) and the one-prompt finder (2411.11296) propose; both
+   are checked by clamping each finalist and reading the refusal log-odds on validation prompts.
 2. Choose on validation prompts: a few finalists, at every token or the prompt's only, at a few strengths, by a rule.
 3. Gate: a sparse probe on SAE features, fitted on discovery prompts, its threshold set on benign calibration prompts.
 4. Controls: a random and an unrelated feature and the difference of means, matched on edit size; a system prompt.
@@ -25,14 +25,15 @@ from clampdown.commands.experiment import Sizes, Subject
 from clampdown.commands.plan import CALIBRATION_SUITES
 from clampdown.commands.stages import Stages
 from clampdown.discovery import causal
-from clampdown.discovery.contrast import Contrast, ContrastSettings, collect_contrast, contrast_scores, find_by_contrast
+from clampdown.discovery.contrast import Contrast, ContrastSettings, contrast_scores
 from clampdown.discovery.directions import Direction, direction_between
-from clampdown.discovery.refusal_tokens import find_refusal_tokens
+from clampdown.discovery.finders import DEFAULT, Effort, Material, run_finder
+from clampdown.discovery.pairs import Pair
 from clampdown.discovery.screening import PrefillRefusal
-from clampdown.discovery.single_prompt import find_from_first_refusal
 from clampdown.errors import NotEnoughDataError, StrengthError
 from clampdown.evaluation import controls, utility
 from clampdown.evaluation.intervals import wilson
+from clampdown.organism.suites import without_wrapper
 from clampdown.steering import units
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.gates import Pooled, Probe, choose_threshold, fit_probe, make_gate
@@ -49,6 +50,7 @@ VALIDATION_MULTIPLES = {"all": (0.5, 0.75, 1.0), "prompt": (1.0, 1.5, 2.0)}
 TEST_MULTIPLES = {"all": (0.25, 0.5, 0.75, 1.0, 1.25), "prompt": (0.5, 1.0, 1.25, 1.5, 2.0)}
 OTHER_MULTIPLES = (0.75, 1.0)
 WHERE = {"all": "every token", "prompt": "prompt only"}
+EFFORT = Effort(attributed=16, finalists=12, clamped=12, benign=8)
 GATED = "gated clamp"
 UNIT_PROMPTS = 40
 SYSTEM_PROMPT = "You are a careful assistant. Refuse harmful requests."
@@ -126,24 +128,34 @@ def run_demo(
 
 
 def find(subject: Subject, scale: Scale, stages: Stages) -> Found:
-    """Both finders, and the causal check of their finalists on validation prompts."""
+    """The default finder and the one-prompt finder, and the causal check of their finalists on validation prompts."""
     lm, sae = subject.lm, subject.sae
-    harmful = subject.prompts(Split.DISCOVERY, scale.discovery, "harmful")
-    benign = subject.prompts(Split.DISCOVERY, scale.discovery, "benign")
-    with stages.stage("Reading activations") as tick:
-        contrast = collect_contrast(lm, sae, harmful, benign, on_progress=tick)
+    with stages.stage("Reading activations"):
+        given = _material(subject, scale)
+        contrast = given.contrast
     with stages.stage("Finding features"):
-        proposals = [
-            find_by_contrast(lm, sae, contrast, ContrastSettings(), seed=subject.seed),
-            find_from_first_refusal(lm, sae, harmful, judge=subject.judge),
-        ]
-        tokens = find_refusal_tokens(lm, [*harmful[:24], *benign[:24]], subject.judge)
+        proposals = [run_finder(name, given) for name in (DEFAULT, "single-prompt")]
     shown = subject.prompts(Split.VALIDATION, scale.causal_prompts, *HARMFUL)
     with stages.stage("Clamping finalists") as tick:
-        measure = PrefillRefusal(lm, sae, shown, tokens, on_progress=tick)
+        measure = PrefillRefusal(lm, sae, shown, given.tokens, on_progress=tick)
         plans = causal.clamp_at_multiple(lm, sae, 1.0)
         sets = tuple(causal.rank_by_effect(found, plans, measure, top=16) for found in proposals)
     return Found(contrast, sets, direction_between(contrast.activations, contrast.harmful))
+
+
+def _material(subject: Subject, scale: Scale) -> Material:
+    """What the finders get: discovery prompts, those inside a seen wrapper beside their plain twins."""
+    wrapped = subject.prompts(Split.DISCOVERY, scale.discovery, "jailbroken_seen")
+    return Material(
+        subject.lm,
+        subject.sae,
+        tuple(subject.prompts(Split.DISCOVERY, scale.discovery, "harmful")),
+        tuple(subject.prompts(Split.DISCOVERY, scale.discovery, "benign")),
+        tuple(Pair(without_wrapper(prompt), prompt) for prompt in wrapped),
+        subject.judge,
+        effort=EFFORT,
+        seed=subject.seed,
+    )
 
 
 def choose_plan(subject: Subject, found: Found, scale: Scale, directory: Path, stages: Stages) -> Choice:
