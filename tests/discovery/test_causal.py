@@ -24,6 +24,7 @@ from clampdown.errors import NotEnoughDataError, PromptSetError
 from clampdown.models.chat import encode
 from clampdown.models.generation import next_token_logits
 from clampdown.steering.hooks import steer
+from clampdown.types import ScoreSource
 
 TOKENS = RefusalTokens((10, 11), 1.0, 0.0, 1, 1)
 
@@ -80,7 +81,10 @@ def test_finalists_are_tested_and_the_rest_keep_their_order(found, lm, sae):
         asked.extend(plan.edits[0].features[0] for plan in plans)
         return [float(i) for i in range(len(plans))]
 
-    ranked = rank_by_effect(found, clamp_at_multiple(lm, sae, 1.5), measure, score=REFUSAL_GAIN, top=4)
+    source = ScoreSource("clamp", found.site, dataclasses.replace(found.provenance, prompts_hash="others"), n=3)
+    plans = clamp_at_multiple(lm, sae, 1.5)
+    ranked = rank_by_effect(found, plans, measure, score=REFUSAL_GAIN, top=4, source=source)
+    assert ranked.source(REFUSAL_GAIN) == source and ranked.source("composite").finder == found.finder
     assert tuple(asked) == found.ranking[:4]
     assert ranked.ranking == (*reversed(found.ranking[:4]), *found.ranking[4:])
     assert REFUSAL_GAIN not in ranked.features[4].scores

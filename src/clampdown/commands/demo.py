@@ -40,7 +40,7 @@ from clampdown.steering.gates import Pooled, Probe, choose_threshold, fit_probe,
 from clampdown.steering.plan import Edit, Gate, Plan, write_plan
 from clampdown.store import write_feature_set
 from clampdown.tradeoff.sweep import Choice, Rule, candidates, choose, sweep_arms
-from clampdown.types import ArmKind, FeatureScore, FeatureSet, Interval, Prompt, Record, Split
+from clampdown.types import ArmKind, FeatureScore, FeatureSet, Interval, Prompt, Record, ScoreSource, Split
 
 HARMFUL = ("harmful", "jailbroken_seen", "multi_turn")
 HARMLESS = ("benign", "borderline", "about_harm", "facts", "arithmetic", "instructions", "misconceptions")
@@ -110,7 +110,7 @@ def run_demo(
         raise NotEnoughDataError("no feature raised refusals on validation prompts without breaking the model")
     with stages.stage("Calibrating the gate"):
         chosen = in_all_units(subject, choice.chosen.arm)
-        gated = gate_plan(subject, chosen.plan or _no_plan(), scale, gate or GateChoice())
+        gated = gate_plan(subject, _plan_of(chosen), scale, gate or GateChoice())
     arms, notes = build_arms(subject, found, chosen, gated, scale, stages)
     for feature_set in _with_gain(found, choice):
         write_feature_set(out / "features" / f"{feature_set.finder}.json", feature_set)
@@ -139,7 +139,8 @@ def find(subject: Subject, scale: Scale, stages: Stages) -> Found:
     with stages.stage("Clamping finalists") as tick:
         measure = PrefillRefusal(lm, sae, shown, given.tokens, on_progress=tick)
         plans = causal.clamp_at_multiple(lm, sae, 1.0)
-        sets = tuple(causal.rank_by_effect(found, plans, measure, top=16) for found in proposals)
+        source = ScoreSource("clamp at its maximum", sae.cfg.site.name, subject.provenance(shown), n=len(shown))
+        sets = tuple(causal.rank_by_effect(found, plans, measure, top=16, source=source) for found in proposals)
     return Found(contrast, sets, direction_between(contrast.activations, contrast.harmful))
 
 
@@ -233,7 +234,7 @@ def build_arms(
     subject: Subject, found: Found, chosen: Arm, gated: Plan, scale: Scale, stages: Stages
 ) -> tuple[list[Arm], dict[str, Any]]:
     """All columns of the experiment, and how the controls were matched."""
-    plan = chosen.plan or _no_plan()
+    plan = _plan_of(chosen)
     feature = plan.edits[0].features[0]
     unit = _unit(found, feature)
     scope, strength = plan.edits[0].scope, chosen.strength
@@ -329,12 +330,15 @@ def _scoped(edit: Edit, scope: str) -> Edit:
     return edit.model_copy(update={"scope": scope})
 
 
-def _no_plan() -> Plan:
-    raise NotEnoughDataError("the chosen arm has no plan")
+def _plan_of(arm: Arm) -> Plan:
+    """What an arm steers with. Raises `NotEnoughDataError` for one that does not steer."""
+    if arm.plan is None:
+        raise NotEnoughDataError(f"the chosen arm, '{arm.name}', does not steer")
+    return arm.plan
 
 
 def _chosen_facts(chosen: Arm, arms: Sequence[Arm], rule: Rule) -> dict[str, Any]:
-    edit = (chosen.plan or _no_plan()).edits[0]
+    edit = _plan_of(chosen).edits[0]
     group = _curve_group(edit.scope)
     shown_as = next(arm.name for arm in arms if arm.group == group and arm.strength == chosen.strength)
     return {

@@ -17,7 +17,7 @@ from clampdown.errors import NotEnoughDataError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef
-from clampdown.types import FeatureScore, FeatureSet
+from clampdown.types import FeatureScore, FeatureSet, ScoreSource
 
 REFUSAL_LOG_ODDS = "clamp_refusal_log_odds"
 REFUSAL_GAIN = "clamp_refusal_gain"
@@ -49,16 +49,19 @@ def clamp_at_norm(lm: LanguageModel, sae: Sae, length: float, scope: str = "all"
     return lambda found: clamp_plan(lm, sae, found.feature, length / float(lengths[found.feature]), scope)
 
 
-def merge_effects(found: FeatureSet, effects: Mapping[int, float], score: str) -> FeatureSet:
+def merge_effects(
+    found: FeatureSet, effects: Mapping[int, float], score: str, source: ScoreSource | None = None
+) -> FeatureSet:
     """The set with `effects` (feature -> value) added as a score and ranked by it; untested features follow in their
-    old order."""
+    old order. `source` says where the effects come from, which is rarely where the set does."""
     scored = tuple(
         dataclasses.replace(f, scores={**f.scores, score: effects[f.feature]}) if f.feature in effects else f
         for f in found.features
     )
     tested = sorted((f for f in scored if f.feature in effects), key=lambda f: -effects[f.feature])
     rest = [f for f in scored if f.feature not in effects]
-    return dataclasses.replace(found, features=(*tested, *rest), ranked_by=score)
+    sources = found.sources if source is None else {**found.sources, score: source}
+    return dataclasses.replace(found, features=(*tested, *rest), ranked_by=score, sources=sources)
 
 
 def rank_by_effect(
@@ -68,6 +71,7 @@ def rank_by_effect(
     *,
     score: Literal["clamp_refusal_log_odds", "clamp_refusal_gain"] | str = REFUSAL_LOG_ODDS,
     top: int | None = None,
+    source: ScoreSource | None = None,
 ) -> FeatureSet:
     """Clamp the set's first `top` candidates (default: all) and rank them by their measured effect, largest first.
 
@@ -78,4 +82,4 @@ def rank_by_effect(
         raise NotEnoughDataError(f"the finder '{found.finder}' proposed no features to test")
     effects = measure([make_plan(candidate) for candidate in candidates])
     by_feature = {c.feature: float(e) for c, e in zip(candidates, effects, strict=True)}
-    return merge_effects(found, by_feature, score)
+    return merge_effects(found, by_feature, score, source)
