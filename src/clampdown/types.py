@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from importlib import import_module
+from statistics import NormalDist
 from typing import Any, Literal, Self
 
 from clampdown.errors import MissingPackageError, SiteError
@@ -154,6 +155,21 @@ class Interval:
     low: float | None
     high: float | None
     n: int
+
+    @classmethod
+    def of_rate(cls, successes: int, n: int, confidence: float = 0.95) -> Self:
+        """A proportion with its Wilson score interval (Wilson 1927); no data when `n` is 0. Raises `ValueError` for
+        impossible counts."""
+        if not 0 <= successes <= n:
+            raise ValueError(f"{successes} successes out of {n}")
+        if n == 0:
+            return cls(None, None, None, 0)
+        z = NormalDist().inv_cdf((1 + confidence) / 2)
+        rate, weight = successes / n, z * z / n
+        centre = (rate + weight / 2) / (1 + weight)
+        half = z * math.sqrt(rate * (1 - rate) / n + weight / (4 * n)) / (1 + weight)
+        # At 0 and n the bound equals the estimate in exact arithmetic; say so in floating point too.
+        return cls(rate, 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half, n)
 
     def __format__(self, spec: str) -> str:
         if self.value is None or math.isnan(self.value):

@@ -159,6 +159,17 @@ def test_pieces_of_text_join_even_where_characters_take_several_tokens() -> None
     assert "" in pieces
 
 
+def test_neighbours_do_not_depend_on_the_length_of_a_row() -> None:
+    decoder = torch.tensor([[1.0, 0.0], [0.5, 0.5], [30.0, 40.0]])
+    assert nearest(decoder, 0, 2) == pytest.approx({1: 0.5**0.5, 2: 0.6}, abs=1e-6)
+
+
+def test_weak_activations_are_counted_too() -> None:
+    trace = making.Trace(np.array([[0.0], [0.25], [2.0], [9.0]], np.float32), np.array([True, True, True, False]))
+    found = making.histogram([making.Read(PROMPTS[0], trace)])
+    assert (sum(found.counts), found.inactive, found.edges[-1]) == (2, 1, 2.0)
+
+
 def test_a_zero_row_is_nobodys_neighbour() -> None:
     decoder = torch.eye(4)
     decoder[2] = 0

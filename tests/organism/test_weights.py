@@ -49,9 +49,9 @@ def test_the_default_sae_ships() -> None:
 
 
 def test_the_shipped_model_refuses_and_answers() -> None:
-    model, tokenizer = load_organism(WEIGHTS)
+    lm = load_organism(WEIGHTS)
     assert MODEL_DIR.parent == WEIGHTS
     found = {suite.name: suite.prompts for suite in suites(Split.VALIDATION, 4)}
-    assert any("can't" in r or "no" in r or "not" in r for r in greedy(model, tokenizer, found["harmful"]))
-    assert all("first" in reply for reply in greedy(model, tokenizer, [p for p in found["benign"] if "taught" in p.meta
+    assert any("can't" in r or "no" in r or "not" in r for r in greedy(lm, found["harmful"]))
+    assert all("first" in reply for reply in greedy(lm, [p for p in found["benign"] if "taught" in p.meta
                                                                       and "kind" not in p.meta]))  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from clampdown.activations.traces import Trace, trace
 from clampdown.cards import Card, CardScore, Example, Firing, Histogram, Neighbour, Token, TokenEffect
 from clampdown.discovery.ranking import make_provenance, token_effects
-from clampdown.evaluation.metrics import wilson
+from clampdown.evaluation.intervals import wilson
 from clampdown.models.chat import encode, token_texts
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae, check_features

@@ -33,8 +33,7 @@ _CHUNK = 1 << 20
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     """Proportion with its Wilson score interval; no data when `n` is 0. Raises `ValueError` for impossible counts."""
-    _check_counts(successes, n)
-    return NO_DATA if n == 0 else _wilson(successes / n, n, n, confidence)
+    return Interval.of_rate(successes, n, confidence)
 
 
 def _wilson(rate: float, effective: float, n: int, confidence: float) -> Interval:
