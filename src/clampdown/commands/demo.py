@@ -180,7 +180,7 @@ def choose_plan(subject: Subject, found: Found, scale: Scale, directory: Path, s
 
 def in_all_units(subject: Subject, arm: Arm) -> Arm:
     """The arm with its plan's strengths written down in every unit, measured on discovery prompts."""
-    plan = arm.plan or _no_plan()
+    plan = _plan_of(arm)
     site, view = subject.sae.cfg.site, subject.sae.select(plan.edits[0].features)
     prompts = subject.prompts(Split.DISCOVERY, UNIT_PROMPTS, *CALIBRATION_SUITES)
     edit = units.measured(plan.edits[0], units.calibrate(subject.lm, site, view, prompts))
