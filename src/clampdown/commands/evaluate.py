@@ -326,6 +326,8 @@ def _extra(evaluation: Evaluation, request: Request) -> dict[str, Any]:
     """Further keys of the summary: the split, and the controls' table."""
     plan = evaluation.plans[0].name if evaluation.plans else None
     extra: dict[str, Any] = {"split": request.split, "strength_unit": "raw activation"}
+    if evaluation.plans:
+        extra["chosen"] = {"gated_arm" if evaluation.plans[0].gate else "arm": plan}
     if evaluation.controls:
         rows = {
             control.name: {

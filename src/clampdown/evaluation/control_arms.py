@@ -169,7 +169,7 @@ class _Bench:
         if found is None or added.plan is None:
             return Control(name, None, self.goal, note=added.note or "no prompts to take a condition from")
         plan = Plan.model_validate({**dict(added.plan), "gate": found.gate, "saes": (found.ref,), "name": name})
-        arm = Arm(name, ArmKind.GATED, plan, plan.edits[0].strengths[0], group=GROUP)
+        arm = Arm(name, ArmKind.CONTROL, plan, plan.edits[0].strengths[0], group=GROUP)
         note = f"gate by mean cosine with a condition vector, F1 {found.f1:.2f} on the prompts it was chosen on"
         return Control(name, arm, self.goal, added.reached, added.factor, note)
 
