@@ -117,7 +117,7 @@ def with_activity(lm: LanguageModel, sae: Sae, active: int) -> Sae:
 def make_prompts(n: int) -> list[Prompt]:
     """Lengths like those of chat prompts: most are short, a few are ten times as long."""
     rng = np.random.default_rng(0)
-    words = ["how", "do", "i", "make", "a", "loaf", "of", "bread", "for", "two", "people", "and", "what", "is", "the", "best", "way", "to", "keep", "it"]
+    words = ["how", "do", "i", "bake", "a", "loaf", "of", "bread", "for", "two"]
     lengths = np.exp(rng.normal(math.log(40), 0.7, n)).clip(6, 300).astype(int)
     texts = [" ".join(rng.choice(words, size=length)) for length in lengths]
     return [Prompt(f"p{i}", (Message("user", text),), "benign") for i, text in enumerate(texts)]

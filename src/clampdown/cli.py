@@ -100,6 +100,7 @@ def discover(
     refine: Annotated[bool, typer.Option("--refine", help="Refine what was found into plan.toml.")] = False,
     set_size: Annotated[int, typer.Option("--set-size", min=1, help="Refine to at most this many features.")] = 1,
     scan: Annotated[bool, typer.Option("--scan", help="Scan every layer and SAE instead of ranking features.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     model: ModelOption = ORGANISM,
     sae: SaeOption = ORGANISM,
     seed: SeedOption = 0,
@@ -124,6 +125,9 @@ def discover(
         seed=seed,
     )
     stages = _stages()
+    if dry_run:
+        job.dry_run(model, sae, request, stages)
+        return
     if scan:
         console.print(job.scan_table(job.run_scan(model, sae, request, out, stages)))
         return

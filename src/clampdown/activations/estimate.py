@@ -25,7 +25,7 @@ from clampdown.activations.stream import Pass, Reading, pool_features
 from clampdown.models.chat import pad_left
 from clampdown.types import Point
 
-PROBE_FLOPS = 1e10
+PROBE_FLOPS = 4e9
 ACTIVE_PER_TOKEN = 64
 """Features assumed to fire on a token when none could be counted: SAEs are trained to between 30 and 150."""
 
@@ -79,6 +79,32 @@ def estimate_pass(job: Pass, speed: Speed | None = None) -> Estimate:
         memory_bytes=_working_set(job, speed.entries_per_prompt),
         disk_bytes=round(entries * ENTRY_BYTES + work.prompts * residuals),
     )
+
+
+def describe(found: Estimate) -> str:
+    """The estimate in words, for people who are about to wait."""
+    work, speed = found.work, found.speed
+    flops, rate = work.forward_flops + work.encode_flops, min(speed.forward, speed.encode or speed.forward)
+    return (
+        f"{work.prompts:,} prompts, {work.padded_tokens:,} tokens through {work.blocks_run} blocks, "
+        f"{work.encoded_tokens:,} encoded: {flops / 1e12:.3g} TFLOP\n"
+        f"about {_duration(found.seconds)} at {rate / 1e9:.3g} GFLOP/s or more ({speed.source})\n"
+        f"about {_size(found.memory_bytes)} of memory beyond the weights, {_size(found.disk_bytes)} on disk"
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
 
 
 def count_work(job: Pass) -> Work:
@@ -142,8 +168,8 @@ def _working_set(job: Pass, entries_per_prompt: float) -> int:
     tokens = max(job.padded_tokens(number) for number in range(len(job.batches)))
     rows = max(len(batch) for batch in job.batches)
     width = max(len(ids) for ids in job.encoded)
-    inner = 3 * getattr(config, "intermediate_size", None) if getattr(config, "intermediate_size", None) else 0
-    per_token = (6 * job.lm.d_model + (inner or 12 * job.lm.d_model)) * job.lm.dtype.itemsize
+    inner: int = getattr(config, "intermediate_size", None) or 4 * job.lm.d_model
+    per_token = (6 * job.lm.d_model + 3 * inner) * job.lm.dtype.itemsize
     mask = tokens * width * 4
     dense = 2 * tokens * job.lm.d_model * 4 if any(reading.dense for reading in job.readings) else 0
     codes = [
@@ -172,8 +198,8 @@ def assumed_speed(job: Pass) -> Speed:
             per_prompt = ACTIVE_PER_TOKEN * (1 if one_token else sum(tokens) / len(tokens))
             entries += min(per_prompt, reading.sae.cfg.d_sae)
     source = (
-        f"assumed: no weights to try, so this machine's {str(dtype).removeprefix('torch.')} matrix product, and at most "
-        f"{ACTIVE_PER_TOKEN} active features a token"
+        f"assumed, as there are no weights to try: this machine's {str(dtype).removeprefix('torch.')} matrix product, "
+        f"and at most {ACTIVE_PER_TOKEN} active features a token"
     )
     return Speed(flops, flops, entries, source)
 

@@ -10,6 +10,10 @@ from typing import TypeVar
 
 from rich.table import Table
 
+from clampdown.activations.collect import collect_to
+from clampdown.activations.estimate import Estimate, describe, estimate_pass
+from clampdown.activations.store import ActivationStore
+from clampdown.activations.stream import Pass
 from clampdown.commands.experiment import load_pair
 from clampdown.commands.judging import judge_named
 from clampdown.commands.refining import Refinement, refine_found
@@ -21,10 +25,10 @@ from clampdown.discovery.layers import LayerScore, scan_layers
 from clampdown.discovery.pairs import Pair, pair_by_id
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.suites import read_suites
-from clampdown.models.loading import LanguageModel
-from clampdown.saes.checkpoints import load_sae
-from clampdown.saes.sae import Sae, check_fits
-from clampdown.store import write_feature_set, write_json
+from clampdown.models.loading import LanguageModel, has_weights, load_shape
+from clampdown.saes.checkpoints import load_sae, open_sae
+from clampdown.saes.sae import Sae, check_fits, shape_only
+from clampdown.store import content_hash, write_feature_set, write_json
 from clampdown.types import FeatureSet, Judge, Message, Prompt, Split
 
 DISCOVERY_PROMPTS, CHECK_PROMPTS, CHECKED = 160, 16, 24
@@ -89,7 +93,9 @@ def run_discover(model: str, sae: str, request: Request, out: Path, stages: Stag
         lm, loaded = load_pair(model, sae)
     prompts = _prompts(model, request)
     relay = _Relay()
-    given = _material(lm, loaded, prompts, request, relay)
+    given = dataclasses.replace(
+        _material(lm, loaded, prompts, request, relay), run=lambda job: run_pass(job, out, relay, stages)
+    )
     found = [_find(given, name, request, stages, relay) for name in request.finders]
     written = []
     for feature_set in found:
@@ -206,6 +212,27 @@ def _split(prompts: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...]]:
 
 def _all_prompts(path: Path, *, harmful: bool) -> tuple[Prompt, ...]:
     return tuple(prompt for suite in read_suites(path, harmful=harmful) for prompt in suite.prompts)
+
+
+def run_pass(job: Pass, out: Path, tick: Tick, stages: Stages) -> ActivationStore:
+    """Say what the pass will take, then run it in a directory of its own under `out`: a repeated command resumes it."""
+    stages.console.print(describe(estimate_pass(job)), highlight=False)
+    found = collect_to(job, out / "activations" / content_hash(job.key), tick)
+    assert found is not None, "all batches were asked for"
+    return found
+
+
+def dry_run(model: str, sae: str, request: Request, stages: Stages) -> Estimate:
+    """What the contrast's pass would take. A model or SAE of which only the shape is there is enough."""
+    with stages.stage("Loading"):
+        if has_weights(model):
+            lm, loaded = load_pair(model, sae)
+        else:
+            lm, loaded = load_shape(Path(model)), shape_only(open_sae(sae).cfg)
+    prompts = _prompts(model, request)
+    found = estimate_pass(_material(lm, loaded, prompts, request, _Relay()).planned)
+    stages.console.print(describe(found), highlight=False)
+    return found
 
 
 def scan_table(rows: Sequence[LayerScore]) -> Table:

@@ -26,7 +26,7 @@ from scipy.sparse import csr_array
 from clampdown.activations.collect import Progress, collect
 from clampdown.activations.statistics import Moments
 from clampdown.activations.store import ActivationStore
-from clampdown.activations.stream import Budget, plan_pass, read_sae
+from clampdown.activations.stream import Budget, Pass, plan_pass, read_sae
 from clampdown.discovery.directions import direction_between
 from clampdown.discovery.ranking import Finding, build_feature_set, make_provenance
 from clampdown.discovery.separation import d_prime, separate
@@ -68,6 +68,11 @@ class Contrast:
     activations: ActivationStore
     harmful: Bool[np.ndarray, " prompts"]
 
+    @classmethod
+    def of(cls, activations: ActivationStore, n_harmful: int) -> Contrast:
+        """A pass whose first `n_harmful` prompts are the harmful ones."""
+        return cls(activations, np.arange(len(activations.prompts)) < n_harmful)
+
     @property
     def prompts(self) -> tuple[Prompt, ...]:
         return self.activations.prompts
@@ -89,6 +94,20 @@ class Contrast:
         return first
 
 
+def plan_contrast(
+    lm: LanguageModel,
+    sae: Sae,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    poolings: Sequence[str] = ("assistant_start", "max"),
+    budget: Budget | None = None,
+) -> Pass:
+    """The pass over both sets, harmful prompts first. Raises `PromptSetError` when either is empty."""
+    if not harmful or not harmless:
+        raise PromptSetError("a contrast needs prompts of both kinds", hint="label some harmful and some harmless")
+    return plan_pass(lm, [read_sae(sae, *poolings, dense=("assistant_start",))], [*harmful, *harmless], budget)
+
+
 def collect_contrast(
     lm: LanguageModel,
     sae: Sae,
@@ -99,12 +118,9 @@ def collect_contrast(
     budget: Budget | None = None,
     on_progress: Progress | None = None,
 ) -> Contrast:
-    """One pass over both sets, in memory. Raises `PromptSetError` when either is empty."""
-    if not harmful or not harmless:
-        raise PromptSetError("a contrast needs prompts of both kinds", hint="label some harmful and some harmless")
-    reading = read_sae(sae, *poolings, dense=("assistant_start",))
-    job = plan_pass(lm, [reading], [*harmful, *harmless], budget)
-    return Contrast(collect(job, on_progress), np.arange(len(job.prompts)) < len(harmful))
+    """One pass over both sets, in memory. Raises as `plan_contrast`."""
+    job = plan_contrast(lm, sae, harmful, harmless, poolings, budget)
+    return Contrast.of(collect(job, on_progress), len(harmful))
 
 
 def _over_largest(values: PerFeature) -> PerFeature:

@@ -15,21 +15,22 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from jaxtyping import Float
 
 from clampdown.activations.collect import Progress, collect
-from clampdown.activations.stream import plan_pass, read_sae
+from clampdown.activations.store import ActivationStore
+from clampdown.activations.stream import Pass, plan_pass, read_sae
 from clampdown.discovery import causal
 from clampdown.discovery.contrast import (
     Contrast,
     ContrastSettings,
     best_first,
-    collect_contrast,
     contrast_scores,
     eligible_features,
+    plan_contrast,
 )
 from clampdown.discovery.gradients import STEPS, Attribution, attribute
 from clampdown.discovery.output_score import NEUTRAL, output_scores
@@ -68,6 +69,7 @@ class Material:
 
     `pairs` are requests with and without a jailbreak wrapper. `judge` tells this model's refusals; without it the
     refusal tokens are not known. `only` is the prompt for the single-prompt finder (None: the first that is refused).
+    `run` says how the pass over the prompts is made, for example into a directory (None: in memory).
     """
 
     lm: LanguageModel
@@ -81,11 +83,18 @@ class Material:
     effort: Effort = field(default_factory=Effort)
     seed: int = 0
     on_progress: Progress | None = None
+    run: Callable[[Pass], ActivationStore] | None = None
+
+    @property
+    def planned(self) -> Pass:
+        """The pass over both prompt sets that `contrast` makes."""
+        poolings = tuple(dict.fromkeys((self.settings.pooling, "max")))
+        return plan_contrast(self.lm, self.sae, self.harmful, self.harmless, poolings)
 
     @cached_property
     def contrast(self) -> Contrast:
-        poolings = tuple(dict.fromkeys((self.settings.pooling, "max")))
-        return collect_contrast(self.lm, self.sae, self.harmful, self.harmless, poolings, on_progress=self.on_progress)
+        run = self.run or partial(collect, on_progress=self.on_progress)
+        return Contrast.of(run(self.planned), len(self.harmful))
 
     @cached_property
     def contrast_scores(self) -> dict[str, PerFeature]:

@@ -203,3 +203,30 @@ def _read_tokenizer(directory: Path, name: str) -> Any:
 def directory_revision(directory: Path) -> str:
     """Hash of what decides a model's output: config, tokenizer, chat template, weights."""
     return files_revision([*(directory / name for name in _HASHED), *sorted(directory.glob("*.safetensors"))])
+
+
+def load_shape(directory: Path) -> LanguageModel:
+    """A model without its weights: config and tokenizer of a directory, tensors on the meta device (no memory).
+
+    For estimates before anything is downloaded or loaded. Raises `ModelError` and `UnknownArchitectureError`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"'{directory}' is not a model: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the config of '{directory}' describes no model: {error}") from error
+    model.eval().requires_grad_(False)
+    tokenizer = _read_tokenizer(directory, str(directory))
+    return LanguageModel(model, tokenizer, find_layout(model), str(directory), "shape only")
+
+
+def has_weights(name: str | Path) -> bool:
+    """False for a directory that holds a config and no weights: only its shape can be loaded."""
+    directory = Path(name)
+    weights = {".safetensors", ".bin", ".pt", ".pth"}
+    return not directory.is_dir() or any(path.suffix in weights for path in directory.iterdir())

@@ -258,6 +258,13 @@ class Sae:
         return NORMALIZATIONS[self.cfg.normalize_activations](x.to(self.dtype))
 
 
+def shape_only(cfg: SaeConfig, name: str = "sae") -> Sae:
+    """An SAE without its weights: tensors on the meta device, for estimates."""
+    shapes = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
+    shapes |= {vector: (cfg.d_sae,) for vector in ARCHITECTURES[cfg.architecture].vectors}
+    return Sae(cfg, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, name)
+
+
 def check_fits(sae: FeatureSource, d_model: int, n_layers: int) -> None:
     """Raises `WidthMismatchError` or `SiteError` when the SAE cannot have been trained on such a model."""
     if sae.cfg.d_in != d_model:
