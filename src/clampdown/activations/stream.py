@@ -43,8 +43,8 @@ PooledTokens = Float[Tensor, "tokens d_model"]
 class Budget:
     """Sizes of the two working sets: padded tokens per forward, and SAE activations per encoded chunk.
 
-    2**24 float32 values are 64 MiB, of which encoding needs a few copies. Below 32 MiB glibc keeps chunks in a heap that
-    fragments: with 2**22 the same pass held 0.8 GB instead of the 0.1 that are in use.
+    2**24 float32 values are 64 MiB, of which encoding needs a few copies. Below 32 MiB glibc keeps chunks in a heap
+    that fragments: with 2**22 a pass over 65,536 features held 0.8 GB where 0.1 were expected.
     """
 
     tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH
