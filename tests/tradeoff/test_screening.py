@@ -16,7 +16,7 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Plan
-from clampdown.tradeoff.screening import Halving, Prefills, Reading, screen
+from clampdown.tradeoff.screening import DECIDED, Halving, Prefills, Reading, screen, spread_order
 from tests.steering.conftest import random_sae, tiny_llama
 
 TOKENS = RefusalTokens((10, 11), 1.0, 0.0, 1, 1)
@@ -48,7 +48,8 @@ def test_readings_equal_plain_passes(lm: LanguageModel, sae: Sae, plans: list[Pl
             steered = next_token_logits(lm, BENIGN[:4]).log_softmax(-1)
         base = next_token_logits(lm, BENIGN[:4]).log_softmax(-1)
         before = refusal_log_odds(next_token_logits(lm, HARMFUL[:4]), TOKENS)
-        assert reading.gain == pytest.approx(float((odds - before).mean()), abs=1e-3)
+        change = odds.clamp(max=DECIDED) - before.clamp(max=DECIDED)
+        assert reading.gain == pytest.approx(float(change.mean()), abs=1e-3)
         kl = torch.nn.functional.kl_div(steered, base, log_target=True, reduction="batchmean")
         assert reading.kl == pytest.approx(float(kl), rel=1e-3)
     assert len({round(reading.gain, 3) for reading in found}) == len(plans)
@@ -67,6 +68,23 @@ def test_scopes_that_a_prefill_cannot_tell_apart_are_read_once(lm: LanguageModel
         handle.remove()
     assert every == prompt != assistant
     assert sum(widths) == 2 * (len(HARMFUL[:2]) + len(BENIGN[:2])), "two plans' rows, not three"
+
+
+def test_a_certain_refusal_that_gets_less_certain_is_no_loss(lm: LanguageModel, sae: Sae, plans: list[Plan]) -> None:
+    likely = tuple(next_token_logits(lm, HARMFUL).mean(0).topk(44).indices.tolist())
+    tokens = RefusalTokens(likely, 1.0, 0.0, 1, 1)
+    assert bool((refusal_log_odds(next_token_logits(lm, HARMFUL), tokens) > DECIDED).all())
+    weak = clamp_plan(lm, sae, 1, 0.5)
+    assert Prefills(lm, sae, HARMFUL, BENIGN, tokens)([weak], 6)[0].gain == 0.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 48])
+def test_every_beginning_of_the_order_covers_the_range(n: int) -> None:
+    order = spread_order(n)
+    assert sorted(order) == list(range(n))
+    for size in (s for s in (4, 8, 16) if s <= n):
+        quarters = [sum(i * 4 // n == q for i in order[:size]) for q in range(4)]
+        assert min(quarters) >= size // 8
 
 
 def test_halving_reads_the_best_on_ever_more_prompts(plans: list[Plan]) -> None:

@@ -24,11 +24,15 @@ from clampdown.discovery.refusal_tokens import RefusalTokens, refusal_log_odds
 from clampdown.discovery.screening import Screen, Text
 from clampdown.errors import NotEnoughDataError, PromptSetError
 from clampdown.models.chat import encode
+from clampdown.models.generation import next_token_logits
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.plan import Plan
 from clampdown.steering.widening import first_alike
 from clampdown.types import Prompt
+
+DECIDED = 4.0
+"""Refusal log-odds in nats (a probability of 0.98) from which on the first token counts as a refusal, however sure."""
 
 Ids = Sequence[int]
 Progress = Callable[[int, int], None]
@@ -37,7 +41,11 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What prefills say of a plan: mean change of the refusal log-odds on harmful prompts, and mean KL of the first
-    token's distribution on benign prompts, both in nats."""
+    token's distribution on benign prompts, both in nats.
+
+    Log-odds above `DECIDED` count as that: a plan gains nothing on prompts that are refused already, and must not look
+    bad for making a certain refusal a little less certain.
+    """
 
     gain: float
     kl: float
@@ -95,7 +103,7 @@ class _Sample:
             harmful = torch.tensor([i < self._n_harmful for i in block.texts])
             base, steered = self._base[block.texts], logits[:, :, -1].float()
             odds = refusal_log_odds(steered.flatten(0, 1), self._tokens).view(len(chunk), -1)
-            change = odds - refusal_log_odds(base, self._tokens)
+            change = odds.clamp(max=DECIDED) - refusal_log_odds(base, self._tokens).clamp(max=DECIDED)
             gain[chunk.start : chunk.stop] += change[:, harmful].double().sum(1).cpu()
             base_log = base[~harmful].log_softmax(-1)
             distance = base_log.exp() * (base_log - steered[:, ~harmful].log_softmax(-1))
@@ -134,7 +142,7 @@ class Halving:
     1/`factor` on `factor` times as many. `kl_limit` is in nats at the first token of benign prompts."""
 
     keep: int = 8
-    first: int = 4
+    first: int = 8
     factor: int = 4
     kl_limit: float | None = None
 
@@ -206,10 +214,19 @@ def prefills_of(
     *,
     seed: int = 0,
 ) -> Prefills:
-    """The measure for prompts of suites, in an order that mixes suites: the first few stand for all."""
-    mixed = []
-    for prompts in (harmful, benign):
-        order = list(prompts)
-        random.Random(seed).shuffle(order)
-        mixed.append([encode(lm, prompt.messages) for prompt in order])
-    return Prefills(lm, sae, mixed[0], mixed[1], tokens)
+    """The measure for prompts of suites, in an order in which the first few stand for all: harmful prompts spread
+    evenly from those that the unsteered model surely answers to those that it surely refuses, benign ones shuffled."""
+    asked = [encode(lm, prompt.messages) for prompt in harmful]
+    odds = refusal_log_odds(next_token_logits(lm, asked), tokens).tolist() if asked else []
+    by_odds = sorted(range(len(asked)), key=odds.__getitem__)
+    mixed = [encode(lm, prompt.messages) for prompt in benign]
+    random.Random(seed).shuffle(mixed)
+    return Prefills(lm, sae, [asked[by_odds[i]] for i in spread_order(len(asked))], mixed, tokens)
+
+
+def spread_order(n: int) -> list[int]:
+    """0 to n - 1 in an order whose beginnings cover the range evenly (van der Corput): the middle of the range, its
+    start, then the middles of its halves, and so on."""
+    bits = max(1, (n - 1).bit_length())
+    turned = [int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits)]
+    return sorted(range(n), key=lambda i: turned[round(i * (1 << bits) / n) ^ (1 << bits >> 1)])
