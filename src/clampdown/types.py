@@ -237,7 +237,10 @@ class StoredReply:
 
 @dataclass(frozen=True, slots=True)
 class OptionChoice:
-    """One multiple-choice item under one arm: log-likelihood of every option in nats, and the likeliest."""
+    """One multiple-choice item under one arm: log-likelihood of every option in nats, and the likeliest.
+
+    `chosen` is empty, and the item wrong, when no likelihood is finite: the model was broken.
+    """
 
     arm: str
     suite: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -193,6 +195,15 @@ def test_without_its_end_an_option_never_loses_to_one_that_goes_on(lm: LanguageM
     """Why options of which one begins another need `ended`: "4" always beats "42"."""
     begun, longer, _ = option_choices(lm, None, [BASELINE], QUESTIONS[:1])[0].log_likelihoods
     assert begun >= longer
+
+
+def test_a_model_that_answers_in_nan_chooses_nothing_and_is_never_right(lm: LanguageModel, sae: Sae) -> None:
+    asked = [replace(item, answer=item.options[0]) for item in QUESTIONS]
+    overflows = Edit(site=SITE.name, operator="add_direction", vector="v", strengths=(3e38,))
+    broken = Arm("broken", ArmKind.CONTROL, make_plan(overflows, vectors={"v": (10.0,) * 32}))
+    choices = option_choices(lm, sae, [broken], asked)
+    assert all(math.isnan(value) for choice in choices for value in choice.log_likelihoods)
+    assert {(choice.chosen, choice.correct) for choice in choices} == {("", False)}
 
 
 def test_multiple_choice_refuses_what_cannot_act_there(lm: LanguageModel, sae: Sae) -> None:

@@ -363,6 +363,8 @@ def _log_likelihoods(scored: Scored, texts: Sequence[Forced], end_ids: Sequence[
 
 
 def _choice(arm: str, prompt: Prompt, likelihoods: Sequence[float]) -> OptionChoice:
-    best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-    chosen = prompt.options[best]
-    return OptionChoice(arm, prompt.suite, prompt.id, tuple(likelihoods), chosen, chosen == prompt.answer)
+    """The likeliest option. What is not finite cannot win: a model that answers in NaN chose nothing, and is wrong."""
+    finite = [i for i, value in enumerate(likelihoods) if math.isfinite(value)]
+    chosen = prompt.options[max(finite, key=likelihoods.__getitem__)] if finite else ""
+    correct = bool(finite) and chosen == prompt.answer
+    return OptionChoice(arm, prompt.suite, prompt.id, tuple(likelihoods), chosen, correct)
