@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -171,6 +173,12 @@ def test_a_tensor_of_the_wrong_shape_is_named() -> None:
     tensors = {**random_tensors(), "W_dec": torch.zeros(D_IN, D_SAE)}
     with pytest.raises(CheckpointError, match=r"'W_dec' has shape \(12, 40\), expected \(40, 12\)"):
         Sae(random_sae().cfg, tensors)
+
+
+def test_a_topk_sae_that_keeps_nothing_is_refused() -> None:
+    sae = random_sae("topk")
+    with pytest.raises(CheckpointError, match="how many features"):
+        Sae(replace(sae.cfg, k=0), sae.tensors)
 
 
 def _one_feature(kind: str, **vectors: float) -> Sae:

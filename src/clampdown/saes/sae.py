@@ -153,7 +153,7 @@ class Sae:
     """A loaded SAE. `tensors` holds W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_dec [d_in] and the vectors [d_sae]
     that its architecture needs. `revision` is a hash of what it was read from.
 
-    Raises `CheckpointError` when a tensor is missing or has the wrong shape.
+    Raises `CheckpointError` when a tensor is missing or has the wrong shape, or a top-k SAE does not say its k.
     """
 
     cfg: SaeConfig
@@ -162,6 +162,11 @@ class Sae:
     revision: str = field(default="unknown")
 
     def __post_init__(self) -> None:
+        if self.cfg.architecture == "topk" and self.cfg.k < 1:
+            raise CheckpointError(
+                f"SAE '{self.name}': nothing says how many features its top-k keeps, so none would ever be active",
+                hint="some formats say it in the name of a directory or repository: keep that name",
+            )
         expected = {
             "W_enc": (self.cfg.d_in, self.cfg.d_sae),
             "W_dec": (self.cfg.d_sae, self.cfg.d_in),
