@@ -140,6 +140,7 @@ def test_a_missing_file_is_a_plan_error(tmp_path: Path) -> None:
 
 def test_base64_that_is_not_a_vector_is_a_plan_error() -> None:
     data = plan(vectors={"v": (1.0,)}).model_dump(mode="json")
-    data["vectors"]["v"] = "!!"
-    with pytest.raises(PlanError, match="vectors"):
-        parse_plan(data)
+    for text, message in (("!!", "vectors"), ("AACAPwA=", "5 bytes")):
+        data["vectors"]["v"] = text
+        with pytest.raises(PlanError, match=message):
+            parse_plan(data)

@@ -43,6 +43,8 @@ def _unpack(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     raw = base64.b64decode(value, validate=True)
+    if len(raw) % 4:
+        raise ValueError(f"{len(raw)} bytes are no float32 numbers: the text was cut or changed")
     return struct.unpack(f"<{len(raw) // 4}f", raw)
 
 
