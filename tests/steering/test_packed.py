@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clampdown.errors import PlanError
+from clampdown.errors import PlanError, SteeringNotAppliedError
 from clampdown.models.chat import Batch, encode, pad_left
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
@@ -141,4 +141,15 @@ def test_more_tokens_or_requests_than_prepared_for_are_refused(own_lm: LanguageM
         with pytest.raises(PlanError, match="5 tokens"):
             steering.pack(torch.zeros(5, dtype=torch.long))
         with pytest.raises(PlanError, match="prepared for 4"):
-            own_lm.model(torch.tensor([[7] * 5]), use_cache=False)
+            own_lm.model(torch.tensor([[7] * 5]), position_ids=torch.arange(5)[None], use_cache=False)
+
+
+def test_a_packed_pass_without_positions_is_an_error(
+    own_lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf
+) -> None:
+    prepared = prepare(own_lm, sae, capacity=CAPACITY)
+    with prepared.steer(plan_of(edit_of(site)), [[1, 7, 8, 9]]) as steering:
+        steering.pack(torch.zeros(4, dtype=torch.long))
+        with pytest.raises(SteeringNotAppliedError, match="without position_ids"):
+            own_lm.layout.decoder(torch.tensor([[1, 7, 8, 9]]), use_cache=False)
+        own_lm.layout.decoder(torch.tensor([[1, 7, 8, 9]]), position_ids=torch.arange(4)[None], use_cache=False)

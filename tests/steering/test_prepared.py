@@ -252,7 +252,7 @@ def test_what_a_prepared_model_cannot_do_is_an_error(
     dense = Edit(site="blocks.0.hook_resid_post", operator="add_direction", vector="v", strengths=(1.0,))
     refused(PlanError, plan_of(dense, vectors=vector), "was not prepared")
     gate = Gate(site=site, features=(5,), poolings=("max",), weights=(1.0,), bias=0.0, threshold=0.0)
-    refused(PlanError, plan_of(edit_of(site), gate=gate), "gate")
+    refused(PlanError, plan_of(edit_of(site), gate=gate), "gate reads")
     with pytest.raises(PlanError, match="batch has 2 rows"), prepared.steer(plan, batch):
         own_lm.model(batch.input_ids[:2])
     with pytest.raises(SteeringNotAppliedError, match="no forward pass"), prepared.steer(plan, batch):
@@ -389,3 +389,14 @@ class CapturedStep:
     def replay(self) -> Tensor:
         self.graph.replay()
         return self.out.clone()
+
+
+def test_a_seat_is_not_given_after_rows_have_left(own_lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf) -> None:
+    batch = prompts(own_lm)
+    plan = plan_of(edit_of(site))
+    prepared = prepare(own_lm, sae, capacity=CAPACITY)
+    with prepared.steer(plan, batch) as steering:
+        logits(own_lm, batch)
+        steering.keep_rows(torch.tensor([2, 3]))
+        with pytest.raises(PlanError, match="seats have moved"):
+            steering.seat(1, plan, [1, 2, 7])

@@ -203,7 +203,7 @@ class Prepared:
         ids = kwargs.get("input_ids", args[0] if args else None)
         inputs: Tensor = kwargs["inputs_embeds"] if ids is None else ids
         if not torch.compiler.is_compiling():
-            self._check_call(inputs)
+            self._check_call(inputs, kwargs.get("position_ids"))
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         self.passes.open(inputs, past, kwargs.get("position_ids"))
@@ -221,13 +221,18 @@ class Prepared:
 
     # ---- on the host -----------------------------------------------------------------------------------------
 
-    def _check_call(self, inputs: Tensor) -> None:
+    def _check_call(self, inputs: Tensor, position_ids: Tensor | None) -> None:
         """What only an uncompiled pass can be asked: is it ours, and does it fit."""
         if self._n_rows is not None and id(self) not in _OWNED.get():
             raise SteeringNotAppliedError(
                 "this prepared model is being steered, but not by the thread that is running it now",
                 hint="run it in the thread that entered the block, or inside contextvars.copy_context().run; threads "
                 "that share a prepared model share its batch",
+            )
+        if self._n_rows is not None and self.passes.packed and position_ids is None:
+            raise SteeringNotAppliedError(
+                "a packed pass came without position_ids: nothing else says where a request begins",
+                hint="pass position_ids that start again at 0 with every sequence",
             )
         size, room = inputs.shape[0], self.capacity.rows
         if self.passes.packed:
@@ -290,6 +295,8 @@ class PreparedSteering:
     def seat(self, row: int, plan: Plan | None, prompt: Sequence[int]) -> None:
         """Give a row to a new request; it starts with the pass that computes its position 0."""
         prepared = self._prepared
+        if self._origin != list(range(len(self._plans))):
+            raise PlanError("rows have left this batch, so its seats have moved", hint="seat requests, or keep_rows")
         if plan is not None:
             check_plan(plan, prepared.lm, prepared.saes)
         (span,) = prompt_spans(prepared.lm, [plan], pad_left([prompt], prepared.lm.pad_id, prepared.lm.device))

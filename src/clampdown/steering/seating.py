@@ -135,6 +135,12 @@ class Seating:
             self._gate(name, gate, gates)
 
     def _refuse(self, rows: Rows) -> None:
+        for gate in (plan.gate for plan in rows if plan is not None and plan.gate):
+            if gate.site not in self._gates:
+                raise PlanError(
+                    f"the plan's gate reads {gate.site}, where nothing was prepared to read",
+                    hint="prepare(lm, saes, capacity=Capacity(...)) with gate_features > 0 and that site's SAE",
+                )
         for edit in (edit for plan in rows if plan is not None for edit in plan.edits):
             if edit.site not in self._sites:
                 raise PlanError(f"{edit.site} was not prepared", hint="name it in prepare(lm, saes, sites=[...])")
