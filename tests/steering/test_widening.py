@@ -165,6 +165,28 @@ def test_a_row_whose_gate_stays_shut_is_the_baselines_row_and_has_its_own_score(
     assert 0 < sum(score > scores[1] for score in scores) < len(scores)
 
 
+@pytest.mark.parametrize("strength", [6.0, 0.0])
+def test_rows_that_share_a_verdict_read_above_the_widening_all_have_it_in_their_receipts(
+    strength: float, lm: LanguageModel, sae: Sae, site: str, plan_of: Callable[..., Plan]
+) -> None:
+    """Another plan edits block 0, so the gate of this one is read after prompts became rows."""
+    early = Plan(
+        name="early",
+        model=ModelRef(name="tiny", revision="r0"),
+        edits=(Edit(site="blocks.0.hook_resid_post", operator="add_direction", vector="v", strengths=(1.0,)),),
+        vectors={"v": (1.0,) * WIDTH},
+    )
+    gate = Gate(site=site, features=(5,), weights=(1.0,), poolings=("max",), bias=1.0, threshold=0.0)
+    gated = plan_of(Edit(site=site, operator="add", features=(3,), strengths=(strength,)), gate=gate)
+    asked = [encode(lm, [Message("user", "w1 w2 w3")])]
+    alone = _scores(lm, [sae], gated, asked)
+    steering = widened(lm, sae, [None, early, gated, gated.model_copy(update={"name": "again"})], asked)
+    receipts = steering.receipts()[2:]
+    assert [r.gate_score for r in receipts if r] == pytest.approx(alone * 2)
+    assert [r.gate_fired for r in receipts if r] == [True, True]
+    assert steering.spread.row_of[2] == steering.spread.row_of[3]
+
+
 def _scores(lm: LanguageModel, saes: list[Sae], plan: Plan, asked: list[list[int]]) -> list[float]:
     with steer(lm, plan, saes) as steering:
         next_token_logits(lm, asked)

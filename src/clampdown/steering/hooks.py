@@ -68,6 +68,7 @@ class Steering:
         self._prompt_of = prompt_of
         self._spread: Spread | None = None
         self._like: list[int] = []
+        self._gates_read: set[str] = set()
         self._prefill = False
         self._plans: Rows = ()
         self._turn: Turn | None = None
@@ -199,7 +200,7 @@ class Steering:
             raise SteeringNotAppliedError(f"the prompt has {prompt_width} columns, the first pass only {width}")
         prompt_of = prompt_of.to(device)
         self._tally = Tally.empty(n_rows, device)
-        self._like = []
+        self._like, self._gates_read = [], set()
         self._turn = Turn(
             programs=site_programs(plans, self._lm, self._saes),
             gates=gate_programs(plans, self._lm, self._saes),
@@ -269,6 +270,7 @@ class Steering:
         turn, tally = self._require_turn()
         if turn.seen != x.shape[1] or not turn.gates or turn.constant is not None:
             return
+        self._gates_read.add(site)
         content = self._content(turn)
         # Below the widening x is one prompt per row and each row looks its own up; above it, x holds the rows.
         row_of = turn.prompt_of if turn.narrow else None
@@ -280,8 +282,16 @@ class Steering:
                 gated_rows = turn.alive[gate.gated]
                 tally.gate_score[gated_rows] = scores[gate.gated]
                 tally.gate_fired[gated_rows] = turn.fired[gate.gated]
+        if self._like and not turn.narrow:
+            self._share_verdicts(site, tally)
         gated = turn.fired.unsqueeze(1)
         self._weights = {scope: weights * gated for scope, weights in self._weights.items()}
+
+    def _share_verdicts(self, site: str, tally: Tally) -> None:
+        """A gate above the widening read one row for all that are computed as that one: they have its verdict."""
+        for row, (plan, first) in enumerate(zip(self._plans, self._like, strict=True)):
+            if row != first and plan is not None and plan.gate and plan.gate.site == site:
+                tally.gate_score[row], tally.gate_fired[row] = tally.gate_score[first], tally.gate_fired[first]
 
     def _widen(self, x: Float[Tensor, "prompts pos d_model"]) -> Tensor | None:
         """Where the lowest edit acts: from one row per prompt to one per row that can differ."""
@@ -302,11 +312,20 @@ class Steering:
         return x[turn.prompt_of]
 
     def _alike(self, turn: Turn) -> list[int]:
-        """For each row the first row that cannot differ from it: one prompt, and one plan or none that acts."""
-        acting = {id(plan): None if plan is None or plan.is_identity else plan.digest for plan in self._plans}
+        """For each row the first row that cannot differ from it: one prompt, and one plan or none that acts.
+
+        A neutral plan whose gate is yet to be read stays with its own kind, for the score in its receipt.
+        """
+        acting = {
+            id(plan): None if plan is None or (plan.is_identity and self._verdict_known(plan)) else plan.digest
+            for plan in self._plans
+        }
         shut = (turn.fired == 0).tolist()
         rows = zip(turn.prompt_of.tolist(), self._plans, shut, strict=True)
         return first_alike([(prompt, None if closed else acting[id(plan)]) for prompt, plan, closed in rows])
+
+    def _verdict_known(self, plan: Plan) -> bool:
+        return plan.gate is None or plan.gate.site in self._gates_read
 
     def _widen_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Blocks above: masks and position embeddings of the prefill, which the decoder made for prompts."""
