@@ -75,7 +75,7 @@ class Bank:
 
     def delta(self, x: Residual, weights: ScopeWeights) -> Residual:
         """What all groups together add to x."""
-        activation = self.view.read(x)
+        activation = self.view.read(x).float()  # a top-k view reads in its SAE's own precision
         if len(self.groups) == 1 and len(self.groups[0].channels) == self.size:
             total = self._coefficients(self.groups[0], activation, weights)
         else:
@@ -226,17 +226,18 @@ def _group(operator: str, scope: str, cells: list[tuple[int, int, float]], n_row
     )
 
 
-def _wide(sae: FeatureSource, features: Sequence[int]) -> FeatureView:
-    """The features' view in float32 whatever the SAE is stored in: activations are compared with thresholds, and sums
-    in 16 bit land on the wrong side. A top-k view holds the whole encoder, which is left as it is."""
+def _wide(sae: FeatureSource, features: Sequence[int], device: torch.device) -> FeatureView:
+    """The features' view beside the model, in float32 whatever the SAE is stored in: activations are compared with
+    thresholds, and sums in 16 bit land on the wrong side. A top-k view holds the whole encoder, whose precision is left
+    as it is."""
     view = sae.select(features)
-    return view.to(dtype=torch.float32) if view.architecture.pointwise else view
+    return view.to(device, torch.float32 if view.architecture.pointwise else None)
 
 
-def _feature_bank(rows: Rows, site: str, sae: FeatureSource) -> Bank:
+def _feature_bank(rows: Rows, site: str, sae: FeatureSource, device: torch.device) -> Bank:
     found = _edits(rows, site, dense=False)
     features = sorted({f for _, _, edit in found for f in edit.features})
-    view = _wide(sae, features)
+    view = _wide(sae, features, device)
     entries = [(row, edit, edit.features) for row, _, edit in found]
     groups = _groups(entries, {f: i for i, f in enumerate(features)}, len(rows), view.directions)
     return Bank(view, len(features), groups)
@@ -269,14 +270,14 @@ def _dropped(rows: Rows, site: str, sae: FeatureSource | None, device: torch.dev
     for row, _, edit in _edits(rows, site, dense=False):
         if edit.error_term == "drop":
             by_scope.setdefault(edit.scope, torch.zeros(len(rows), device=device))[row] = 1.0
-    return Dropped(sae.whole(), by_scope) if by_scope and sae else None
+    return Dropped(sae.whole().to(device), by_scope) if by_scope and sae else None
 
 
 def _site_program(rows: Rows, site: str, lm: LanguageModel, sae: FeatureSource | None) -> SiteProgram:
     banks: list[Bank] = []
     if _edits(rows, site, dense=False):
         assert sae is not None, "check_plan has made sure that every site with features has its SAE"
-        banks.append(_feature_bank(rows, site, sae))
+        banks.append(_feature_bank(rows, site, sae, lm.device))
     if _edits(rows, site, dense=True):
         banks.append(_direction_bank(rows, site, lm))
     return SiteProgram(Site.parse(site), tuple(banks), _dropped(rows, site, sae, lm.device))
@@ -308,11 +309,11 @@ def _gate_program(rows: Rows, site: str, sae: FeatureSource, device: torch.devic
     gated = torch.zeros(len(rows), dtype=torch.bool)
     for row, gate in gates.items():
         for feature, name, weight in zip(gate.features, gate.poolings, gate.weights, strict=True):
-            weights[name][row, column[feature]] = weight
+            weights[name][row, column[feature]] += weight
         bias[row], threshold[row], gated[row] = gate.bias, gate.threshold, True
     return GateProgram(
         site=Site.parse(site),
-        view=_wide(sae, features),
+        view=_wide(sae, features, device),
         gated=gated.to(device),
         weights={name: w.to(device) for name, w in weights.items()},
         bias=bias.to(device),
