@@ -82,6 +82,30 @@ def demo(
     _show(out, stages)
 
 
+@app.command("compare-methods")
+def compare_methods(
+    out: OutOption = Path("runs/compare-methods"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, same files.")] = False,
+    kl: Annotated[float, typer.Option("--kl", help="Benign KL, nats per token, at which methods are matched.")] = 0.02,
+    n_random: Annotated[int, typer.Option("--n-random", min=0, help="Random features at that KL.")] = 20,
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Both papers' methods, the dense baselines, a tuned plan and random features in one run on the embedded model."""
+    from clampdown.commands import compare_methods as job
+    from clampdown.commands import demo as sizes
+    from clampdown.commands.experiment import organism_subject
+
+    stages = _stages()
+    with stages.stage("Loading"):
+        subject = organism_subject(model, sae, seed=seed)
+    request = job.Request(kl=kl, n_random=n_random)
+    summary = job.run_compare_methods(subject, out, sizes.QUICK if quick else sizes.FULL, request, stages)
+    _show(out, stages)
+    console.print(job.shown(summary))
+
+
 @app.command()
 def discover(
     out: OutOption = Path("runs/discover"),

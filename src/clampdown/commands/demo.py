@@ -131,7 +131,7 @@ def find(subject: Subject, scale: Scale, stages: Stages) -> Found:
     """The default finder and the one-prompt finder, and the causal check of their finalists on validation prompts."""
     lm, sae = subject.lm, subject.sae
     with stages.stage("Reading activations"):
-        given = _material(subject, scale)
+        given = finder_material(subject, scale)
         contrast = given.contrast
     with stages.stage("Finding features"):
         proposals = [run_finder(name, given) for name in (DEFAULT, "single-prompt")]
@@ -144,7 +144,7 @@ def find(subject: Subject, scale: Scale, stages: Stages) -> Found:
     return Found(contrast, sets, direction_between(contrast.activations, contrast.harmful))
 
 
-def _material(subject: Subject, scale: Scale) -> Material:
+def finder_material(subject: Subject, scale: Scale) -> Material:
     """What the finders get: discovery prompts, those inside a seen wrapper beside their plain twins."""
     wrapped = subject.prompts(Split.DISCOVERY, scale.discovery, "jailbroken_seen")
     return Material(
@@ -207,13 +207,17 @@ def gate_plan(subject: Subject, plan: Plan, scale: Scale, choice: GateChoice) ->
 
     Neither ever sees a harmful prompt in a wrapper family that is held out for testing.
     """
+    gate = calibrate(subject, gate_probe(subject, scale, choice.max_features), scale, choice)
+    return plan.model_copy(update={"name": f"{plan.name} gated", "gate": gate})
+
+
+def gate_probe(subject: Subject, scale: Scale, max_features: int) -> Probe:
+    """A sparse probe that tells harmful from harmless discovery prompts."""
     harmful = subject.prompts(Split.DISCOVERY, scale.discovery, *HARMFUL)
     harmless = subject.prompts(Split.DISCOVERY, scale.discovery, *HARMLESS)
     pooled = _pooled(subject, [*harmful, *harmless])
     labels = np.arange(len(harmful) + len(harmless)) < len(harmful)
-    probe = fit_probe(pooled, labels, max_features=choice.max_features, seed=subject.seed)
-    gate = calibrate(subject, probe, scale, choice)
-    return plan.model_copy(update={"name": f"{plan.name} gated", "gate": gate})
+    return fit_probe(pooled, labels, max_features=max_features, seed=subject.seed)
 
 
 def _pooled(subject: Subject, prompts: Sequence[Prompt]) -> Pooled:
@@ -274,7 +278,7 @@ def matched_controls(subject: Subject, found: Found, plan: Plan, scale: Scale) -
     forced = experiment.benign_replies(subject, suites, replace(scale.sizes, kl_prompts=16))
     edit_size = utility.mean_edit(subject.lm, [subject.sae], forced)
     goal = edit_size(plan)
-    table = _feature_table(subject, found)
+    table = feature_table_of(subject, found.contrast)
     steered = plan.edits[0].features
     options = [
         (ArmKind.CONTROL, "random feature", [
@@ -308,10 +312,11 @@ def _first_match(plans: Sequence[Plan], measure: Any, goal: float) -> controls.M
     raise last or StrengthError("no control to match")
 
 
-def _feature_table(subject: Subject, found: Found) -> controls.FeatureTable:
-    scores = contrast_scores(subject.sae, found.contrast, ContrastSettings())
+def feature_table_of(subject: Subject, contrast: Contrast) -> controls.FeatureTable:
+    """What controls are drawn by: each feature's firing rate, refusal score and decoder row."""
+    scores = contrast_scores(subject.sae, contrast, ContrastSettings())
     return controls.FeatureTable(
-        firing_rate=found.contrast.activations.moments("max").firing_rate,
+        firing_rate=contrast.activations.moments("max").firing_rate,
         refusal_score=scores["norm_diff_mean"],
         decoder=subject.sae.W_dec.float().cpu().numpy(),
     )

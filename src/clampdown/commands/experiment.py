@@ -22,7 +22,7 @@ from clampdown.saes.sae import Sae, check_fits
 from clampdown.steering.arms import Arm
 from clampdown.store import RecordLog, prompts_hash
 from clampdown.tradeoff.frontier import Experiment, summarise, write_summary
-from clampdown.types import Judge, Prompt, Provenance, Record, Split, Suite, SuiteKind
+from clampdown.types import ArmKind, Judge, OptionChoice, Prompt, Provenance, Record, Split, Suite, SuiteKind
 
 SuitesOf = Callable[[Split, int | None], tuple[Suite, ...]]
 
@@ -37,6 +37,12 @@ class Subject:
     judge: Judge
     judge_name: str
     seed: int = 0
+    more_saes: tuple[Sae, ...] = ()
+    """What arms read beside `sae`, such as a dense condition vector put as an SAE."""
+
+    @property
+    def saes(self) -> tuple[Sae, ...]:
+        return (self.sae, *self.more_saes)
 
     def prompts(self, split: Split, n: int, *names: str) -> list[Prompt]:
         """At most `n` prompts of each named suite."""
@@ -83,12 +89,16 @@ def organism_subject(model: str = ORGANISM, sae: str = ORGANISM, *, seed: int = 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much to measure: prompts per suite for generation and for KL, rows per batch, tokens per reply."""
+    """How much to measure: prompts per suite for generation and for KL, rows per batch, tokens per reply.
+
+    `likelihood`: multiple choice is answered by the options' likelihood as well, by arms that are no controls.
+    """
 
     per_suite: int
     kl_prompts: int
     batch_rows: int | None = None
     max_new_tokens: int = 40
+    likelihood: bool = False
 
 
 def generate_records(
@@ -101,12 +111,23 @@ def generate_records(
     name: str,
 ) -> tuple[Record, ...]:
     """Run the arms on the suites into `directory` (resuming what is there), with a progress bar."""
-    settings = runner.Settings(max_new_tokens=sizes.max_new_tokens, batch_rows=sizes.batch_rows)
-    job = runner.Job(tuple(arms), tuple(suites), subject.judge, subject.judge_name, settings)
-    key = runner.resume_key(subject.lm, [subject.sae], job)
+    job = _job(subject, arms, suites, sizes)
     directory.mkdir(parents=True, exist_ok=True)
-    with stages.stage(name) as tick, RecordLog(directory, key) as log:
-        return runner.run(subject.lm, [subject.sae], job, log, tick)
+    with stages.stage(name) as tick, RecordLog(directory, runner.resume_key(subject.lm, subject.saes, job)) as log:
+        return runner.run(subject.lm, subject.saes, job, log, tick)
+
+
+def _job(subject: Subject, arms: Sequence[Arm], suites: Sequence[Suite], sizes: Sizes) -> runner.Job:
+    settings = runner.Settings(max_new_tokens=sizes.max_new_tokens, batch_rows=sizes.batch_rows)
+    return runner.Job(tuple(arms), tuple(suites), subject.judge, subject.judge_name, settings)
+
+
+def _likelihoods(subject: Subject, job: runner.Job, directory: Path, stages: Stages) -> tuple[OptionChoice, ...]:
+    """Multiple choice by likelihood, of the arms that are no controls and can act on it."""
+    arms = tuple(a for a in job.arms if a.kind is not ArmKind.CONTROL and not utility.steers_generated(a))
+    key = runner.resume_key(subject.lm, subject.saes, job)
+    with stages.stage("Multiple choice by likelihood") as tick, RecordLog(directory, key) as log:
+        return runner.score_options(subject.lm, subject.saes, replace(job, arms=arms), log, tick)
 
 
 def benign_replies(subject: Subject, suites: Sequence[Suite], sizes: Sizes) -> tuple[utility.Forced, ...]:
@@ -132,11 +153,14 @@ def measure_arms(
     suites = [suite for suite in subject.suites(split, sizes.per_suite) if suite.prompts]
     records = generate_records(subject, arms, suites, out, sizes, stages, f"Answering {split} prompts")
     write_suites(out / "prompts.jsonl", suites)
+    choices = _likelihoods(subject, _job(subject, arms, suites, sizes), out, stages) if sizes.likelihood else ()
     steered = [arm for arm in arms if arm.plan]
     with stages.stage("Cost on benign text") as tick:
-        found = utility.costs(subject.lm, [subject.sae], steered, benign_replies(subject, suites, sizes), progress=tick)
+        found = utility.costs(subject.lm, subject.saes, steered, benign_replies(subject, suites, sizes), progress=tick)
     prompts = [prompt for suite in suites for prompt in suite.prompts]
-    experiment = Experiment(tuple(arms), tuple(suites), subject.provenance(prompts), found, dict(stages.timings))
+    experiment = Experiment(
+        tuple(arms), tuple(suites), subject.provenance(prompts), found, dict(stages.timings), choices
+    )
     summary = summarise(experiment, records, extra(records))
     write_summary(out / "summary.json", summary)
     return summary
