@@ -197,7 +197,7 @@ def generation(subject: Subject, repeats: int) -> dict[str, Any]:
 
 def best_batch(subject: Subject) -> list[list[int]]:
     """As many prompts as the library answers quickest per prompt."""
-    sizes = [ROWS, 2 * ROWS, 4 * ROWS, 8 * ROWS]
+    sizes = [ROWS, 2 * ROWS, 4 * ROWS]
     cost = {n: timed(subject, lambda n=n: librarys(subject, None, subject.prompts[:n])) / n for n in sizes}
     return subject.prompts[: min(cost, key=cost.__getitem__)]
 
@@ -211,7 +211,7 @@ def screening(subject: Subject, repeats: int) -> dict[str, float]:
     for repeat in range(repeats):
         measure = Prefills(subject.lm, subject.sae, prompts, benign, RefusalTokens((5, 6, 7), 1.0, 0.0, 1, 1))
         halved = timed(subject, lambda m=measure: screen(plans, m, ROWS, Halving(keep=8, first=1)))
-        every = timed(subject, lambda m=measure: m(plans[:40], ROWS)) * CANDIDATES / 40
+        every = timed(subject, lambda m=measure: m(plans[:8], ROWS)) * CANDIDATES / 8
         generated = timed(subject, lambda: ours(subject, sample, prompts)) * CANDIDATES / len(sample)
         one = sample[repeat % len(sample)]
         library = timed(subject, lambda p=one: librarys(subject, p, prompts)) * CANDIDATES
