@@ -32,6 +32,8 @@ suites_app = typer.Typer(no_args_is_help=True, help="The public suites that can 
 app.add_typer(suites_app, name="suites")
 
 
+gate_app = typer.Typer(no_args_is_help=True, help="Decide which conversations a plan steers.")
+app.add_typer(gate_app, name="gate")
 plan_app = typer.Typer(no_args_is_help=True, help="Make a plan by hand, and see what a plan does.")
 app.add_typer(plan_app, name="plan")
 
@@ -562,6 +564,41 @@ def suites_show(
     from clampdown.commands import suites
 
     console.print(suites.shown(suite))
+
+
+@gate_app.command("calibrate")
+def gate_calibrate(
+    plan: Annotated[Path, typer.Argument(help="The plan.toml to put behind a gate.")],
+    kind: Annotated[str, typer.Option("--kind", help="feature, probe, dense or cosine.")] = "probe",
+    budget: Annotated[float, typer.Option("--budget", help="Share of benign prompts that may trigger it.")] = 0.02,
+    confidence: Annotated[float, typer.Option("--confidence", help="How sure the budget must hold.")] = 0.95,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Prompts with suite, harmful and split; default: embedded corpus.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Benign calibration prompts at most.")] = 800,
+    otherwise: Annotated[
+        Path | None, typer.Option("--otherwise", help="A plan for over-refused prompts: makes it two-sided.")
+    ] = None,
+    borderline: Annotated[
+        str, typer.Option("--borderline", help="Suites that the second gate is to find.")
+    ] = "borderline,about_harm",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts per suite of the embedded corpus.")] = 240,
+    site: Annotated[str | None, typer.Option("--site", help="Where to read; default: at the plan's SAE.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("gated.toml"),
+    seed: SeedOption = 0,
+) -> None:
+    """Put a plan behind a gate whose benign trigger rate is bounded, and say how often it fires."""
+    from clampdown.commands import gate as job
+
+    names = tuple(name.strip() for name in borderline.split(",") if name.strip())
+    request = job.Request(plan, kind, budget, confidence, prompts, otherwise, names, n, limit, site, seed)
+    found = job.calibrate(request, out, _stages())
+    for gate in found.plan.gates:
+        console.print(f"{gate.kind} gate at {gate.site}, fires above {gate.threshold:.4g}", highlight=False)
+        if gate.guarantee:
+            console.print(job.promise(gate.guarantee), soft_wrap=True, highlight=False)
+    console.print(job.shown(found))
+    console.print(f"written: {out}", soft_wrap=True)
 
 
 @organism_app.command("train")

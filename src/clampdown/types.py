@@ -207,12 +207,18 @@ class ArmKind(StrEnum):
     TUNED = "tuned"
 
 
+BRANCHES = ("edits", "otherwise")
+"""The branches of a plan by their names in its file: what its gate lets through, and what it does otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """Proof of what steering did to one row: how many token positions it changed and by how much.
 
     `edit_norm` is the mean of ||x' - x|| / ||x|| over the touched positions (0.0 when none were).
-    `gate_score` and `gate_fired` are None when the plan has no gate.
+    `gate_score` and `gate_fired` are None when the plan has no gate; `gate_fired` says whether any branch acted.
+    `branch` ("edits", "otherwise" or "none") and `otherwise_score` are for two-sided plans: which branch acted, and
+    what the second gate scored.
     """
 
     plan: str
@@ -220,6 +226,8 @@ class Receipt:
     edit_norm: float
     gate_score: float | None = None
     gate_fired: bool | None = None
+    branch: str | None = None
+    otherwise_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from clampdown.saes.sae import Sae
 from clampdown.steering.fused import FusedEdit, decoding_step, idle
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.plan import Edit, Plan
-from clampdown.steering.program import SiteProgram, site_programs
+from clampdown.steering.program import Reach, SiteProgram, site_programs
 
 PlanOf = Callable[..., Plan]
 VECTORS = {"v": tuple(torch.randn(32, generator=torch.Generator().manual_seed(1)).tolist())}
@@ -49,7 +49,7 @@ def test_the_quick_way_equals_the_general_way(
     plan = plan_of(edit_of(site, operator), vectors=VECTORS)
     for plans, factors in (([plan] * 4, [1, 1, 1, 1]), ([plan, None, plan, plan], [1, 1, 0, 1])):
         program = program_of(lm, sae, plans)
-        weights = {"all": torch.tensor(factors).float().unsqueeze(1)}
+        weights = {Reach("all", 0): torch.tensor(factors).float().unsqueeze(1)}
         step = decoding_step(program, weights)
         assert isinstance(step, FusedEdit)
         changed = step(x)
@@ -61,15 +61,15 @@ def test_the_quick_way_equals_the_general_way(
 
 def test_where_nothing_is_in_reach_nothing_is_done(lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf) -> None:
     program = program_of(lm, sae, [plan_of(edit_of(site, "clamp", "prompt"), edit_of(site, "add", "all"))])
-    assert decoding_step(program, {"prompt": torch.zeros(1, 1), "all": torch.zeros(1, 1)}) is idle
+    assert decoding_step(program, {Reach("prompt", 0): torch.zeros(1, 1), Reach("all", 0): torch.zeros(1, 1)}) is idle
     dropping = program_of(lm, sae, [plan_of(edit_of(site, "clamp", error_term="drop"))])
-    assert decoding_step(dropping, {"all": torch.ones(1, 1)}) is None
+    assert decoding_step(dropping, {Reach("all", 0): torch.ones(1, 1)}) is None
 
 
 def test_what_the_quick_way_cannot_say_is_left_to_the_general_one(
     lm: LanguageModel, sae_of: Callable[..., Sae], site: str, plan_of: PlanOf
 ) -> None:
-    clamp, weights = plan_of(edit_of(site, "clamp")), {"all": torch.ones(1, 1)}
+    clamp, weights = plan_of(edit_of(site, "clamp")), {Reach("all", 0): torch.ones(1, 1)}
     for sae in (sae_of(architecture="topk", k=4), sae_of(normalize_activations="layer_norm")):
         assert decoding_step(program_of(lm, sae, [clamp]), weights) is None
     several = plan_of(edit_of(site, "clamp"), edit_of(site, "add"))

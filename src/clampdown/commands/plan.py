@@ -117,11 +117,16 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
     for edit in plan.edits:
         yield "edit", in_words(edit)
     yield "gate", "none: every conversation is steered" if plan.gate is None else _gate(plan.gate)
+    if plan.otherwise:
+        yield from (("otherwise", in_words(edit)) for edit in plan.otherwise.edits)
+        yield "its gate", _gate(plan.otherwise.gate)
     yield from plan.provenance.items()
 
 
 def _gate(gate: Gate) -> str:
-    text = f"{gate.kind} on {len(set(gate.features))} features at {gate.site}, fires above {gate.threshold:.4g}"
+    read = f"{len(set(gate.features))} features" if gate.features else f"{len(set(gate.vectors))} vectors"
+    where = f"scorer {gate.scorer}" if gate.scorer else f"on {read} at {gate.site}"
+    text = f"{gate.kind} {where}, fires above {gate.threshold:.4g}"
     if gate.guarantee is None:
         return text
     promise = gate.guarantee

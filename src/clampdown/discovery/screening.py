@@ -140,8 +140,8 @@ class Screen:
         return self._prefixes[number, layer]
 
     def _shared_layer(self, plans: Sequence[Plan | None]) -> int | None:
-        sites = {edit.site for plan in plans if plan for edit in plan.edits}
-        sites |= {plan.gate.site for plan in plans if plan and plan.gate}
+        sites = {edit.site for plan in plans if plan for edit in plan.all_edits}
+        sites |= {gate.site for plan in plans if plan for gate in plan.gates if gate.site}
         if not sites and self.sae is not None:
             sites = {self.sae.cfg.site.name}
         return last_shared_layer([Site.parse(name) for name in sites]) if sites else None

@@ -82,7 +82,7 @@ class Control:
 
 def control_arms(plan: Plan, material: Material, matching: Matching) -> tuple[Control, ...]:
     """Every control of the plan. Raises `StrengthError` when the plan itself measures nothing."""
-    open_plan = plan.model_copy(update={"gate": None})
+    open_plan = plan.model_copy(update={"gate": None, "otherwise": None})
     goal = matching.measure(open_plan)
     if not goal > 0:
         raise StrengthError(f"plan '{plan.name}' has a {matching.quantity} of {goal:g}: nothing to match controls to")
@@ -202,7 +202,8 @@ class _Bench:
         saes = plan.saes
         if gate:
             saes = tuple({ref.site: ref for ref in (*plan.saes, *self.plan.saes)}.values())
-        gated = Plan.model_validate({**dict(plan), "gate": gate, "saes": saes, "name": name})
+        vectors = plan.vectors | {vector: self.plan.vectors[vector] for vector in (gate.vectors if gate else ())}
+        gated = Plan.model_validate({**dict(plan), "gate": gate, "saes": saes, "vectors": vectors, "name": name})
         return Arm(name, kind, gated, gated.edits[0].strengths[0], group=GROUP)
 
 

@@ -97,7 +97,7 @@ def with_features(plan: Plan, features: Sequence[int], name: str) -> Plan:
     for edit in plan.edits:
         mine, left = left[: len(edit.features)], left[len(edit.features) :]
         edits.append(_edited(edit, features=tuple(mine), p99=None, edit_norm=None))
-    return _planned(plan, name=name, edits=tuple(edits), gate=None)
+    return _planned(plan, name=name, edits=tuple(edits), gate=None, otherwise=None)
 
 
 def with_strengths(plan: Plan, strengths: Sequence[float], name: str | None = None) -> Plan:

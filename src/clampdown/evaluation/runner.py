@@ -27,7 +27,7 @@ from clampdown.saes.sae import Sae
 from clampdown.steering.arms import Arm, Reply, batches, generate_batch
 from clampdown.steering.plan import Edit, Plan
 from clampdown.store import SCHEMA, RecordLog, content_hash, key_of, prompts_hash
-from clampdown.types import Judge, OptionChoice, Prompt, Record, StoredReply, Suite
+from clampdown.types import Judge, OptionChoice, Prompt, Receipt, Record, StoredReply, Suite
 
 Progress = Callable[[int, int], None]
 Row = tuple[Arm, Prompt]
@@ -182,19 +182,21 @@ def check_acted(replies: Iterable[Reply]) -> None:
             continue
         if receipt is None:
             raise SteeringNotAppliedError(f"no receipt for plan '{plan.name}' on prompt '{reply.prompt.id}'")
-        if not receipt.tokens_touched and receipt.gate_fired is not False and _must_act(plan):
+        if not receipt.tokens_touched and receipt.gate_fired is not False and _must_act(plan, receipt):
             raise SteeringNotAppliedError(f"plan '{plan.name}' touched no token of prompt '{reply.prompt.id}'")
         if not math.isfinite(receipt.edit_norm):
             raise SteeringNotAppliedError(f"plan '{plan.name}' turned the residual into something that is no number")
 
 
-def _must_act(plan: Plan) -> bool:
-    """Whether the plan touches every prompt. A 'generated' scope may not: a reply can end at its first token."""
+def _must_act(plan: Plan, receipt: Receipt) -> bool:
+    """Whether the plan's branch that fired touches every prompt. A 'generated' scope may not: a reply can end at its
+    first token."""
 
     def certain(edit: Edit) -> bool:
         return edit.operator in _ALWAYS_ACT and edit.scope != "generated" and any(edit.strengths)
 
-    return any(certain(edit) for edit in plan.edits)
+    branch = plan.otherwise if receipt.branch == "otherwise" else None
+    return any(certain(edit) for edit in (branch or plan).edits)
 
 
 def check_arms_acted(arms: Sequence[Arm], records: Iterable[Record]) -> None:

@@ -337,7 +337,7 @@ def option_accuracy(choices: Sequence[OptionChoice]) -> dict[str, dict[str, Inte
 
 def steers_generated(arm: Arm) -> bool:
     """Whether any edit of the arm's plan acts on generated tokens only."""
-    return arm.plan is not None and any(edit.scope == "generated" for edit in arm.plan.edits)
+    return arm.plan is not None and any(edit.scope == "generated" for edit in arm.plan.all_edits)
 
 
 def refuse_generated_scope(arms: Sequence[Arm]) -> None:

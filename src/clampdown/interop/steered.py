@@ -157,7 +157,7 @@ class SteeredModel:
 
     def refuse_generated_scope(self) -> None:
         """Raise `ScopeError` for a plan that acts on generated tokens: log-likelihoods generate none."""
-        if self.plan and any(edit.scope == "generated" for edit in self.plan.edits):
+        if self.plan and any(edit.scope == "generated" for edit in self.plan.all_edits):
             raise ScopeError(
                 f"plan '{self.plan.name}' steers generated tokens, and log-likelihoods generate none",
                 hint="choose tasks that generate, or a plan with the scope 'all', 'prompt' or 'assistant'",

@@ -214,6 +214,18 @@ def token_texts(lm: LanguageModel, messages: Sequence[Message], *, add_generatio
     return pieces
 
 
+def content_texts(
+    lm: LanguageModel, ids: Int[Tensor, "prompts prompt"], content: Bool[Tensor, "prompts prompt"]
+) -> list[str]:
+    """What people wrote in each prompt, from its token ids: the runs of content tokens as text, joined by newlines."""
+    texts = []
+    for row, inside in zip(ids.tolist(), content.tolist(), strict=True):
+        runs = itertools.groupby(zip(row, inside, strict=True), key=lambda token: token[1])
+        found = [[token for token, _ in run] for counted, run in runs if counted]
+        texts.append("\n".join(lm.tokenizer.decode(run, skip_special_tokens=True) for run in found))
+    return texts
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Left-padded prompts. `attention_mask` is 1 for real tokens and 0 for padding."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clampdown.saes.sae import FeatureView
 from clampdown.steering.operators import OPERATORS, Coefficient
-from clampdown.steering.program import Directions, Residual, SiteProgram, View
+from clampdown.steering.program import Directions, Reach, Residual, SiteProgram, View
 
 Step = Callable[[Residual], Residual | None]
 """x -> x', or None for "unchanged"."""
@@ -62,12 +62,12 @@ class FusedEdit:
         return torch.addmm(flat, amounts.squeeze(1), self.directions).unsqueeze(1)
 
 
-def decoding_step(program: SiteProgram, weights: Mapping[str, Float[Tensor, "rows 1"]]) -> Step | None:
+def decoding_step(program: SiteProgram, weights: Mapping[Reach, Float[Tensor, "rows 1"]]) -> Step | None:
     """What to do at a site while decoding, or None when only the general way can say.
 
-    `weights` are the scopes' row factors for generated tokens. Looks at their values: once per turn, not per token.
+    `weights` are the reaches' row factors for generated tokens. Looks at their values: once per turn, not per token.
     """
-    if not any(bool(weights[scope].any()) for scope in program.scopes):
+    if not any(bool(weights[reach].any()) for reach in program.reaches):
         return idle
     if program.dropped or len(program.banks) != 1 or len(program.banks[0].groups) != 1:
         return None
@@ -75,7 +75,7 @@ def decoding_step(program: SiteProgram, weights: Mapping[str, Float[Tensor, "row
     reader = _reader(bank.view)
     if reader is None or len(group.channels) != bank.size:
         return None
-    factor = group.member * weights[group.scope].unsqueeze(-1)
+    factor = group.member * weights[group.reach].unsqueeze(-1)
     return FusedEdit(
         reader=reader,
         directions=bank.view.rows if isinstance(bank.view, Directions) else _directions(bank.view),

@@ -25,13 +25,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clampdown.errors import PlanError, ScopeError, SteeringNotAppliedError
+from clampdown.models.chat import content_texts
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.checkpoints import open_sae
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.compiled import refuse_compiled
 from clampdown.steering.fused import decoding_step
+from clampdown.steering.gate_kinds import external_score
 from clampdown.steering.plan import Plan
-from clampdown.steering.program import Rows, check_plan, gate_programs, site_programs
+from clampdown.steering.program import Reach, Rows, check_plan, gate_programs, site_programs
+from clampdown.steering.receipts import make_receipt
 from clampdown.steering.scopes import SCOPES, Window, last_run
 from clampdown.steering.turn import Tally, Turn, columns_real, real_columns
 from clampdown.steering.widening import (
@@ -43,7 +46,7 @@ from clampdown.steering.widening import (
     widen_arguments,
     widen_cache,
 )
-from clampdown.types import Point, Receipt, Site
+from clampdown.types import BRANCHES, Point, Receipt, Site
 
 FLUSH_EVERY = 32
 
@@ -73,13 +76,14 @@ class Steering:
         self._plans: Rows = ()
         self._turn: Turn | None = None
         self._tally: Tally | None = None
-        self._weights: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}
+        self._weights: dict[Reach, Tensor] = {}
         self._visited: set[str] = set()
         self._reached: set[str] = set()
         self._passes = 0
         plans = rows if isinstance(rows, Sequence) else [rows]
-        self._gate_sites = _sites(p.gate.site for p in plans if p is not None and p.gate)
-        self._edit_sites = _sites(e.site for p in plans if p is not None for e in p.edits)
+        self._gate_sites = _sites(g.site for p in plans if p is not None for g in p.gates if g.site)
+        self._edit_sites = _sites(e.site for p in plans if p is not None for e in p.all_edits)
         self._shared_blocks = shared_blocks(self._edit_sites, lm.n_layers)
         self._key = id(lm.layout.decoder)
 
@@ -91,12 +95,12 @@ class Steering:
             return []
         self._tally.flush(self._turn.alive)
         tally = self._tally
-        columns = (tally.touched.tolist(), tally.norm.tolist(), tally.gate_score.tolist(), tally.gate_fired.tolist())
-        values = list(zip(*columns, strict=True))
+        columns = (tally.touched, tally.norm, tally.gate_score.T, tally.fired.T)
+        values = list(zip(*(column.tolist() for column in columns), strict=True))
         # Rows that were computed as one did the same, except that a shut gate has a score of its own.
         done = [values[i][:2] for i in self._like] if self._like else [row[:2] for row in values]
         return [
-            None if plan is None else _receipt(plan, *edit, *own[2:])
+            None if plan is None else make_receipt(plan, *edit, *own[2:])
             for plan, edit, own in zip(self._plans, done, values, strict=True)
         ]
 
@@ -111,7 +115,7 @@ class Steering:
         """The batch goes on with these of its current rows only."""
         turn, tally = self._require_turn()
         tally.flush(turn.alive)
-        turn.alive, turn.fired, turn.real = turn.alive[rows], turn.fired[rows], turn.real[rows]
+        turn.alive, turn.opened, turn.real = turn.alive[rows], turn.opened[:, rows], turn.real[rows]
         turn.prompt_of = turn.prompt_of[rows]
         turn.programs = tuple(program.at(rows) for program in turn.programs)
         turn.constant, turn.steps = None, {}
@@ -205,7 +209,7 @@ class Steering:
             programs=site_programs(plans, self._lm, self._saes),
             gates=gate_programs(plans, self._lm, self._saes),
             alive=torch.arange(n_rows, device=device),
-            fired=torch.ones(n_rows, device=device),
+            opened=_ungated(plans, device),
             prompt_of=prompt_of,
             n_prompts=n_prompts,
             prompt_width=prompt_width,
@@ -217,8 +221,9 @@ class Steering:
 
     def _resolve_scopes(self, turn: Turn) -> None:
         """Find the offsets that this batch's scopes and gates need, from the token ids."""
-        scopes = {scope for program in turn.programs for scope in program.scopes}
-        needs_ids = bool(scopes & {"assistant", "last_user"}) or bool(turn.gates)
+        scopes = {reach.scope for program in turn.programs for reach in program.reaches}
+        gated = any(plan is not None and plan.gate for plan in self._plans)
+        needs_ids = bool(scopes & {"assistant", "last_user"}) or gated
         if not needs_ids:
             return
         if turn.prompt_ids is None:
@@ -228,6 +233,23 @@ class Steering:
             turn.assistant_start = self._lm.chat.assistant_start(prompt)
         if "last_user" in scopes:
             turn.last_user = last_run(self._content(turn))[turn.prompt_of]
+        if any(gate.scorer for plan in self._plans if plan is not None for gate in plan.gates):
+            self._score_texts(turn)
+
+    def _score_texts(self, turn: Turn) -> None:
+        """External gates decide before the model runs, from the text of each row's prompt."""
+        assert turn.prompt_ids is not None
+        texts = content_texts(self._lm, turn.prompt_ids[:, : turn.prompt_width], self._content(turn))
+        found: dict[tuple[str, str], float] = {}
+        for row, plan in enumerate(self._plans):
+            for branch, gate in enumerate(plan.gates if plan is not None else ()):
+                if gate.scorer:
+                    key = (gate.scorer, texts[int(turn.prompt_of[row])])
+                    score = found[key] = found[key] if key in found else external_score(*key)
+                    one = torch.arange(len(turn.alive), device=turn.alive.device) == row
+                    self._decide(
+                        branch, one, torch.full_like(turn.opened[0], score, dtype=torch.float32), gate.threshold
+                    )
 
     def _content(self, turn: Turn) -> Bool[Tensor, "prompts prompt"]:
         assert turn.prompt_ids is not None
@@ -253,15 +275,21 @@ class Steering:
         real = columns_real(turn, start, width, mask)
         columns = torch.arange(start, start + width, device=real.device)
         window = Window(columns, real, turn.prompt_width, turn.assistant_start, turn.last_user)
-        scopes = {scope for program in turn.programs for scope in program.scopes}
-        masks = {scope: SCOPES[scope](window) for scope in scopes}
-        self._reached |= {scope for scope, m in masks.items() if bool(m.any())}
-        gated = turn.fired.unsqueeze(1)
-        self._weights = {scope: m * gated for scope, m in masks.items()}
+        scopes = {reach.scope for program in turn.programs for reach in program.reaches}
+        self._masks = {scope: SCOPES[scope](window) for scope in scopes}
+        self._reached |= {scope for scope, m in self._masks.items() if bool(m.any())}
+        self._weigh()
         turn.constant, turn.steps = None, {}
         if decoding:
             turn.constant = self._weights
             turn.steps = {program.site.name: decoding_step(program, self._weights) for program in turn.programs}
+
+    def _weigh(self) -> None:
+        """Each scope's positions, for the rows whose branch fired."""
+        turn, _ = self._require_turn()
+        fired = turn.fired.float().unsqueeze(-1)
+        reaches = {reach for program in turn.programs for reach in program.reaches}
+        self._weights = {reach: self._masks[reach.scope] * fired[reach.branch] for reach in reaches}
 
     def _read_gates(self, site: str, x: Float[Tensor, "rows pos d_model"]) -> None:
         """At prefill: score each row's prompt and fix whether it is steered this turn."""
@@ -278,20 +306,29 @@ class Steering:
             if gate.site.name == site:
                 own = content if turn.narrow else content[turn.prompt_of]
                 scores = gate.scores(x[:, : turn.prompt_width], own, row_of)
-                turn.fired = torch.where(gate.gated, (scores > gate.threshold).float(), turn.fired)
-                gated_rows = turn.alive[gate.gated]
-                tally.gate_score[gated_rows] = scores[gate.gated]
-                tally.gate_fired[gated_rows] = turn.fired[gate.gated]
+                self._decide(gate.branch, gate.gated, scores, gate.threshold)
         if self._like and not turn.narrow:
             self._share_verdicts(site, tally)
-        gated = turn.fired.unsqueeze(1)
-        self._weights = {scope: weights * gated for scope, weights in self._weights.items()}
+        self._weigh()
+
+    def _decide(
+        self,
+        branch: int,
+        gated: Bool[Tensor, " rows"],
+        scores: Float[Tensor, " rows"],
+        threshold: Float[Tensor, " rows"] | float,
+    ) -> None:
+        """Open or shut a branch's gate on the rows that have one."""
+        turn, tally = self._require_turn()
+        turn.opened[branch] = torch.where(gated, scores > threshold, turn.opened[branch])
+        tally.gate_score[branch, turn.alive[gated]] = scores[gated]
+        tally.fired[:, turn.alive] = turn.fired
 
     def _share_verdicts(self, site: str, tally: Tally) -> None:
         """A gate above the widening read one row for all that are computed as that one: they have its verdict."""
         for row, (plan, first) in enumerate(zip(self._plans, self._like, strict=True)):
-            if row != first and plan is not None and plan.gate and plan.gate.site == site:
-                tally.gate_score[row], tally.gate_fired[row] = tally.gate_score[first], tally.gate_fired[first]
+            if row != first and plan is not None and any(gate.site == site for gate in plan.gates):
+                tally.gate_score[:, row], tally.fired[:, row] = tally.gate_score[:, first], tally.fired[:, first]
 
     def _widen(self, x: Float[Tensor, "prompts pos d_model"]) -> Tensor | None:
         """Where the lowest edit acts: from one row per prompt to one per row that can differ."""
@@ -305,7 +342,8 @@ class Steering:
         output_of = {row: i for i, row in enumerate(kept)}
         index = as_index(kept, x.device)
         self.keep_rows(index)
-        self._weights = {scope: weights[index] for scope, weights in self._weights.items()}
+        self._masks = {scope: mask[index] for scope, mask in self._masks.items()}
+        self._weigh()
         turn.gates = tuple(gate.at(index) for gate in turn.gates)
         turn.narrow = False
         self._spread = Spread(turn.prompt_of, as_index([output_of[i] for i in self._like], x.device))
@@ -320,12 +358,12 @@ class Steering:
             id(plan): None if plan is None or (plan.is_identity and self._verdict_known(plan)) else plan.digest
             for plan in self._plans
         }
-        shut = (turn.fired == 0).tolist()
+        shut = (~turn.fired.any(0)).tolist()
         rows = zip(turn.prompt_of.tolist(), self._plans, shut, strict=True)
         return first_alike([(prompt, None if closed else acting[id(plan)]) for prompt, plan, closed in rows])
 
     def _verdict_known(self, plan: Plan) -> bool:
-        return plan.gate is None or plan.gate.site in self._gates_read
+        return all(not gate.site or gate.site in self._gates_read for gate in plan.gates)
 
     def _widen_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Blocks above: masks and position embeddings of the prefill, which the decoder made for prompts."""
@@ -408,7 +446,8 @@ class Steering:
             )
         self._check_no_pass_was_missed()
         turn, _ = self._require_turn()
-        unreached = {scope for program in turn.programs for scope in program.scopes} - self._reached
+        scopes = {reach.scope for program in turn.programs for reach in program.reaches}
+        unreached = scopes - self._reached
         if require_reach and unreached:
             raise ScopeError(
                 f"scope {', '.join(sorted(unreached))} never covered a token of this run",
@@ -420,11 +459,11 @@ def _sites(names: Iterable[str]) -> tuple[Site, ...]:
     return tuple(sorted({Site.parse(name) for name in names}))
 
 
-def _receipt(plan: Plan, touched: float, norm: float, score: float, fired: float) -> Receipt:
-    mean = norm / touched if touched else 0.0
-    if plan.gate is None:
-        return Receipt(plan.name, int(touched), mean)
-    return Receipt(plan.name, int(touched), mean, score, bool(fired))
+def _ungated(plans: Rows, device: torch.device) -> Bool[Tensor, "branches rows"]:
+    """Branch 0 acts until a gate says otherwise; what comes otherwise waits for its gate to open."""
+    opened = torch.zeros(len(BRANCHES), len(plans), dtype=torch.bool, device=device)
+    opened[0] = True
+    return opened
 
 
 def resolve_saes(

@@ -1,5 +1,8 @@
 """The plan: edits, an optional gate, and where they came from. The artefact that users keep, as `plan.toml`.
 
+A two-sided plan has a second branch, `otherwise`: edits of its own behind a gate of its own, for conversations on which
+the first gate stayed shut (steer up where harmful, else down where a second gate says borderline).
+
 A plan is data. It names features by index, vectors by value, and the exact model and SAE it was made for; it never
 says how its features were found. Strengths are stored as the raw values that act, with the calibration figures that
 let them be shown as multiples of the feature's p99 activation and as a share of the residual's length (`units`).
@@ -25,17 +28,20 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    computed_field,
     field_validator,
     model_validator,
 )
 
 from clampdown.errors import PlanError, StrengthError
+from clampdown.steering.gate_kinds import GATE_KINDS
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.scopes import SCOPES
 from clampdown.store import content_hash, write_atomic
 from clampdown.types import Site
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = (1, 2)
+"""2 added gates of other kinds than `probe` and `otherwise`. A plan that uses neither is written as 1, as ever."""
 
 
 def _unpack(value: Any) -> Any:
@@ -148,83 +154,164 @@ class Guarantee(_Part):
 
 
 class Gate(_Part):
-    """Whether a conversation is steered at all: a linear probe over pooled feature activations of the prompt.
+    """Whether a conversation is steered at all: score = bias + sum_i weights[i] * channel_i > threshold.
 
-    score = bias + sum_i weights[i] * poolings[i](a_features[i]); it fires when score > threshold. `max` and `mean` run
-    over the prompt's content tokens; `assistant_start` is the value at the prompt's last token, where the reply is
-    decided. A feature may appear under several poolings.
+    What a channel is, `kind` says (`gate_kinds.py`): feature `features[i]` under `poolings[i]`, or the plan's vector
+    `vectors[i]` against the residual under `poolings[i]`. A feature or vector may appear under several poolings. An
+    `external` gate has none of these and no site: its score comes from the scorer registered as `scorer`.
     """
 
-    kind: Literal["probe"] = "probe"
-    site: str
-    features: tuple[int, ...]
-    weights: tuple[float, ...]
-    bias: float
+    kind: Literal["feature", "probe", "dense", "cosine", "external"] = "probe"
+    site: str = ""
+    features: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    bias: float = 0.0
     threshold: float
-    poolings: tuple[Literal["max", "mean", "assistant_start"], ...]
+    poolings: tuple[Literal["max", "mean", "assistant_start"], ...] = ()
     guarantee: Guarantee | None = None
+    vectors: tuple[str, ...] = ()
+    scorer: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        Site.parse(self.site)
-        if not self.features or len({len(self.features), len(self.weights), len(self.poolings)}) != 1:
-            raise PlanError(
-                f"a gate needs one weight and one pooling per feature, got {len(self.features)} features, "
-                f"{len(self.weights)} weights and {len(self.poolings)} poolings"
-            )
         if not all(map(math.isfinite, (*self.weights, self.bias, self.threshold))):
             raise PlanError("a gate's weights, bias and threshold must be finite")
+        if GATE_KINDS[self.kind].reads == "text":
+            self._check_text()
+        else:
+            self._check_channels()
         return self
+
+    def _check_text(self) -> None:
+        if not self.scorer or self.site or self.features or self.vectors or self.weights or self.poolings:
+            raise PlanError(f"a gate of kind '{self.kind}' needs `scorer` and a threshold, and reads nothing else")
+
+    def _check_channels(self) -> None:
+        kind, on_residual = GATE_KINDS[self.kind], GATE_KINDS[self.kind].reads == "residual"
+        Site.parse(self.site)
+        read, unread, what = (
+            (self.vectors, self.features, "vector") if on_residual else (self.features, self.vectors, "feature")
+        )
+        if not read or len({len(read), len(self.weights), len(self.poolings)}) != 1:
+            raise PlanError(
+                f"a gate needs one weight and one pooling per {what}, got {len(read)} {what}s, "
+                f"{len(self.weights)} weights and {len(self.poolings)} poolings"
+            )
+        if unread or self.scorer:
+            raise PlanError(f"a gate of kind '{self.kind}' reads {what}s and nothing else")
+        if kind.single and len(read) != 1:
+            raise PlanError(f"a gate of kind '{self.kind}' reads one {what}, got {len(read)}")
+        for pooling in self.poolings:
+            if pooling not in kind.poolings:
+                raise PlanError(
+                    f"a gate of kind '{self.kind}' cannot pool by '{pooling}'",
+                    hint=f"one of: {', '.join(kind.poolings)}",
+                )
+
+
+_ADDED_TO_GATES = {"vectors": [], "scorer": None}
+"""Fields of schema 2 with the values that mean what schema 1 meant, as JSON."""
+
+
+class Branch(_Part):
+    """Edits behind a gate of their own."""
+
+    gate: Gate
+    edits: tuple[Edit, ...]
 
 
 class Plan(_Part):
-    """Edits + gate + provenance. Frozen; `digest` identifies what it does."""
+    """Edits + gate + provenance. Frozen; `digest` identifies what it does.
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    `otherwise` acts on a conversation whose `gate` stayed shut and whose own gate fires; never both.
+    """
+
     name: str
     model: ModelRef
     saes: tuple[SaeRef, ...] = ()
     edits: tuple[Edit, ...]
     gate: Gate | None = None
+    otherwise: Branch | None = None
     vectors: dict[str, Vector] = Field(default_factory=dict)
     provenance: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.otherwise and not self.gate:
+            raise PlanError(
+                "`otherwise` acts where the plan's gate stays shut: a plan without a gate has no use for it"
+            )
         sites = {ref.site for ref in self.saes}
-        readers = [(edit.site, edit.features) for edit in self.edits]
-        if self.gate:
-            readers.append((self.gate.site, self.gate.features))
-            self._gate_below_edits(Site.parse(self.gate.site))
-        for site, features in readers:
+        readers: list[Edit | Gate] = [*self.all_edits, *self.gates]
+        for site, features in ((reader.site, reader.features) for reader in readers):
             if features and site not in sites:
                 raise PlanError(f"features at {site} need an entry of `saes` for that site")
-        for edit in self.edits:
-            if edit.vector is not None and edit.vector not in self.vectors:
-                raise PlanError(f"vector '{edit.vector}' is not among the plan's vectors {sorted(self.vectors)}")
+        named = [edit.vector for edit in self.all_edits if edit.vector is not None]
+        for vector in (*named, *(name for gate in self.gates for name in gate.vectors)):
+            if vector not in self.vectors:
+                raise PlanError(f"vector '{vector}' is not among the plan's vectors {sorted(self.vectors)}")
+        for gate in self.gates:
+            if gate.site:
+                self._gate_below_edits(Site.parse(gate.site))
         return self
 
     def _gate_below_edits(self, gate_site: Site) -> None:
         """One pass must decide before it edits, from activations that no edit has changed."""
         order = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-        for edit in self.edits:
+        for edit in self.all_edits:
             site = Site.parse(edit.site)
             if (gate_site.layer, order.index(gate_site.point)) > (site.layer, order.index(site.point)):
                 raise PlanError(f"the gate reads {gate_site}, above the edit at {site}: it would decide too late")
+
+    @property
+    def all_edits(self) -> tuple[Edit, ...]:
+        """The edits of every branch."""
+        return self.edits + (self.otherwise.edits if self.otherwise else ())
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The gates of every branch, in the branches' order; none for a plan that always steers."""
+        own = (self.gate,) if self.gate else ()
+        return own + ((self.otherwise.gate,) if self.otherwise else ())
+
+    @property
+    def branches(self) -> tuple[tuple[Edit, ...], ...]:
+        """The edits of each branch: one for most plans, two for a two-sided one."""
+        return (self.edits, self.otherwise.edits) if self.otherwise else (self.edits,)
+
+    @computed_field
+    @property
+    def schema_version(self) -> int:
+        """The oldest version of the format that can say what this plan says."""
+        added = self.otherwise or any(g.kind != "probe" or g.vectors or g.scorer for g in self.gates)
+        return 2 if added else 1
 
     @property
     def is_identity(self) -> bool:
         """Whether every edit is neutral, so that this plan leaves every input as it is."""
         return all(
             edit.error_term == "keep" and all(s == OPERATORS[edit.operator].neutral for s in edit.strengths)
-            for edit in self.edits
+            for edit in self.all_edits
         )
 
     @property
     def digest(self) -> str:
         """Hash of everything that changes what the plan does (not its name, its provenance or what is for display)."""
-        shown_only = {"edits": {"__all__": {"p99", "edit_norm"}}}
-        return content_hash(self.model_dump(mode="json", exclude={"name": True, "provenance": True, **shown_only}))
+        shown = {"__all__": {"p99", "edit_norm"}}
+        hidden: Any = {"name": True, "provenance": True, "edits": shown, "otherwise": {"edits": shown}}
+        return content_hash(_as_of(self.schema_version, self.model_dump(mode="json", exclude=hidden)))
+
+
+def _as_of(version: int, data: dict[str, Any]) -> dict[str, Any]:
+    """A plan's plain data as that version of the format has it, so that a digest outlives later versions."""
+    gates = [data["gate"], data["otherwise"] and data["otherwise"]["gate"]]
+    for gate in filter(None, gates):
+        for key, neutral in _ADDED_TO_GATES.items():
+            if gate.get(key) == neutral:
+                gate.pop(key)
+    if data["otherwise"] is None:
+        del data["otherwise"]
+    return {**data, "schema_version": version}
 
 
 def parse_plan(data: dict[str, Any], source: str = "plan") -> Plan:
@@ -242,10 +329,11 @@ def parse_plan(data: dict[str, Any], source: str = "plan") -> Plan:
 
 def _validated(data: dict[str, Any], source: str) -> Plan:
     version = data.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise PlanError(f"{source}: schema_version is {version!r}, this clampdown reads {SCHEMA_VERSION}")
+    if version not in SCHEMA_VERSIONS:
+        known = " and ".join(map(str, SCHEMA_VERSIONS))
+        raise PlanError(f"{source}: schema_version is {version!r}, this clampdown reads {known}")
     try:
-        return Plan.model_validate(data)
+        return Plan.model_validate({key: value for key, value in data.items() if key != "schema_version"})
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}" for e in error.errors()]
         raise PlanError(f"{source} is not a valid plan:\n  " + "\n  ".join(lines)) from error
@@ -266,5 +354,13 @@ def read_plan(path: Path) -> Plan:
 
 def write_plan(path: Path, plan: Plan) -> None:
     """Write a `plan.toml` that reads back equal, with its digest."""
-    data = plan.model_dump(mode="json", exclude_none=True)
-    write_atomic(path, tomli_w.dumps({"schema_version": data.pop("schema_version"), "digest": plan.digest, **data}))
+    data = _as_of(plan.schema_version, plan.model_dump(mode="json"))
+    version = data.pop("schema_version")
+    write_atomic(path, tomli_w.dumps({"schema_version": version, "digest": plan.digest, **_stated(data)}))
+
+
+def _stated(data: Any) -> Any:
+    """Without what is None: TOML has no word for it."""
+    if isinstance(data, dict):
+        return {key: _stated(value) for key, value in data.items() if value is not None}
+    return [_stated(item) for item in data] if isinstance(data, list) else data

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,12 +21,23 @@ from torch import Tensor
 from clampdown.errors import PlanError, PlanMismatchError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource, FeatureView, Sae, check_features, check_fits
+from clampdown.steering.gate_kinds import GATE_KINDS, GATE_POOLINGS, Readout, check_scorer
+from clampdown.steering.gate_kinds import Directions as GateDirections
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.plan import Edit, Gate, Plan
 from clampdown.types import Site
 
 Residual = Float[Tensor, "rows pos d_model"]
-ScopeWeights = Mapping[str, Float[Tensor, "rows pos"]]
+
+
+class Reach(NamedTuple):
+    """Where a group of edits acts: in the positions of a scope, on rows whose plan's branch `branch` fired."""
+
+    scope: str
+    branch: int
+
+
+ReachWeights = Mapping[Reach, Float[Tensor, "rows pos"]]
 
 
 @runtime_checkable
@@ -53,10 +64,10 @@ class Directions:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Edits of one operator and one scope: the channels they use, and each row's strengths."""
+    """Edits of one operator and one reach: the channels they use, and each row's strengths."""
 
     operator: str
-    scope: str
+    reach: Reach
     channels: Int[Tensor, " n"]
     strengths: Float[Tensor, "rows 1 n"]
     member: Float[Tensor, "rows 1 n"]
@@ -73,7 +84,7 @@ class Bank:
     size: int
     groups: tuple[Group, ...]
 
-    def delta(self, x: Residual, weights: ScopeWeights) -> Residual:
+    def delta(self, x: Residual, weights: ReachWeights) -> Residual:
         """What all groups together add to x."""
         activation = self.view.read(x).float()  # a top-k view reads in its SAE's own precision
         if len(self.groups) == 1 and len(self.groups[0].channels) == self.size:
@@ -86,9 +97,9 @@ class Bank:
         return self.view.write(total, x)
 
     @staticmethod
-    def _coefficients(group: Group, activation: Tensor, weights: ScopeWeights) -> Tensor:
+    def _coefficients(group: Group, activation: Tensor, weights: ReachWeights) -> Tensor:
         raw = OPERATORS[group.operator].coefficient(activation, group.strengths)
-        return raw * (group.member * weights[group.scope].unsqueeze(-1))
+        return raw * (group.member * weights[group.reach].unsqueeze(-1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +107,10 @@ class Dropped:
     """Rows whose edits drop the SAE's error term: x is replaced by its reconstruction before the deltas."""
 
     sae: Sae
-    rows_by_scope: Mapping[str, Float[Tensor, " rows"]]
+    rows_by_reach: Mapping[Reach, Float[Tensor, " rows"]]
 
-    def delta(self, x: Residual, weights: ScopeWeights) -> Residual:
-        reach = torch.stack([w[:, None] * weights[scope] for scope, w in self.rows_by_scope.items()]).amax(0)
+    def delta(self, x: Residual, weights: ReachWeights) -> Residual:
+        reach = torch.stack([w[:, None] * weights[at] for at, w in self.rows_by_reach.items()]).amax(0)
         return (self.sae.reconstruct(x) - x) * reach.unsqueeze(-1)
 
 
@@ -111,7 +122,7 @@ class SiteProgram:
     banks: tuple[Bank, ...]
     dropped: Dropped | None
 
-    def delta(self, x: Residual, weights: ScopeWeights) -> Residual:
+    def delta(self, x: Residual, weights: ReachWeights) -> Residual:
         """x' - x, in x's dtype; computed in float32."""
         wide = x.float()
         parts = [part.delta(wide, weights) for part in (*self.banks, *([self.dropped] if self.dropped else []))]
@@ -123,39 +134,40 @@ class SiteProgram:
         banks = tuple(replace(bank, groups=tuple(g.at(rows) for g in bank.groups)) for bank in self.banks)
         dropped = self.dropped
         if dropped:
-            dropped = replace(dropped, rows_by_scope={s: w[rows] for s, w in dropped.rows_by_scope.items()})
+            dropped = replace(dropped, rows_by_reach={at: w[rows] for at, w in dropped.rows_by_reach.items()})
         return replace(self, banks=banks, dropped=dropped)
 
     @property
-    def scopes(self) -> set[str]:
-        """The scopes of the edits, dropped error terms among them."""
-        dropped = set(self.dropped.rows_by_scope) if self.dropped else set()
-        return {group.scope for bank in self.banks for group in bank.groups} | dropped
+    def reaches(self) -> set[Reach]:
+        """Where the edits act, dropped error terms among them."""
+        dropped = set(self.dropped.rows_by_reach) if self.dropped else set()
+        return {group.reach for bank in self.banks for group in bank.groups} | dropped
 
 
-def _pool_max(activation: Tensor, content: Tensor) -> Tensor:
-    return activation.masked_fill(~content.unsqueeze(-1), 0.0).amax(1)
+@runtime_checkable
+class Reader(Protocol):
+    """What a gate pools: numbers at every position of a residual."""
+
+    def read(self, x: Residual) -> Float[Tensor, "rows pos width"]: ...
 
 
-def _pool_mean(activation: Tensor, content: Tensor) -> Tensor:
-    mask = content.unsqueeze(-1)
-    return (activation * mask).sum(1) / mask.sum(1).clamp(min=1)
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Gates on the residual pool the residual itself."""
 
-
-def _pool_assistant_start(activation: Tensor, content: Tensor) -> Tensor:
-    return activation[:, -1]
-
-
-GATE_POOLINGS = {"max": _pool_max, "mean": _pool_mean, "assistant_start": _pool_assistant_start}
-"""[rows, prompt, channels] and the content mask [rows, prompt] -> [rows, channels]."""
+    def read(self, x: Residual) -> Residual:
+        return x
 
 
 @dataclass(frozen=True, slots=True)
 class GateProgram:
-    """Gates of all rows that read one site: per pooling, weights [rows, channels] over shared channels."""
+    """Gates of one branch that read one site in one way: per pooling, weights [rows, channels] over shared channels."""
 
     site: Site
-    view: View
+    branch: int
+    reader: Reader
+    readout: Readout
+    directions: GateDirections
     gated: Bool[Tensor, " rows"]
     weights: Mapping[str, Float[Tensor, "rows channels"]]
     bias: Float[Tensor, " rows"]
@@ -168,11 +180,11 @@ class GateProgram:
         prompt_of: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, " rows"]:
         """Each row's score from the residual at its own prompt's tokens. Without `prompt_of` prompts are rows."""
-        activation = self.view.read(x.float())
-        pooled = {name: GATE_POOLINGS[name](activation, content) for name in self.weights}
+        values = self.reader.read(x.float())
+        channels = {name: self.readout(GATE_POOLINGS[name](values, content), self.directions) for name in self.weights}
         if prompt_of is not None:
-            pooled = {name: values[prompt_of] for name, values in pooled.items()}
-        return torch.stack([(pooled[name] * w).sum(-1) for name, w in self.weights.items()]).sum(0) + self.bias
+            channels = {name: found[prompt_of] for name, found in channels.items()}
+        return torch.stack([(channels[name] * w).sum(-1) for name, w in self.weights.items()]).sum(0) + self.bias
 
     def at(self, rows: Int[Tensor, " kept"]) -> GateProgram:
         """The gates of some of the rows."""
@@ -185,41 +197,55 @@ class GateProgram:
 Rows = Sequence[Plan | None]
 
 
-def _edits(rows: Rows, site: str, *, dense: bool) -> list[tuple[int, Plan, Edit]]:
+class _Asked(NamedTuple):
+    """One edit that a row's plan asks for, and in which of its branches."""
+
+    row: int
+    plan: Plan
+    edit: Edit
+    branch: int
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.edit.scope, self.branch)
+
+
+def _edits(rows: Rows, site: str, *, dense: bool) -> list[_Asked]:
     return [
-        (row, plan, edit)
+        _Asked(row, plan, edit, branch)
         for row, plan in enumerate(rows)
         if plan is not None
-        for edit in plan.edits
+        for branch, edits in enumerate(plan.branches)
+        for edit in edits
         if edit.site == site and OPERATORS[edit.operator].dense is dense
     ]
 
 
 def _groups(
-    entries: Iterable[tuple[int, Edit, Sequence[object]]], channel_of: Mapping[object, int], n_rows: int, like: Tensor
+    entries: Iterable[tuple[_Asked, Sequence[object]]], channel_of: Mapping[object, int], n_rows: int, like: Tensor
 ) -> tuple[Group, ...]:
-    """Collect (row, edit, channel keys) into groups of equal operator and scope."""
-    grouped: dict[tuple[str, str], list[tuple[int, int, float]]] = {}
-    for row, edit, keys in entries:
-        cells = grouped.setdefault((edit.operator, edit.scope), [])
-        cells.extend((row, channel_of[key], s) for key, s in zip(keys, edit.strengths, strict=True))
-    return tuple(_group(operator, scope, cells, n_rows, like) for (operator, scope), cells in sorted(grouped.items()))
+    """Collect (edit, channel keys) into groups of equal operator and reach."""
+    grouped: dict[tuple[str, Reach], list[tuple[int, int, float]]] = {}
+    for asked, keys in entries:
+        cells = grouped.setdefault((asked.edit.operator, asked.reach), [])
+        cells.extend((asked.row, channel_of[key], s) for key, s in zip(keys, asked.edit.strengths, strict=True))
+    return tuple(_group(operator, reach, cells, n_rows, like) for (operator, reach), cells in sorted(grouped.items()))
 
 
-def _group(operator: str, scope: str, cells: list[tuple[int, int, float]], n_rows: int, like: Tensor) -> Group:
+def _group(operator: str, reach: Reach, cells: list[tuple[int, int, float]], n_rows: int, like: Tensor) -> Group:
     channels = sorted({channel for _, channel, _ in cells})
     column = {channel: i for i, channel in enumerate(channels)}
     strengths = [[0.0] * len(channels) for _ in range(n_rows)]
     member = [[0.0] * len(channels) for _ in range(n_rows)]
     for row, channel, strength in cells:
         if member[row][column[channel]]:
-            raise PlanError(f"two edits '{operator}' with scope '{scope}' of one plan act on the same channel")
+            raise PlanError(f"two edits '{operator}' with scope '{reach.scope}' of one plan act on the same channel")
         strengths[row][column[channel]] = strength
         member[row][column[channel]] = 1.0
     to = like.device
     return Group(
         operator,
-        scope,
+        reach,
         channels=torch.tensor(channels, device=to),
         strengths=torch.tensor(strengths, device=to).unsqueeze(1),
         member=torch.tensor(member, device=to).unsqueeze(1),
@@ -236,9 +262,9 @@ def _wide(sae: FeatureSource, features: Sequence[int], device: torch.device) -> 
 
 def _feature_bank(rows: Rows, site: str, sae: FeatureSource, device: torch.device) -> Bank:
     found = _edits(rows, site, dense=False)
-    features = sorted({f for _, _, edit in found for f in edit.features})
+    features = sorted({f for asked in found for f in asked.edit.features})
     view = _wide(sae, features, device)
-    entries = [(row, edit, edit.features) for row, _, edit in found]
+    entries = [(asked, asked.edit.features) for asked in found]
     groups = _groups(entries, {f: i for i, f in enumerate(features)}, len(rows), view.directions)
     return Bank(view, len(features), groups)
 
@@ -246,13 +272,11 @@ def _feature_bank(rows: Rows, site: str, sae: FeatureSource, device: torch.devic
 def _direction_bank(rows: Rows, site: str, lm: LanguageModel) -> Bank:
     """Equal vectors share a channel; ablation reads and writes the unit vector."""
     found = _edits(rows, site, dense=True)
-    keyed = [
-        (row, edit, (plan.vectors[edit.vector or ""], OPERATORS[edit.operator].unit_row)) for row, plan, edit in found
-    ]
-    keys = list(dict.fromkeys(key for _, _, key in keyed))
+    keyed = [(a, (a.plan.vectors[a.edit.vector or ""], OPERATORS[a.edit.operator].unit_row)) for a in found]
+    keys = list(dict.fromkeys(key for _, key in keyed))
     vectors = [checked_vector(torch.tensor(vector, device=lm.device), lm.d_model) for vector, _ in keys]
     matrix = torch.stack([v / v.norm() if unit else v for v, (_, unit) in zip(vectors, keys, strict=True)])
-    groups = _groups([(r, e, [k]) for r, e, k in keyed], {k: i for i, k in enumerate(keys)}, len(rows), matrix)
+    groups = _groups([(asked, [key]) for asked, key in keyed], {k: i for i, k in enumerate(keys)}, len(rows), matrix)
     return Bank(Directions(matrix), len(keys), groups)
 
 
@@ -266,11 +290,11 @@ def checked_vector(vector: Float[Tensor, " d"], d_model: int) -> Float[Tensor, "
 
 
 def _dropped(rows: Rows, site: str, sae: FeatureSource | None, device: torch.device) -> Dropped | None:
-    by_scope: dict[str, Tensor] = {}
-    for row, _, edit in _edits(rows, site, dense=False):
-        if edit.error_term == "drop":
-            by_scope.setdefault(edit.scope, torch.zeros(len(rows), device=device))[row] = 1.0
-    return Dropped(sae.whole().to(device), by_scope) if by_scope and sae else None
+    by_reach: dict[Reach, Tensor] = {}
+    for asked in _edits(rows, site, dense=False):
+        if asked.edit.error_term == "drop":
+            by_reach.setdefault(asked.reach, torch.zeros(len(rows), device=device))[asked.row] = 1.0
+    return Dropped(sae.whole().to(device), by_reach) if by_reach and sae else None
 
 
 def _site_program(rows: Rows, site: str, lm: LanguageModel, sae: FeatureSource | None) -> SiteProgram:
@@ -285,35 +309,58 @@ def _site_program(rows: Rows, site: str, lm: LanguageModel, sae: FeatureSource |
 
 def site_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> tuple[SiteProgram, ...]:
     """One program per edited site, lowest first. `saes` maps site names to SAEs."""
-    names = {edit.site for plan in rows if plan is not None for edit in plan.edits}
+    names = {edit.site for plan in rows if plan is not None for edit in plan.all_edits}
     for name in names:
         lm.layout.hook_point(Site.parse(name))
     return tuple(_site_program(rows, name, lm, saes.get(name)) for name in sorted(names, key=Site.parse))
 
 
 def gate_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> tuple[GateProgram, ...]:
-    """One gate reader per site that any row's gate uses."""
-    sites = sorted({p.gate.site for p in rows if p is not None and p.gate})
-    return tuple(_gate_program(rows, site, saes[site], lm.device) for site in sites)
+    """One gate reader per branch, site and way of reading that any row's gates use. External gates read no site."""
+    found: dict[tuple[int, str, Readout], dict[int, Gate]] = {}
+    for row, plan in enumerate(rows):
+        for branch, gate in enumerate(plan.gates if plan is not None else ()):
+            if GATE_KINDS[gate.kind].reads != "text":
+                found.setdefault((branch, gate.site, GATE_KINDS[gate.kind].readout), {})[row] = gate
+    return tuple(
+        _gate_program(rows, branch, readout, gates, saes.get(site), lm.device)
+        for (branch, site, readout), gates in found.items()
+    )
 
 
-def _gate_program(rows: Rows, site: str, sae: FeatureSource, device: torch.device) -> GateProgram:
-    gates: dict[int, Gate] = {
-        row: plan.gate for row, plan in enumerate(rows) if plan is not None and plan.gate and plan.gate.site == site
-    }
-    features = sorted({f for gate in gates.values() for f in gate.features})
-    column = {f: i for i, f in enumerate(features)}
+def _gate_channels(plan: Plan | None, gate: Gate) -> Sequence[Any]:
+    """What a gate's channels are: features by index, or vectors by value."""
+    return gate.features or tuple(plan.vectors[name] for name in gate.vectors if plan is not None)
+
+
+def _gate_program(
+    rows: Rows,
+    branch: int,
+    readout: Readout,
+    gates: Mapping[int, Gate],
+    sae: FeatureSource | None,
+    device: torch.device,
+) -> GateProgram:
+    channels = {row: _gate_channels(rows[row], gate) for row, gate in gates.items()}
+    keys = sorted({key for own in channels.values() for key in own})
+    column = {key: i for i, key in enumerate(keys)}
     used = sorted({name for gate in gates.values() for name in gate.poolings})
-    weights = {name: torch.zeros(len(rows), len(features)) for name in used}
+    weights = {name: torch.zeros(len(rows), len(keys)) for name in used}
     bias, threshold = torch.zeros(len(rows)), torch.zeros(len(rows))
     gated = torch.zeros(len(rows), dtype=torch.bool)
     for row, gate in gates.items():
-        for feature, name, weight in zip(gate.features, gate.poolings, gate.weights, strict=True):
-            weights[name][row, column[feature]] += weight
+        for key, name, weight in zip(channels[row], gate.poolings, gate.weights, strict=True):
+            weights[name][row, column[key]] += weight
         bias[row], threshold[row], gated[row] = gate.bias, gate.threshold, True
+    first = next(iter(gates.values()))
+    on_features = GATE_KINDS[first.kind].reads == "features"
+    assert sae is not None or not on_features, "check_plan has made sure that every site with features has its SAE"
     return GateProgram(
-        site=Site.parse(site),
-        view=_wide(sae, features, device),
+        site=Site.parse(first.site),
+        branch=branch,
+        reader=_wide(sae, keys, device) if sae is not None and on_features else Whole(),
+        readout=readout,
+        directions=None if on_features else torch.tensor(keys, device=device),
         gated=gated.to(device),
         weights={name: w.to(device) for name, w in weights.items()},
         bias=bias.to(device),
@@ -348,11 +395,14 @@ def check_plan(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource])
 
 def _check_edits(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> None:
     """Every site exists in the model, every feature in its SAE, every vector is as wide as the residual stream."""
-    readers = [(edit.site, edit.features) for edit in plan.edits]
-    readers += [(plan.gate.site, plan.gate.features)] if plan.gate else []
+    readers = [(edit.site, edit.features) for edit in plan.all_edits]
+    readers += [(gate.site, gate.features) for gate in plan.gates if gate.site]
     for site, features in readers:
         lm.layout.hook_point(Site.parse(site))
         if features:
             check_features(features, saes[site].cfg.d_sae)
+    for gate in plan.gates:
+        if gate.scorer:
+            check_scorer(gate.scorer)
     for vector in plan.vectors.values():
         checked_vector(torch.tensor(vector), lm.d_model)

@@ -135,6 +135,14 @@ class Seating:
             self._gate(name, gate, gates)
 
     def _refuse(self, rows: Rows) -> None:
+        for plan in (plan for plan in rows if plan is not None):
+            kinds = {gate.kind for gate in plan.gates if gate.kind not in ("feature", "probe")}
+            if kinds or plan.otherwise:
+                raise PlanError(
+                    "a prepared model reads gates on features at prefill only; this plan has "
+                    + (f"a gate of kind '{kinds.pop()}'" if kinds else "a second branch"),
+                    hint="use steer(...) on a model that is not compiled",
+                )
         for gate in (plan.gate for plan in rows if plan is not None and plan.gate):
             if gate.site not in self._gates:
                 raise PlanError(

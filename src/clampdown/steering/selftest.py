@@ -58,7 +58,7 @@ def self_test(
     """Try the plan on the model. Raises `PlanMismatchError` and its kin when the plan is for something else."""
     sources = resolve_saes([plan], saes, lm.device)
     ids = torch.tensor([encode(lm, [Message("user", PROMPT)])], device=lm.device)
-    bare = plan.model_copy(update={"gate": None, "edits": _everywhere(plan.edits)})
+    bare = plan.model_copy(update={"gate": None, "otherwise": None, "edits": _everywhere(plan.edits)})
     zero = bare.model_copy(update={"edits": _everywhere([_zero(edit) for edit in plan.edits])})
     try:
         plain = _run(lm, None, plan, sources, ids)

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clampdown.steering.fused import Step
-from clampdown.steering.program import GateProgram, SiteProgram
+from clampdown.steering.program import GateProgram, Reach, SiteProgram
+from clampdown.types import BRANCHES
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Turn:
     programs: tuple[SiteProgram, ...]
     gates: tuple[GateProgram, ...]
     alive: Int[Tensor, " rows"]
-    fired: Float[Tensor, " rows"]
+    opened: Bool[Tensor, "branches rows"]
     prompt_of: Int[Tensor, " rows"]
     n_prompts: int
     prompt_width: int
@@ -34,9 +35,14 @@ class Turn:
     seen: int = 0
     assistant_start: int | None = None
     last_user: Bool[Tensor, "rows prompt"] | None = None
-    constant: dict[str, Float[Tensor, "rows 1"]] | None = None
+    constant: dict[Reach, Float[Tensor, "rows 1"]] | None = None
     steps: Mapping[str, Step | None] = field(default_factory=dict)
     cache: Any = None
+
+    @property
+    def fired(self) -> Bool[Tensor, "branches rows"]:
+        """Which branch of each row's plan acts: the first whose gate opened, or none. Without a gate it is branch 0."""
+        return self.opened & (self.opened.cumsum(0) == 1)
 
 
 @dataclass
@@ -45,14 +51,15 @@ class Tally:
 
     touched: Float[Tensor, " rows"]
     norm: Float[Tensor, " rows"]
-    gate_score: Float[Tensor, " rows"]
-    gate_fired: Float[Tensor, " rows"]
+    gate_score: Float[Tensor, "branches rows"]
+    fired: Bool[Tensor, "branches rows"]
     pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, n: int, device: torch.device) -> Tally:
-        touched, norm, score, fired = torch.zeros(4, n, device=device)
-        return cls(touched, norm, score, fired)
+        touched, norm = torch.zeros(2, n, device=device)
+        score = torch.zeros(len(BRANCHES), n, device=device)
+        return cls(touched, norm, score, torch.zeros_like(score, dtype=torch.bool))
 
     def restart(self) -> None:
         """Without a cache each pass edits every column again: only the last pass counts."""

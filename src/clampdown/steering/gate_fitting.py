@@ -1,0 +1,187 @@
+"""Fitting a gate of each kind on labelled prompts, and scoring prompts from what one pass pooled of them.
+
+| kind    | fit |
+|---|---|
+| feature | the (feature, pooling) pair with the best AUROC |
+| probe   | L1 logistic regression chooses pairs, an L2 refit weighs them (`gates.py`) |
+| dense   | logistic regression on the residual under both poolings, standardised (folded into the vectors) |
+| cosine  | CAST (2409.05907): cosine with the difference of means, under the pooling with the better AUROC |
+
+A fit leaves the threshold at 0 and promises nothing: `calibrated` sets it on benign prompts that the fit never saw. An
+external classifier needs no fit: `choose_threshold` takes its scores as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.sparse import csr_array
+from scipy.stats import rankdata
+from sklearn.linear_model import LogisticRegression
+
+from clampdown.activations.store import ActivationStore
+from clampdown.activations.stream import Reading
+from clampdown.errors import NotEnoughDataError, PlanError
+from clampdown.saes.sae import Sae
+from clampdown.steering.gate_kinds import GATE_KINDS
+from clampdown.steering.gates import choose_threshold, fit_probe
+from clampdown.steering.plan import Gate
+from clampdown.types import Site
+
+FEATURE_POOLINGS = ("max", "assistant_start")
+RESIDUAL_POOLINGS = ("mean", "assistant_start")
+INVERSE_PENALTY = 0.01
+"""C of the dense probe's logistic regression: features are standardised, and there are few prompts per dimension."""
+
+Labels = Bool[np.ndarray, " prompts"]
+Scores = Float[np.ndarray, " prompts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """What one pass pooled of prompts at a site: SAE features (empty without an SAE) and the residual."""
+
+    site: str
+    features: Mapping[str, csr_array]
+    residual: Mapping[str, Float[np.ndarray, "prompts d_model"]]
+
+    @classmethod
+    def of(cls, store: ActivationStore) -> Pooled:
+        """From a pass that `gate_reading` described."""
+        features = {name: store.matrix(name) for name in store.poolings}
+        return cls(store.site().name, features, {name: store.dense(name) for name in RESIDUAL_POOLINGS})
+
+    def at(self, rows: Bool[np.ndarray, " prompts"]) -> Pooled:
+        """Some of the prompts."""
+        index: Any = np.flatnonzero(rows)  # scipy's stubs do not know indexing by an array
+        features = {name: csr_array(values[index]) for name, values in self.features.items()}
+        return Pooled(self.site, features, {name: values[rows] for name, values in self.residual.items()})
+
+
+def gate_reading(site: Site, sae: Sae | None) -> Reading:
+    """What a pass has to pool for every kind of gate."""
+    return Reading(site, sae, FEATURE_POOLINGS if sae else (), RESIDUAL_POOLINGS)
+
+
+@dataclass(frozen=True, slots=True)
+class FittedGate:
+    """A gate and the vectors that it reads, which belong into the plan."""
+
+    gate: Gate
+    vectors: Mapping[str, tuple[float, ...]]
+
+    def scores(self, pooled: Pooled) -> Scores:
+        """Each prompt's score, as the steered model's own pass computes it."""
+        gate = self.gate
+        n = len(next(iter(pooled.residual.values())))
+        total = np.full(n, gate.bias)
+        for i, (weight, pooling) in enumerate(zip(gate.weights, gate.poolings, strict=True)):
+            total += weight * self._channel(i, pooling, pooled)
+        return total
+
+    def _channel(self, i: int, pooling: str, pooled: Pooled) -> Scores:
+        if GATE_KINDS[self.gate.kind].reads == "features":
+            column: Any = pooled.features[pooling][:, [self.gate.features[i]]]
+            return column.toarray().ravel()
+        x, v = pooled.residual[pooling], np.array(self.vectors[self.gate.vectors[i]])
+        projected = x @ v
+        return projected if self.gate.kind == "dense" else projected / np.linalg.norm(x, axis=1) / np.linalg.norm(v)
+
+    def renamed(self, prefix: str) -> FittedGate:
+        """With other names for its vectors, for a second gate of the kind in one plan."""
+        names = tuple(f"{prefix} {name}" for name in self.gate.vectors)
+        vectors = {new: self.vectors[old] for new, old in zip(names, self.gate.vectors, strict=True)}
+        return FittedGate(self.gate.model_copy(update={"vectors": names}), vectors)
+
+    def calibrated(self, benign: Scores, *, budget: float, confidence: float) -> FittedGate:
+        """With the threshold that keeps benign triggers within the budget. Raises `NotEnoughDataError`."""
+        threshold, guarantee = choose_threshold(benign, budget=budget, confidence=confidence)
+        return replace(self, gate=self.gate.model_copy(update={"threshold": threshold, "guarantee": guarantee}))
+
+
+def auroc(scores: Scores, positive: Labels) -> float:
+    """The chance that a positive prompt scores above a negative one, ties counting half."""
+    ranks, n = rankdata(scores), int(positive.sum())
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(scores) - n)))
+
+
+def _fit_feature(pooled: Pooled, positive: Labels, seed: int) -> FittedGate:
+    _needs_sae(pooled)
+    found = []
+    for pooling, values in pooled.features.items():
+        live = np.unique(values.indices)
+        columns: Any = values[:, live]
+        found += [
+            (auroc(column, positive), pooling, int(f)) for f, column in zip(live, columns.toarray().T, strict=True)
+        ]
+    if not found:
+        raise NotEnoughDataError("no feature is active on these prompts")
+    _, pooling, feature = max(found)
+    return FittedGate(_gate("feature", pooled, features=(feature,), weights=(1.0,), poolings=(pooling,)), {})
+
+
+def _fit_probe(pooled: Pooled, positive: Labels, seed: int) -> FittedGate:
+    _needs_sae(pooled)
+    probe = fit_probe(pooled.features, positive, seed=seed)
+    gate = _gate("probe", pooled, features=probe.features, weights=probe.weights, poolings=probe.poolings)
+    return FittedGate(gate.model_copy(update={"bias": probe.bias}), {})
+
+
+def _fit_dense(pooled: Pooled, positive: Labels, seed: int) -> FittedGate:
+    x = np.concatenate([pooled.residual[name] for name in RESIDUAL_POOLINGS], axis=1).astype(np.float64)
+    mean, spread = x.mean(0), np.maximum(x.std(0), 1e-6)
+    model: Any = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=2000, random_state=seed)
+    model.fit((x - mean) / spread, positive)
+    weights = (model.coef_[0] / spread).astype(np.float32)
+    parts = np.split(weights, len(RESIDUAL_POOLINGS))
+    names = tuple(_vector("dense", name) for name in RESIDUAL_POOLINGS)
+    gate = _gate("dense", pooled, vectors=names, weights=(1.0,) * len(names), poolings=RESIDUAL_POOLINGS)
+    bias = float(model.intercept_[0] - mean @ weights)
+    vectors = {name: tuple(part.tolist()) for name, part in zip(names, parts, strict=True)}
+    return FittedGate(gate.model_copy(update={"bias": bias}), vectors)
+
+
+def _fit_cosine(pooled: Pooled, positive: Labels, seed: int) -> FittedGate:
+    found = []
+    for pooling in RESIDUAL_POOLINGS:
+        x, name = pooled.residual[pooling], _vector("cosine", pooling)
+        difference = (x[positive].mean(0) - x[~positive].mean(0)).astype(np.float32)
+        gate = _gate("cosine", pooled, vectors=(name,), weights=(1.0,), poolings=(pooling,))
+        fitted = FittedGate(gate, {name: tuple(difference.tolist())})
+        found.append((auroc(fitted.scores(pooled), positive), pooling, fitted))
+    return max(found, key=lambda row: row[:2])[2]
+
+
+def _vector(kind: str, pooling: str) -> str:
+    return f"gate {kind} {pooling}"
+
+
+def _gate(kind: str, pooled: Pooled, **channels: object) -> Gate:
+    return Gate(kind=kind, site=pooled.site, threshold=0.0, **channels)  # type: ignore[arg-type]  (checked by the model)
+
+
+def _needs_sae(pooled: Pooled) -> None:
+    if not pooled.features:
+        raise PlanError("a gate on features needs an SAE at its site", hint="name one, or fit a dense or cosine gate")
+
+
+FITTERS: dict[str, Callable[[Pooled, Labels, int], FittedGate]] = {
+    "feature": _fit_feature,
+    "probe": _fit_probe,
+    "dense": _fit_dense,
+    "cosine": _fit_cosine,
+}
+
+
+def fit_gate(kind: str, pooled: Pooled, positive: Labels, *, seed: int = 0) -> FittedGate:
+    """A gate that tells the positive prompts from the others. Raises `NotEnoughDataError` without prompts of both
+    sorts, `PlanError` for a kind that is not fitted or that lacks an SAE."""
+    if kind not in FITTERS:
+        raise PlanError(f"a gate of kind '{kind}' cannot be fitted", hint=f"one of: {', '.join(FITTERS)}")
+    if positive.all() or not positive.any():
+        raise NotEnoughDataError("a gate needs both prompts that should trigger it and prompts that should not")
+    return FITTERS[kind](pooled, positive, seed)

@@ -1,0 +1,19 @@
+"""From what was counted on one row to its receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clampdown.steering.plan import Plan
+from clampdown.types import BRANCHES, Receipt
+
+
+def make_receipt(plan: Plan, touched: float, norm: float, scores: Sequence[float], fired: Sequence[bool]) -> Receipt:
+    """`scores` and `fired` are per branch of the plan: its own gate first, then that of what it has `otherwise`."""
+    mean = norm / touched if touched else 0.0
+    if plan.gate is None:
+        return Receipt(plan.name, int(touched), mean)
+    if plan.otherwise is None:
+        return Receipt(plan.name, int(touched), mean, scores[0], fired[0])
+    acted = next((name for name, acts in zip(BRANCHES, fired, strict=True) if acts), "none")
+    return Receipt(plan.name, int(touched), mean, scores[0], any(fired), acted, scores[1])
