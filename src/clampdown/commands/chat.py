@@ -14,7 +14,7 @@ from clampdown.errors import ChatTemplateError
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.saes.checkpoints import OpenedSae, open_sae
 from clampdown.steering.arms import BASELINE, Arm, Reply, generate_arms
-from clampdown.steering.plan import read_plan
+from clampdown.steering.plan import Plan, read_plan
 from clampdown.steering.program import check_plan
 from clampdown.steering.selftest import require_self_test
 from clampdown.types import ArmKind, Message, Prompt, Receipt, Site
@@ -62,12 +62,18 @@ def open_session(
     saes = [open_sae(sae or ref.name, device=str(lm.device), site=Site.parse(ref.site)) for ref in plan.saes]
     check_plan(plan, lm, {loaded.cfg.site.name: loaded for loaded in saes})
     require_self_test(lm, plan, saes)
-    return Session(lm, saes, (BASELINE, Arm(plan.name, ArmKind.FEATURE, plan)), system, max_new_tokens)
+    return Session(lm, saes, (BASELINE, steered_arm(plan)), system, max_new_tokens)
+
+
+def steered_arm(plan: Plan) -> Arm:
+    """The plan's side. Histories and titles go by name, so a plan cannot have the baseline's."""
+    name = f"{plan.name} (steered)" if plan.name == BASELINE.name else plan.name
+    return Arm(name, ArmKind.FEATURE, plan)
 
 
 def side_by_side(replies: list[Reply], width: int) -> RenderableType:
     """Both answers; under one another where the terminal is narrow."""
-    panels = [Panel(_body(reply), title=reply.arm.name, border_style=_colour(reply)) for reply in replies]
+    panels = [Panel(_body(reply), title=Text(reply.arm.name), border_style=_colour(reply)) for reply in replies]
     if width < SIDE_BY_SIDE_WIDTH or len(panels) == 1:
         return Group(*panels)
     grid = Table.grid(expand=True)
@@ -109,4 +115,4 @@ def talk(session: Session, console: Console) -> None:
         try:
             console.print(side_by_side(session.ask(text), console.width))
         except ChatTemplateError as error:
-            console.print(f"[red]{error.message}[/red]")
+            console.print(Text(error.message, style="red"))
