@@ -164,3 +164,9 @@ def test_a_model_without_chat_template_loads_but_cannot_chat(tmp_path: Path) -> 
 def test_unknown_devices_and_dtypes_are_named(checkpoint: Path, device: str, dtype: str) -> None:
     with pytest.raises(ModelError, match=r"warp|float99|nn"):
         load_model(checkpoint, device=device, dtype=dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test says is missing")
+def test_a_device_that_this_machine_lacks_is_a_model_error() -> None:
+    with pytest.raises(ModelError, match="'cuda' cannot be used here"):
+        load_model("organism", device="cuda")

@@ -144,9 +144,15 @@ def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"'{device}' is not a device", hint="auto, cpu, cuda, cuda:1, mps") from error
+    try:
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError) as error:  # a build without it asserts, a machine without it complains
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device '{device}' cannot be used here: {reason}", hint="auto takes what there is") from error
+    return found
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
