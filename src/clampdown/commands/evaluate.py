@@ -148,7 +148,7 @@ def _plans(paths: Sequence[Path]) -> tuple[Plan, ...]:
 def _load(plans: Sequence[Plan], model: str | None) -> tuple[LanguageModel, tuple[Sae, ...]]:
     lm = load_model(model or (plans[0].model.name if plans else ORGANISM))
     names = {ref.site: ref.name for plan in plans for ref in plan.saes}
-    saes = tuple(load_sae(name).to(lm.device) for name in names.values())
+    saes = tuple(load_sae(name, device=str(lm.device), site=Site.parse(site)) for site, name in names.items())
     for sae in saes:
         check_fits(sae, lm.d_model, lm.n_layers)
     for plan in plans:

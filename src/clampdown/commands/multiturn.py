@@ -32,7 +32,7 @@ from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, read_plan
 from clampdown.steering.program import check_plan
 from clampdown.store import prompts_hash, to_jsonable, write_atomic, write_json
-from clampdown.types import ArmKind, Interval, Prompt, Record, Verdict
+from clampdown.types import ArmKind, Interval, Prompt, Record, Site, Verdict
 
 ATTACKERS = "scripted, embedded, llm:MODEL@URL, local:MODEL"
 
@@ -87,7 +87,8 @@ def _arm(plan: Plan) -> Arm:
 
 def _saes(plans: Sequence[Plan], lm: LanguageModel) -> list[Sae]:
     """The SAEs that the plans name, each loaded once, each plan checked. Raises `PlanMismatchError` and its kin."""
-    by_site = {ref.site: load_sae(ref.name).to(lm.device) for plan in plans for ref in plan.saes}
+    names = {ref.site: ref.name for plan in plans for ref in plan.saes}
+    by_site = {site: load_sae(name, device=str(lm.device), site=Site.parse(site)) for site, name in names.items()}
     for plan in plans:
         check_plan(plan, lm, by_site)
     return list(by_site.values())

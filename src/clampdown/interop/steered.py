@@ -26,7 +26,7 @@ from clampdown.steering.arms import BASELINE, Arm, Reply, generate_batch
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Plan, read_plan
 from clampdown.steering.program import check_plan
-from clampdown.types import ArmKind, Message, Prompt, Receipt
+from clampdown.types import ArmKind, Message, Prompt, Receipt, Site
 
 Ids = Sequence[int]
 Progress = Callable[[int], object]
@@ -193,7 +193,7 @@ def load_steered(
     lm = load_model(model or (found.model.name if found else "organism"), device=device, dtype=dtype)
     if found is None:
         return SteeredModel(lm, batch_rows=batch_rows)
-    saes = tuple(load_sae(sae or ref.name).to(lm.device) for ref in found.saes)
+    saes = tuple(load_sae(sae or ref.name, device=str(lm.device), site=Site.parse(ref.site)) for ref in found.saes)
     check_plan(found, lm, {loaded.cfg.site.name: loaded for loaded in saes})
     return SteeredModel(lm, saes, found, batch_rows)
 
