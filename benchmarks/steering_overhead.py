@@ -179,7 +179,7 @@ class Shape:
 
 
 LLAMA_3_8B = Shape(4096, 14336, 32, 32, 8, 128_256, 65_536, torch.bfloat16)
-TINY = Shape(64, 96, 4, 4, 2, 256, 512, torch.float32)
+TINY = Shape(64, 96, 4, 4, 2, 256, 512, torch.bfloat16)  # the dtype too: what does not fit together shows here
 
 
 def random_pair(shape: Shape, device: str) -> tuple[LanguageModel, Sae]:
@@ -203,7 +203,12 @@ def random_pair(shape: Shape, device: str) -> tuple[LanguageModel, Sae]:
         site = Site(shape.blocks * 3 // 4)
         rows = torch.nn.functional.normalize(torch.randn(shape.d_sae, shape.d_model), dim=-1).to(shape.dtype)
         vectors = {name: torch.zeros(shape.d_sae, dtype=shape.dtype) for name in ("b_enc", "threshold")}
-        tensors = {"W_enc": rows.T.contiguous(), "W_dec": rows, "b_dec": torch.zeros(shape.d_model), **vectors}
+        tensors = {
+            "W_enc": rows.T.contiguous(),
+            "W_dec": rows,
+            "b_dec": torch.zeros(shape.d_model, dtype=shape.dtype),
+            **vectors,
+        }
     sae = Sae(SaeConfig("jumprelu", shape.d_model, shape.d_sae, site), tensors, "random", "r0")
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=None)
     return LanguageModel(model, tokenizer, find_layout(model), "random", "r0"), sae  # type: ignore[arg-type]
