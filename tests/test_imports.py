@@ -28,6 +28,7 @@ RANK = {
     "store": 0.3,
     "featuresets": 0.4,
     "cards": 0.5,
+    "explanation": 0.6,
     "models": 1,
     "saes": 1,
     "activations": 2,
@@ -44,7 +45,7 @@ RANK = {
     "cli": 9,
     "__main__": 10,
 }
-TOP_OF_RANK_0 = RANK["cards"]
+TOP_OF_RANK_0 = RANK["explanation"]
 CEILING = {
     "errors": -1,
     "types": RANK["errors"],
@@ -52,6 +53,7 @@ CEILING = {
     "store": RANK["config"],
     "featuresets": RANK["store"],
     "cards": RANK["featuresets"],
+    "explanation": RANK["cards"],
     "models": TOP_OF_RANK_0,
     "saes": TOP_OF_RANK_0,  # not models: any tool can use an SAE without a language model
     "activations": 1,

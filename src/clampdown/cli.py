@@ -399,6 +399,29 @@ def check(
 
 
 @app.command()
+def explain(
+    plan: Annotated[Path, typer.Argument(help="The plan.toml to explain.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Directory to write to; default: the plan's own.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="JSONL or CSV of benign prompts; default: the embedded suites.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Benign prompts, and items of each suite.")] = 60,
+    controls: Annotated[int, typer.Option("--controls", min=1, help="Random features, and directions.")] = 6,
+    model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="Default: the SAE that the plan names.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Why a plan costs what it costs: edit size, tokens, layers, features, and pushes of the same size."""
+    from clampdown.commands import explain as job
+    from clampdown.reports.explain_terminal import explanation_summary
+
+    request = job.Request(prompts, limit, controls, seed=seed)
+    found = job.run(plan, out or plan.parent, model, sae, request, _stages())
+    console.print(explanation_summary(found, console.width))
+    console.print(f"written: {(out or plan.parent) / job.PAGE_NAME}", soft_wrap=True)
+
+
+@app.command()
 def chat(
     plan: Annotated[Path | None, typer.Option("--plan", help="plan.toml to steer with; default: none.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this once and exit.")] = None,

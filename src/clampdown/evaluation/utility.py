@@ -257,7 +257,7 @@ def force_tokens(lm: LanguageModel, saes: Saes, rows: Sequence[Presented]) -> Sc
     replies = [row.reply if row.ended else row.reply[:-1] for row in rows]
     texts = [(tuple(row.prompt), tuple(reply)) for row, reply in zip(rows, replies, strict=True)]
     shown, prompt_of = distinct(texts)
-    ids, real, width = _stack([p for p, _ in shown], [r for _, r in shown], lm.pad_id, lm.device)
+    ids, real, width = stack_rows([p for p, _ in shown], [r for _, r in shown], lm.pad_id, lm.device)
     predicted = ids.shape[1] - width + 1
     plans = [row.plan for row in rows]
     with steer(lm, plans, saes, prompt_width=width, prompt_of=prompt_of, require_reach=False) as steering:
@@ -275,7 +275,7 @@ def force_tokens(lm: LanguageModel, saes: Saes, rows: Sequence[Presented]) -> Sc
     return Scored(log_probs, mask, real.sum(1)[prompt_of.to(real.device)], receipts)
 
 
-def _stack(
+def stack_rows(
     prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "rows columns"], Bool[Tensor, "rows columns"], int]:
     """Token ids, which of them are real, and the number of prompt columns."""
