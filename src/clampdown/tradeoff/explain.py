@@ -322,8 +322,9 @@ def _shifts(lm: LanguageModel, sae: Sae, codes: Codes, own: Sequence[int]) -> li
     rows = []
     for feature, cosine, effect in zip(order, cosines, effects, strict=True):
         promotes = tuple(str(lm.tokenizer.decode([t])) for t in effect.topk(min(PROMOTES_SHOWN, len(effect))).indices)
-        values = [float(value) for value in means[:4, feature]]
-        rows.append(FeatureShift(sae.cfg.site.name, feature, feature in own, *values, cosine, promotes))
+        was, now, live_was, live_now = (float(value) for value in means[:4, feature])
+        own_row, site = feature in own, sae.cfg.site.name
+        rows.append(FeatureShift(site, feature, own_row, was, now, live_was, live_now, cosine, promotes))
     return rows
 
 
