@@ -27,9 +27,9 @@ from clampdown.reports.explain_page import build_explanation_page
 from clampdown.reports.explain_terminal import explanation_summary
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import Arm
-from clampdown.steering.plan import ModelRef, Plan
+from clampdown.steering.plan import Branch, Gate, ModelRef, Plan
 from clampdown.tradeoff.damage import Bench, damage, joints, norm_matched
-from clampdown.tradeoff.explain import Inside, feature_shifts, look_inside
+from clampdown.tradeoff.explain import Inside, feature_shifts, held_open, look_inside
 from clampdown.types import ArmKind, Message, Prompt, Split
 from tests.steering.conftest import SITE, random_sae, tiny_llama
 
@@ -229,3 +229,9 @@ def test_the_command_reads_benign_validation_prompts_and_its_page_stands_alone(
     text = console.export_text()
     assert "The damage is" in text
     assert max(map(len, text.splitlines())) <= 60
+
+
+def test_both_gates_of_a_two_sided_plan_are_held_open(plan: Plan) -> None:
+    gate = Gate(site=SITE.name, features=(1,), weights=(1.0,), bias=0.0, threshold=1.0, poolings=("max",))
+    sided = Plan.model_validate({**dict(plan), "gate": gate, "otherwise": Branch(gate=gate, edits=plan.edits)})
+    assert held_open(sided) == plan
