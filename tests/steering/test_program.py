@@ -13,7 +13,7 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Edit, Gate, Plan
-from clampdown.steering.program import gate_programs, site_programs
+from clampdown.steering.program import Reach, gate_programs, site_programs
 from clampdown.types import Message
 from tests.steering.conftest import random_sae, tiny_llama
 
@@ -32,7 +32,7 @@ def test_an_sae_that_lies_elsewhere_is_brought_to_the_model(architecture: str, s
     x = torch.zeros(1, 4, lm.d_model, device="meta")
     (program,) = site_programs([plan], lm, {site: sae})
     (read,) = gate_programs([plan], lm, {site: sae})
-    assert program.delta(x, {"all": torch.ones(1, 4, device="meta")}).device.type == "meta"
+    assert program.delta(x, {Reach("all", 0): torch.ones(1, 4, device="meta")}).device.type == "meta"
     assert read.scores(x, torch.ones(1, 4, dtype=torch.bool, device="meta")).device.type == "meta"
 
 
