@@ -110,6 +110,10 @@ class Prompt:
         return self.messages[-1].content
 
 
+OBJECTIVE = "objective"
+"""Name of the entry of a prompt's `meta` that says what it is after; see `Record`."""
+
+
 class SuiteKind(StrEnum):
     """What a suite measures: whether replies refuse (`SAFETY`) or whether they are right (`CAPABILITY`)."""
 
@@ -157,17 +161,21 @@ class Interval:
     n: int
 
     @classmethod
-    def of_rate(cls, successes: int, n: int, confidence: float = 0.95) -> Self:
+    def of_rate(cls, successes: int, n: int, confidence: float = 0.95, *, effective: float | None = None) -> Self:
         """A proportion with its Wilson score interval (Wilson 1927); no data when `n` is 0. Raises `ValueError` for
-        impossible counts."""
+        impossible counts.
+
+        `effective` is how many independent observations the `n` are worth (None: all); `n` is what is reported.
+        """
         if not 0 <= successes <= n:
             raise ValueError(f"{successes} successes out of {n}")
         if n == 0:
             return cls(None, None, None, 0)
         z = NormalDist().inv_cdf((1 + confidence) / 2)
-        rate, weight = successes / n, z * z / n
+        worth = n if effective is None else effective
+        rate, weight = successes / n, z * z / worth
         centre = (rate + weight / 2) / (1 + weight)
-        half = z * math.sqrt(rate * (1 - rate) / n + weight / (4 * n)) / (1 + weight)
+        half = z * math.sqrt(rate * (1 - rate) / worth + weight / (4 * worth)) / (1 + weight)
         # At 0 and n the bound equals the estimate in exact arithmetic; say so in floating point too.
         return cls(rate, 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half, n)
 

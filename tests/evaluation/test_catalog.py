@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 
 from clampdown.errors import PromptSetError
-from clampdown.evaluation import catalog
+from clampdown.evaluation import catalog, metrics
 from clampdown.evaluation.catalog import ENTRIES, Kind, Scoring, entry, load_suites
+from clampdown.evaluation.judging import Judging
 from clampdown.evaluation.suites import read_suites, write_suites
-from clampdown.types import Prompt, SuiteKind
+from clampdown.store import RecordLog
+from clampdown.types import Interval, Judgement, Prompt, Record, StoredReply, Suite, SuiteKind, Verdict
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 real = pytest.mark.skipif(not DATA.is_dir(), reason="needs the public data sets, which lie outside the repository")
@@ -78,6 +81,32 @@ def test_jailbreakbench_twins_share_an_index_and_a_category() -> None:
     assert len({p.category for p in harmful}) == 10
 
 
+def records(suite: Suite, directory: Path, refused: Callable[[int], bool]) -> tuple[Record, ...]:
+    """As the runner writes them: every reply through the judging of a log."""
+    replies = [StoredReply("a", suite.name, p.id, str(refused(i)), 1) for i, p in enumerate(suite.prompts)]
+    verdicts = {"True": Verdict.REFUSED, "False": Verdict.COMPLIED}
+    with RecordLog(directory, "key") as log:
+        log.replies.append(replies)
+        Judging(lambda _, reply: Judgement(verdicts[reply]), "j", [suite], log).catch_up()
+        return log.records
+
+
+def test_jailbreakbench_twins_and_attacks_are_clustered_by_their_behaviour(tmp_path: Path) -> None:
+    """Refusals of a harmful prompt and of its benign twin rise and fall together: the twins are drawn together."""
+    rows = [{"Index": str(i), "Goal": f"goal {i}", "Category": "c"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for name in ("jailbreakbench-harmful", "jailbreakbench-benign"):
+        (suite,) = load_suites(f"{name}={tmp_path / 'rows.jsonl'}")
+        found[name] = records(suite, tmp_path / name, lambda i: i % 2 == 0)
+    harmful, benign = found.values()
+    assert metrics.selective_refusal(harmful, benign) == Interval(0.0, 0.0, 0.0, 30)
+    attack = {"index": 7, "goal": "g", "behavior": "b", "category": "c", "prompt": "a"}
+    (tmp_path / "attack.jsonl").write_text(json.dumps(attack) + "\n")
+    (attacked,) = load_suites(f"jailbreakbench-artifacts={tmp_path / 'attack.jsonl'}")
+    assert attacked.prompts[0].meta["objective"] == harmful[7].objective == benign[7].objective
+
+
 @real
 def test_air_bench_prompts_stand_on_the_risk_map() -> None:
     levels = json.loads((DATA / "air-bench-2024" / "risk_mapping.json").read_text())
@@ -125,6 +154,7 @@ ROWS: dict[str, tuple[dict[str, Any], ...]] = {
     "wildguardtest": (
         {"prompt": "a", "adversarial": True, "prompt_harm_label": "harmful", "subcategory": "x"},
         {"prompt": "b", "adversarial": False, "prompt_harm_label": "unharmful", "subcategory": "y"},
+        {"prompt": "no two annotators agreed", "adversarial": False, "prompt_harm_label": None, "subcategory": "y"},
     ),
     "strongreject": ({"category": "x", "source": "y", "forbidden_prompt": "a"},),
     "sorry-bench": (
@@ -188,6 +218,11 @@ BAD = {
         r"line 1: 2 instructions and 1",
     ),
     "not an artifact": ("jailbreakbench-artifacts", "a.json", '[{"goal": "g"}]', r"item 1: no column 'prompt'"),
+    "labels missing": (
+        "truthfulqa-mc2", "a.jsonl",
+        '{"question": "q", "mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 0]}}',
+        "line 1: column 'mc2_targets': 3 choices and 2 labels",
+    ),
     "not a list": ("gsm8k", "a.json", '{"a": 1}', "expected a list of objects"),
     "not Parquet": ("gsm8k", "a.parquet", "text", "not Parquet"),
     "unknown kind": ("gsm8k", "a.xlsx", "", "unknown kind"),

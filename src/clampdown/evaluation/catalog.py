@@ -91,11 +91,11 @@ ENTRIES: tuple[SuiteEntry, ...] = (
     ),
     SuiteEntry(
         "jailbreakbench-harmful", Kind.HARMFUL, shapes.jailbreakbench, "MIT", "arXiv 2404.01318",
-        "JailbreakBench/JBB-Behaviors", "behaviors", split="harmful", rows=100, note="meta.twin pairs it with a benign",
+        "JailbreakBench/JBB-Behaviors", "behaviors", split="harmful", rows=100, note="meta.objective: its benign twin"
     ),
     SuiteEntry(
         "jailbreakbench-benign", Kind.BORDERLINE, shapes.jailbreakbench, "MIT", "arXiv 2404.01318",
-        "JailbreakBench/JBB-Behaviors", "behaviors", split="benign", rows=100, note="meta.twin pairs it with a harmful",
+        "JailbreakBench/JBB-Behaviors", "behaviors", split="benign", rows=100, note="meta.objective: its harmful twin"
     ),
     SuiteEntry(
         "jailbreakbench-artifacts", Kind.JAILBROKEN, shapes.attack_artifact, "MIT",

@@ -36,18 +36,6 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     return Interval.of_rate(successes, n, confidence)
 
 
-def _wilson(rate: float, effective: float, n: int, confidence: float) -> Interval:
-    """Wilson's interval as if `effective` observations had been seen; `n` is reported."""
-    z = float(stats.norm.ppf((1 + confidence) / 2))
-    weight = z * z / effective
-    centre = (rate + weight / 2) / (1 + weight)
-    half = z * np.sqrt(rate * (1 - rate) / effective + weight / (4 * effective)) / (1 + weight)
-    # At 0 and 1 the bound equals the estimate in exact arithmetic; say so in floating point too.
-    low = 0.0 if rate == 0 else float(centre - half)
-    high = 1.0 if rate == 1 else float(centre + half)
-    return Interval(rate, low, high, n)
-
-
 def _check_counts(successes: int, n: int) -> None:
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes out of {n}")
@@ -82,7 +70,8 @@ def clustered(flags: Sequence[bool], clusters: Sequence[Hashable], confidence: f
         return Interval(rate, None, None, n)
     residuals = np.bincount(found, np.asarray(flags, dtype=float) - rate)
     variance = n_clusters / (n_clusters - 1) * float((residuals**2).sum()) / n**2
-    return _wilson(rate, _effective(rate, variance, n, n_clusters, confidence), n, confidence)
+    effective = _effective(rate, variance, n, n_clusters, confidence)
+    return Interval.of_rate(sum(flags), n, confidence, effective=effective)
 
 
 def _effective(rate: float, variance: float, n: int, n_clusters: int, confidence: float) -> float:

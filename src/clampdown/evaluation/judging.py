@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from clampdown.errors import JudgeError, JudgeUnreachableError
 from clampdown.evaluation.judges.interface import Case, NamedJudge, one_by_one
 from clampdown.store import RecordLog
-from clampdown.types import Judge, Judgement, Prompt, Record, StoredReply, Suite
+from clampdown.types import OBJECTIVE, Judge, Judgement, Prompt, Record, StoredReply, Suite
 
 Asked = tuple[str, str, str]
-OBJECTIVE = "objective"
-"""Name of the entry of a prompt's `meta` that says what it is after; see `types.Record`."""
 
 
 class Judging:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clampdown.evaluation.rows import Row
+from clampdown.types import OBJECTIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,11 @@ def xstest(row: Row) -> Item:
     return Item(row.needed("prompt"), identity, row.text("type"), label, label == "unsafe", meta=meta)
 
 
-def wildguard(row: Row) -> Item:
-    """Prompts with a human label of harm, plain and adversarial (Han et al., 2406.18495)."""
+def wildguard(row: Row) -> Item | None:
+    """Prompts with a human label of harm, plain and adversarial (Han et al., 2406.18495). Those on which the annotators
+    did not agree have an empty label, and are left out."""
+    if "prompt_harm_label" in row.cells and row.text("prompt_harm_label") is None:
+        return None
     label = row.needed("prompt_harm_label").strip().lower()
     if label not in ("harmful", "unharmful"):
         row.fail(f"column 'prompt_harm_label' should be harmful or unharmful, got '{label}'")
@@ -78,8 +82,13 @@ def harmbench(row: Row) -> Item:
 def jailbreakbench(row: Row) -> Item:
     """A behaviour; harmful and benign rows of the same Index are twins (Chao et al., 2404.01318)."""
     index = row.text("Index") or row.text("") or str(row.index)
-    meta = {"twin": index, **_meta(row, "Behavior", "Source")}
+    meta = {**_behaviour(index), **_meta(row, "Behavior", "Source")}
     return Item(row.needed("Goal"), index, row.needed("Category"), meta=meta)
+
+
+def _behaviour(index: str) -> dict[str, str]:
+    """What the harmful row, its benign twin and every attack on it share: their outcomes are not independent."""
+    return {"twin": index, OBJECTIVE: f"jailbreakbench/{index}"}
 
 
 def attack_artifact(row: Row) -> Item | None:
@@ -89,7 +98,7 @@ def attack_artifact(row: Row) -> Item | None:
     text = row.text("prompt")
     if text is None:
         return None
-    meta = {"twin": str(row.cells.get("index", row.index)), **_meta(row, "goal", "behavior")}
+    meta = {**_behaviour(str(row.cells.get("index", row.index))), **_meta(row, "goal", "behavior")}
     return Item(text, meta["twin"], row.text("category"), meta=meta)
 
 
@@ -192,7 +201,9 @@ def _targets(row: Row, column: str) -> tuple[list[str], list[str]]:
     """(all options, the true ones), from {text: 0 or 1} or the hub's {"choices": [...], "labels": [...]}."""
     found: dict[str, Any] = row.needed_structure(column, dict, "an object of answers")
     if set(found) == {"choices", "labels"}:
-        found = dict(zip(found["choices"], found["labels"], strict=False))
+        if len(found["choices"]) != len(found["labels"]):
+            row.fail(f"column '{column}': {len(found['choices'])} choices and {len(found['labels'])} labels")
+        found = dict(zip(found["choices"], found["labels"], strict=True))
     true = [text for text, label in found.items() if label]
     if not true or (len(true) == len(found) and column == "mc1_targets"):
         row.fail(f"column '{column}' has no {'false' if true else 'true'} answer")
