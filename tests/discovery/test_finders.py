@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from clampdown.commands.discover import checked
 from clampdown.config import ORGANISM_WEIGHTS
 from clampdown.discovery.finders import DEFAULT, FINDERS, MATCHED_EFFECT, Effort, Material, run_finder
 from clampdown.discovery.pairs import Pair, signed_rank
@@ -16,6 +17,7 @@ from clampdown.models.loading import load_model
 from clampdown.organism.judge import judge
 from clampdown.organism.suites import suites, without_wrapper
 from clampdown.saes.checkpoints import load_sae
+from clampdown.store import prompts_hash
 from clampdown.types import Judgement, Split, Verdict
 
 SMALL = Effort(attributed=6, finalists=8, clamped=4, benign=3, kl=0.02)
@@ -84,6 +86,27 @@ def test_the_default_finder_ranks_by_what_clamping_did(found):
         close = abs(np.log(score.scores["clamp_kl"] / SMALL.kl)) <= 0.1
         assert close == (MATCHED_EFFECT in score.scores)
     assert feature_set.ranking[: len(tested)] == tuple(score.feature for score in tested)
+
+
+@pytest.mark.parametrize("name", [DEFAULT, "d-prime"])
+def test_scores_of_clamps_name_the_prompts_that_were_clamped_on(found, material, name):
+    """Whichever finder proposed: its own prompts are the contrast's, and the clamps were not measured there."""
+    feature_set = found[name] if name == DEFAULT else checked(material, found[name], top=3)
+    effect, cost = feature_set.source(MATCHED_EFFECT), feature_set.source("clamp_kl")
+    clamped, costed = material.tempting[-SMALL.clamped :], material.harmless[: SMALL.benign]
+    assert effect.finder == cost.finder == DEFAULT
+    assert (effect.n, cost.n) == (len(clamped) + len(costed), len(costed))
+    assert effect.provenance.prompts_hash == prompts_hash([*clamped, *costed])
+    assert cost.provenance.prompts_hash == prompts_hash(costed)
+    assert feature_set.source("d_prime").finder == name
+    assert feature_set.source("d_prime").provenance == feature_set.provenance
+
+
+def test_the_default_finder_counts_every_prompt_that_it_read(found, material):
+    read = [*material.harmful, *material.harmless, *material.tempting[: SMALL.attributed], *material.clamped]
+    distinct = {(prompt.id, prompt.messages) for prompt in read}
+    assert found[DEFAULT].provenance.extra["n_prompts"] == str(len(distinct))
+    assert len(distinct) > len({(p.id, p.messages) for p in read[: -SMALL.clamped]})
 
 
 def test_what_is_missing_is_said(material):

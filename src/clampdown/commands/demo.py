@@ -40,7 +40,7 @@ from clampdown.steering.gates import Pooled, Probe, choose_threshold, fit_probe,
 from clampdown.steering.plan import Edit, Gate, Plan, write_plan
 from clampdown.store import write_feature_set
 from clampdown.tradeoff.sweep import Choice, Rule, candidates, choose, sweep_arms
-from clampdown.types import ArmKind, FeatureScore, FeatureSet, Interval, Prompt, Record, ScoreSource, Split
+from clampdown.types import ArmKind, FeatureScore, FeatureSet, Interval, Prompt, Record, ScoreSource, Split, Suite
 
 HARMFUL = ("harmful", "jailbroken_seen", "multi_turn")
 HARMLESS = ("benign", "borderline", "about_harm", "facts", "arithmetic", "instructions", "misconceptions")
@@ -112,7 +112,7 @@ def run_demo(
         chosen = in_all_units(subject, choice.chosen.arm)
         gated = gate_plan(subject, _plan_of(chosen), scale, gate or GateChoice())
     arms, notes = build_arms(subject, found, chosen, gated, scale, stages)
-    for feature_set in _with_gain(found, choice):
+    for feature_set in with_gain(subject, found.feature_sets, choice, scale):
         write_feature_set(out / "features" / f"{feature_set.finder}.json", feature_set)
     write_plan(out / "plan.toml", gated)
 
@@ -162,8 +162,7 @@ def finder_material(subject: Subject, scale: Scale) -> Material:
 def choose_plan(subject: Subject, found: Found, scale: Scale, directory: Path, stages: Stages) -> Choice:
     """The finalists at a few strengths on validation prompts, and the rule's pick."""
     lm, sae = subject.lm, subject.sae
-    suites = subject.suites(Split.VALIDATION, scale.validation)
-    chosen_suites = experiment.safety_only(suites, *HARMFUL)
+    chosen_suites = _choosing_suites(subject, scale)
     arms: list[Arm] = []
     for score, scope in itertools.product(found.finalists(scale.finalists), SCOPES):
         unit = score.scores["max_activation"]
@@ -178,6 +177,11 @@ def choose_plan(subject: Subject, found: Found, scale: Scale, directory: Path, s
     return choose(candidates(arms, records, chosen_suites), Rule(), baseline=unsteered.axes.refusal or 0.0)
 
 
+def _choosing_suites(subject: Subject, scale: Scale) -> tuple[Suite, ...]:
+    """What the choice is made on."""
+    return experiment.safety_only(subject.suites(Split.VALIDATION, scale.validation), *HARMFUL)
+
+
 def in_all_units(subject: Subject, arm: Arm) -> Arm:
     """The arm with its plan's strengths written down in every unit, measured on discovery prompts."""
     plan = _plan_of(arm)
@@ -187,18 +191,22 @@ def in_all_units(subject: Subject, arm: Arm) -> Arm:
     return replace(arm, plan=plan.model_copy(update={"edits": (edit, *plan.edits[1:])}))
 
 
-def _with_gain(found: Found, choice: Choice) -> list[FeatureSet]:
+def with_gain(subject: Subject, sets: Sequence[FeatureSet], choice: Choice, scale: Scale) -> list[FeatureSet]:
     """The feature sets with each finalist's best refusal share on validation prompts as a score."""
     gains: dict[int, float] = {}
     for candidate in choice.candidates:
         if candidate.arm.plan and candidate.axes.refusal is not None:
             feature = candidate.arm.plan.edits[0].features[0]
             gains[feature] = max(gains.get(feature, 0.0), candidate.axes.refusal)
+    shown = [p for suite in _choosing_suites(subject, scale) for p in suite.prompts]
+    source = ScoreSource(
+        "best strength on validation", subject.sae.cfg.site.name, subject.provenance(shown), n=len(shown)
+    )
     return [
-        causal.merge_effects(s, {f: g for f, g in gains.items() if f in s.ranking}, "validation_refusal")
+        causal.merge_effects(s, {f: g for f, g in gains.items() if f in s.ranking}, "validation_refusal", source)
         if set(gains) & set(s.ranking)
         else s
-        for s in found.feature_sets
+        for s in sets
     ]
 
 

@@ -20,7 +20,15 @@ from clampdown.commands.refining import Refinement, refine_found
 from clampdown.commands.stages import Stages, Tick
 from clampdown.config import ORGANISM
 from clampdown.discovery.contrast import ContrastSettings
-from clampdown.discovery.finders import DEFAULT, FINDERS, MATCHED_EFFECT, Material, clamp_all, run_finder
+from clampdown.discovery.finders import (
+    DEFAULT,
+    FINDERS,
+    MATCHED_EFFECT,
+    Material,
+    clamp_all,
+    clamp_sources,
+    run_finder,
+)
 from clampdown.discovery.layers import LayerScore, scan_layers
 from clampdown.discovery.pairs import Pair, pair_by_id
 from clampdown.errors import PromptSetError
@@ -167,7 +175,12 @@ def checked(given: Material, found: FeatureSet, top: int = CHECKED) -> FeatureSe
     """The set with its first features clamped at equal benign KL, and ranked by what that did."""
     tested = clamp_all(given, found.features[:top])
     tested.sort(key=lambda score: -score.scores.get(MATCHED_EFFECT, float("-inf")))
-    return dataclasses.replace(found, features=(*tested, *found.features[top:]), ranked_by=MATCHED_EFFECT)
+    return dataclasses.replace(
+        found,
+        features=(*tested, *found.features[top:]),
+        ranked_by=MATCHED_EFFECT,
+        sources={**found.sources, **clamp_sources(given)},
+    )
 
 
 def _prompts(model: str, request: Request) -> Prompts:

@@ -43,7 +43,7 @@ from clampdown.errors import PromptSetError
 from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
-from clampdown.types import FeatureScore, FeatureSet, Judge, Message, Prompt
+from clampdown.types import FeatureScore, FeatureSet, Judge, Message, Prompt, Provenance, ScoreSource
 
 PerFeature = Float[np.ndarray, " d_sae"]
 MATCHED_EFFECT = "clamp_refusal_at_kl"
@@ -117,6 +117,16 @@ class Material:
         """Harmful prompts that the model may answer: jailbroken ones where there are any."""
         return tuple(pair.wrapped for pair in self.pairs) or self.harmful
 
+    @property
+    def clamped(self) -> tuple[Prompt, ...]:
+        """The prompts on which clamps are measured to raise refusal."""
+        return self.tempting[-self.effort.clamped :]
+
+    @property
+    def costed(self) -> tuple[Prompt, ...]:
+        """The benign prompts on which clamps are brought to one cost."""
+        return self.harmless[: self.effort.benign]
+
     @cached_property
     def gradients(self) -> Attribution:
         return self._attribute(0)
@@ -171,7 +181,6 @@ def _ranked(
     contrast = contrast_scores(material.sae, material.contrast, settings) if settings.literal else None
     scores = (contrast or material.contrast_scores) | dict(more or {})
     prompts = material.contrast.prompts
-    seen = {(prompt.id, prompt.messages) for prompt in prompts}
     finding = Finding(
         finder="",
         ranked_by=ranked_by,
@@ -181,10 +190,13 @@ def _ranked(
         texts=[prompt.text for prompt in prompts],
         settings={name: str(value) for name, value in dataclasses.asdict(settings).items()},
     )
-    every = [*prompts, *(prompt for prompt in read if (prompt.id, prompt.messages) not in seen)]
-    return build_feature_set(
-        material.lm, material.sae, finding, make_provenance(material.lm, material.sae, every, material.seed)
-    )
+    return build_feature_set(material.lm, material.sae, finding, _provenance(material, (*prompts, *read)))
+
+
+def _provenance(material: Material, read: Sequence[Prompt]) -> Provenance:
+    """Of everything that was read, each prompt once."""
+    distinct = {(prompt.id, prompt.messages): prompt for prompt in read}
+    return make_provenance(material.lm, material.sae, list(distinct.values()), material.seed)
 
 
 def by_contrast(score: str) -> Find:
@@ -252,19 +264,38 @@ def by_clamping(material: Material) -> FeatureSet:
         **{k: str(v) for k, v in dataclasses.asdict(material.effort).items()},
         "ranked_by": MATCHED_EFFECT,
     }
-    return dataclasses.replace(ranked[0], features=kept, ranked_by=MATCHED_EFFECT, settings=settings)
+    read = (*material.contrast.prompts, *material.tempting[: material.effort.attributed], *material.clamped)
+    return dataclasses.replace(
+        ranked[0],
+        features=kept,
+        ranked_by=MATCHED_EFFECT,
+        provenance=_provenance(material, read),
+        settings=settings,
+        sources=clamp_sources(material),
+    )
 
 
 def clamp_all(material: Material, finalists: Sequence[FeatureScore]) -> list[FeatureScore]:
     """The finalists with the change of the refusal log-odds at matched benign KL (`MATCHED_EFFECT`, absent where the
     feature could not be brought down to that KL), the strength there, and the KL that it costs."""
     lm, sae, effort = material.lm, material.sae, material.effort
-    kl = BenignKl(lm, sae, material.harmless[: effort.benign], on_progress=material.on_progress)
-    refusal = PrefillRefusal(lm, sae, material.tempting[-effort.clamped :], material.tokens)
+    kl = BenignKl(lm, sae, material.costed, on_progress=material.on_progress)
+    refusal = PrefillRefusal(lm, sae, material.clamped, material.tokens)
     plans = [lambda c, f=score.feature: causal.clamp_plan(lm, sae, f, c, effort.scope) for score in finalists]
     start = [max(score.scores.get("max_activation", 0.0), 1.0) for score in finalists]
     matched = match_strengths(plans, kl, effort.kl, start)
     return list(map(_with_effect, finalists, matched, refusal([m.plan for m in matched])))
+
+
+def clamp_sources(material: Material) -> dict[str, ScoreSource]:
+    """Where the scores of `clamp_all` come from: its own prompts, whichever finder proposed the features. The effect is
+    that of a strength found on the benign prompts, so it comes from both sets."""
+
+    def source(prompts: Sequence[Prompt]) -> ScoreSource:
+        return ScoreSource(DEFAULT, material.sae.cfg.site.name, _provenance(material, prompts), n=len(prompts))
+
+    costs = dict.fromkeys(("clamp_strength", "clamp_kl"), source(material.costed))
+    return {MATCHED_EFFECT: source((*material.clamped, *material.costed)), **costs}
 
 
 def _with_effect(score: FeatureScore, matched: Matched, effect: float) -> FeatureScore:
