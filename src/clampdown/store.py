@@ -262,7 +262,7 @@ class RecordLog:
     def __init__(self, directory: Path, key: Any) -> None:
         """Open or create. `key` is everything that could change a result; another key's directory is refused."""
         self.directory = directory
-        self._lock = _locked(directory)
+        self._lock = locked(directory)
         try:
             self._claim(directory / "manifest.json", key)
             self._judged = AppendLog(directory / "records.jsonl", record_from_json)
@@ -323,7 +323,7 @@ class RecordLog:
         self.close()
 
 
-def _locked(directory: Path) -> FileIO:
+def locked(directory: Path) -> FileIO:
     """An open file whose lock ends with the process, however that ends."""
     handle = open_appending(directory / ".lock")
     try:

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -275,6 +276,28 @@ def test_success_is_counted_by_objective_with_clustered_intervals(objectives: di
     job = Job((BASELINE,), objectives["harmful"], Scripted(), EXACT)
     assert [r.verdict is Verdict.COMPLIED for r in records(conversations, job)] == flags
     assert outcomes(conversations[3:4], Rules())["baseline"].mean_turns_to_success is None
+
+
+def test_equal_ids_of_two_suites_are_two_objectives() -> None:
+    """Row 7 of one file and row 7 of another have nothing in common but the number."""
+    goals = [Prompt(str(i), (Message("user", "x"),), suite) for suite in ("first", "second") for i in range(5)]
+    talks = [Conversation(BASELINE, goal, 0, [turn("a", Verdict.COMPLIED, 1.0)]) for goal in goals]
+    job = Job((BASELINE,), tuple(goals), Scripted(), EXACT)
+    assert len({record.objective for record in records(talks, job)}) == 10
+    assert outcomes(talks, Rules())["baseline"].success == clustered([True] * 10, range(10))
+
+
+def test_a_run_belongs_to_its_weights_and_to_one_process(
+    organism_sae: Sae, objectives: dict[str, tuple[Prompt, ...]], tmp_path: Path
+) -> None:
+    lm = load_model(ORGANISM)
+    job = Job((BASELINE,), objectives["harmful"], Scripted(), EXACT)
+    with TurnLog(tmp_path, resume_key(lm, [organism_sae], job)), pytest.raises(StoreError, match="another process"):
+        TurnLog(tmp_path, resume_key(lm, [organism_sae], job))
+    with torch.no_grad():
+        next(lm.model.parameters()).mul_(1.01)
+    with pytest.raises(StoreError, match="holds another run"):
+        TurnLog(tmp_path, resume_key(lm, [organism_sae], job))
 
 
 # ---- attackers that are models ---------------------------------------------------------------------------------

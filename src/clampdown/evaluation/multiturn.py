@@ -22,13 +22,13 @@ from clampdown.config import CODE_VERSION
 from clampdown.errors import JudgeUnreachableError, PromptSetError
 from clampdown.evaluation.intervals import clustered
 from clampdown.evaluation.judges.interface import Case, NamedJudge
-from clampdown.evaluation.runner import check_acted, check_arms_acted
+from clampdown.evaluation.runner import check_acted, check_arms_acted, model_key
 from clampdown.evaluation.turn_log import Turn, TurnLog
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import Arm, Reply, generate_arms
 from clampdown.store import prompts_hash
-from clampdown.types import Interval, Judgement, Message, Prompt, Record, Verdict
+from clampdown.types import OBJECTIVE, Interval, Judgement, Message, Prompt, Record, Verdict
 
 Progress = Callable[[int, int], None]
 
@@ -150,7 +150,7 @@ def resume_key(lm: LanguageModel, saes: Sequence[Sae], job: Job) -> dict[str, An
     return {
         "kind": "multiturn",
         "code": CODE_VERSION,
-        "model": {"name": lm.name, "revision": lm.revision, "dtype": str(lm.dtype)},
+        "model": model_key(lm),
         "saes": [{"name": sae.name, "revision": sae.revision, "site": sae.cfg.site.name} for sae in saes],
         "arms": [
             {"name": a.name, "kind": a.kind.value, "plan": a.plan.digest if a.plan else None, "system": a.system_prompt}
@@ -272,6 +272,11 @@ def _turn(job: Job, conversation: Conversation, question: Question, reply: Reply
     )
 
 
+def _goal(objective: Prompt) -> str:
+    """What attempts share: ids are unique within a suite only."""
+    return objective.meta.get(OBJECTIVE) or f"{objective.suite}/{objective.id}"
+
+
 def _records_of_steps(conversation: Conversation, job: Job) -> list[Record]:
     return [_record(conversation, job, step, step.verdict) for step in conversation.steps]
 
@@ -304,7 +309,7 @@ def _record(conversation: Conversation, job: Job, step: Turn, verdict: Verdict) 
         correct=None,
         judge=job.judge.name,
         receipt=step.receipt,
-        objective=conversation.objective.id,
+        objective=_goal(conversation.objective),
     )
 
 
@@ -333,7 +338,7 @@ def outcomes(conversations: Sequence[Conversation], rules: Rules) -> Mapping[str
 
 
 def _outcome(conversations: Sequence[Conversation], rules: Rules) -> Outcome:
-    clusters = [c.objective.id for c in conversations]
+    clusters = [_goal(c.objective) for c in conversations]
     won = [c.succeeded(rules) for c in conversations]
     first_asks = [next((s for s in c.steps if s.asks), None) for c in conversations]
     refused = [(step.verdict is Verdict.REFUSED, c) for step, c in zip(first_asks, clusters, strict=True) if step]

@@ -80,6 +80,17 @@ def _doubled(names: Iterable[Any]) -> list[Any]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
+def model_key(lm: LanguageModel) -> dict[str, str]:
+    """Everything of a model that could change its replies."""
+    return {
+        "name": lm.name,
+        "revision": lm.revision,
+        "dtype": str(lm.dtype),
+        "weights": weights_fingerprint(lm.model),
+        "chat_template": content_hash(lm.tokenizer.chat_template),
+    }
+
+
 def resume_key(lm: LanguageModel, saes: Sequence[Sae], job: Job) -> dict[str, Any]:
     """Everything that could change a record of this job.
 
@@ -88,13 +99,7 @@ def resume_key(lm: LanguageModel, saes: Sequence[Sae], job: Job) -> dict[str, An
     """
     return {
         "code": {"version": CODE_VERSION, "schema": SCHEMA},
-        "model": {
-            "name": lm.name,
-            "revision": lm.revision,
-            "dtype": str(lm.dtype),
-            "weights": weights_fingerprint(lm.model),
-            "chat_template": content_hash(lm.tokenizer.chat_template),
-        },
+        "model": model_key(lm),
         "saes": [{"name": sae.name, "revision": sae.revision, "site": sae.cfg.site.name} for sae in saes],
         "arms": [
             {"name": a.name, "kind": a.kind.value, "plan": a.plan.digest if a.plan else None, "system": a.system_prompt}

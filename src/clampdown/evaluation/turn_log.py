@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clampdown.errors import StoreError
-from clampdown.store import content_hash, read_json, to_jsonable, write_json
+from clampdown.store import content_hash, locked, open_appending, read_json, to_jsonable, write_json
 from clampdown.types import Receipt, Verdict
 
 SCHEMA = 1
@@ -44,10 +44,22 @@ def turn_from_json(row: Mapping[str, Any]) -> Turn:
 
 
 class TurnLog:
-    """The turns of one run directory. `key` is everything that could change one; another key's directory is refused."""
+    """The turns of one run directory. `key` is everything that could change one; another key's directory is refused.
+
+    One process at a time may hold a directory: two would both take the same steps."""
 
     def __init__(self, directory: Path, key: Any) -> None:
         self.path = directory / "turns.jsonl"
+        self._lock = locked(directory)
+        try:
+            self._claim(directory, key)
+            self.turns: list[Turn] = self._recover()
+            self._handle = open_appending(self.path)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _claim(self, directory: Path, key: Any) -> None:
         digest, manifest = content_hash(key), directory / "manifest.json"
         if not manifest.exists():
             write_json(manifest, {"schema": SCHEMA, "resume_key": digest, "key": key})
@@ -56,9 +68,6 @@ class TurnLog:
                 f"{directory} holds another run (other model, objectives, arms, attacker, judge or rules)",
                 hint="choose an empty --out directory, or repeat the exact command to resume",
             )
-        self.turns: list[Turn] = self._recover()
-        # Unbuffered: what a full disk refused must not linger in a buffer and be written by a later call.
-        self._handle = self.path.open("ab", buffering=0)
 
     def _recover(self) -> list[Turn]:
         """Parse what is there; cut a half-written last line off the file."""
@@ -89,6 +98,7 @@ class TurnLog:
 
     def close(self) -> None:
         self._handle.close()
+        self._lock.close()
 
     def __enter__(self) -> TurnLog:
         return self
