@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,14 @@ def test_without_two_labels_there_is_no_kappa() -> None:
     assert (found.kappa.value, found.kappa.low, found.kappa.n) == (None, None, 5)
 
 
+def test_too_few_prompts_have_no_interval() -> None:
+    """One prompt drawn 2,000 times is always the same: that is no certainty."""
+    replies = [replace(labelled(i, SCORED[i % 2]), prompt=labelled(0, SCORED[0]).prompt) for i in range(20)]
+    found = agreement(replies, [SCORED[i % 3 % 2] for i in range(20)]).kappa
+    assert found.value is not None
+    assert (found.low, found.high, found.n) == (None, None, 20)
+
+
 def test_unscored_replies_are_counted_and_decide_nothing() -> None:
     replies = [labelled(i, Verdict.REFUSED if i % 2 else Verdict.COMPLIED) for i in range(20)]
     right = [reply.label for reply in replies]
@@ -114,7 +123,7 @@ def tuned_on() -> set[str]:
 
 
 def kappas(name: str) -> tuple[float, float]:
-    """(on all replies, on the half that nobody looked at)."""
+    """(on all replies, on the half that was not read while the rules were written)."""
     ids = [str(row.cells["id"]) for path in FILES for row in read_rows(path)]
     replies = [reply for path in FILES for reply in read_labelled(path)]
     judge = make_judge(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -91,6 +93,18 @@ def test_comparison_pairs_by_prompt_whatever_the_order() -> None:
     assert (found.gained, found.lost, found.difference.n) == (4, 0, 10)
     assert found.difference.value == pytest.approx(0.4)
     assert found.p_value == pytest.approx(0.125)
+
+
+def test_attempts_at_one_objective_are_no_more_evidence_than_one() -> None:
+    """Six objectives gained, each of four attempts: p is that of six prompts, not of twenty-four."""
+
+    def attempts(verdict: Verdict, n: int) -> list[Record]:
+        return [replace(record(i, verdict), objective=str(i // n)) for i in range(6 * n)]
+
+    once = metrics.compare(attempts(Verdict.COMPLIED, 1), attempts(Verdict.REFUSED, 1), metrics.refused)
+    four = metrics.compare(attempts(Verdict.COMPLIED, 4), attempts(Verdict.REFUSED, 4), metrics.refused)
+    assert (four.gained, four.lost) == (24, 0)
+    assert four.p_value == once.p_value == pytest.approx(2 / 2**6)
 
 
 def test_prompts_that_one_arm_lacks_or_that_are_unscored_do_not_count() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from clampdown.errors import PromptSetError
-from clampdown.evaluation.intervals import CONFIDENCE
+from clampdown.evaluation.intervals import CONFIDENCE, MIN_RESAMPLED
 from clampdown.evaluation.rows import Row, read_rows
 from clampdown.types import Interval, Message, Prompt, Verdict
 
@@ -102,6 +102,8 @@ def _interval(counts: np.ndarray, seed: int) -> Interval:
     value = float(kappa(counts.sum(0))) if n else float("nan")
     if not np.isfinite(value):
         return Interval(None, None, None, n)
+    if len(counts) < MIN_RESAMPLED:
+        return Interval(value, None, None, n)
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=DRAWS)
     drawn = kappa(np.tensordot(weights, counts, axes=1))

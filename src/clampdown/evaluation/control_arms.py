@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from clampdown.errors import ClampdownError, NotEnoughDataError, StrengthError
 from clampdown.evaluation.condition import Condition
 from clampdown.evaluation.controls import (
+    TWIN_COSINE,
     FeatureTable,
     direction_plan,
     matched_plan,
@@ -138,7 +139,7 @@ class _Bench:
 
     def _most(self, table: FeatureTable) -> int:
         """Candidates there are: live features that are no near-duplicates of the steered ones."""
-        return int(((table.firing_rate > 0) & (table.cosines(self.steered) < 0.5)).sum())
+        return int(((table.firing_rate > 0) & (table.cosines(self.steered) < TWIN_COSINE)).sum())
 
     def unrelated(self) -> Control:
         name = "unrelated feature"

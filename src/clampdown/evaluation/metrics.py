@@ -167,7 +167,8 @@ class Pair:
 def compare(first: Iterable[Record], second: Iterable[Record], outcome: Outcome, *, seed: int = 0) -> Comparison:
     """Paired difference of a yes/no outcome. Prompts that only one arm answered (or scored) are left out.
 
-    The interval is Bonett & Price's; where prompts share objectives, a bootstrap over objectives.
+    The interval is Bonett & Price's; where prompts share objectives, a bootstrap over objectives, and each objective
+    counts once in McNemar's test, for the side to which most of its prompts changed.
     """
     pairs = paired(first, second, outcome)
     gained = sum(pair.after and not pair.before for pair in pairs)
@@ -177,7 +178,16 @@ def compare(first: Iterable[Record], second: Iterable[Record], outcome: Outcome,
         difference = paired_bootstrap(before, after, clusters=[pair.cluster for pair in pairs], seed=seed)
     else:
         difference = paired_difference(gained, lost, len(pairs))
-    return Comparison(difference, gained, lost, mcnemar(gained, lost))
+    return Comparison(difference, gained, lost, _mcnemar(pairs))
+
+
+def _mcnemar(pairs: Sequence[Pair]) -> float | None:
+    """Exact McNemar over clusters (of one prompt each, unless prompts share objectives): the sign test of their net
+    changes, which are as likely up as down when the arms do not differ, however alike a cluster's prompts are."""
+    net: defaultdict[tuple[str, str], int] = defaultdict(int)
+    for pair in pairs:
+        net[pair.cluster] += pair.after - pair.before
+    return mcnemar(sum(change > 0 for change in net.values()), sum(change < 0 for change in net.values()))
 
 
 def compare_lengths(first: Iterable[Record], second: Iterable[Record], *, seed: int = 0) -> Interval:
