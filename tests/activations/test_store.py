@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,6 +93,16 @@ def test_a_kill_at_any_moment_changes_no_byte(job, whole, tmp_path, monkeypatch,
     assert contents(tmp_path) == whole
     done_once = set(range(len(job.batches))) - {dies_at}
     assert all(read.count(number) == 1 for number in done_once), "nothing is read twice"
+
+
+def test_a_pass_belongs_to_its_weights(prompts, tmp_path):
+    """Edited weights keep the model's name and revision: their numbers must not be answered from the old ones'."""
+    lm = tiny_llama()
+    collect_to(plan_pass(lm, [read_sae(random_sae())], prompts), tmp_path)
+    with torch.no_grad():
+        next(lm.model.parameters()).mul_(1.01)
+    with pytest.raises(StoreError, match="holds another pass"):
+        collect_to(plan_pass(lm, [read_sae(random_sae())], prompts), tmp_path)
 
 
 def test_a_finished_pass_is_not_run_again(job, tmp_path, monkeypatch):

@@ -28,8 +28,10 @@ from torch import Tensor
 from clampdown.activations.capture import DEFAULT_TOKENS_PER_BATCH, length_buckets, visit_sites
 from clampdown.activations.pooling import POOLINGS, Pooling, State
 from clampdown.activations.statistics import shape_of
+from clampdown.config import CODE_VERSION
 from clampdown.errors import ModelError, PromptSetError
 from clampdown.models.chat import encode, pad_left
+from clampdown.models.fingerprint import weights_fingerprint
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae, check_fits
 from clampdown.store import content_hash, prompts_hash
@@ -129,7 +131,14 @@ class Pass:
     def key(self) -> dict[str, Any]:
         """Everything that could change a number of the result; the resume key is its hash."""
         return {
-            "model": [self.lm.name, self.lm.revision, str(self.lm.dtype), self.lm.device.type],
+            "code": CODE_VERSION,
+            "model": [
+                self.lm.name,
+                self.lm.revision,
+                str(self.lm.dtype),
+                self.lm.device.type,
+                weights_fingerprint(self.lm.model),
+            ],
             "prompts": prompts_hash(self.prompts),
             "tokens": content_hash([self.encoded, self.lm.chat.scaffolds, sorted(self.lm.chat.special_ids)]),
             "readings": [_reading_key(reading) for reading in self.readings],
