@@ -106,6 +106,8 @@ def test_limits_stops_seeds_and_what_would_be_ignored() -> None:
     drawn = [ask(api, max_tokens=16, temperature=3.0, seed=seed).completion for seed in (1, 1, 2, 3)]
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) > 1
+    epochs = [ask(api, max_tokens=16, temperature=3.0).completion for _ in range(4)]
+    assert len(set(epochs)) > 1, "epochs of a sample are draws, not copies"
     for settings in ({"frequency_penalty": 1.0}, {"logprobs": True}, {"num_choices": 2}):
         with pytest.raises(ModelError, match="would be ignored"):
             ask(api, **settings)

@@ -219,6 +219,9 @@ def test_stop_strings_limits_and_sampling(plan_file: Path) -> None:
     drawn = [ask(do_sample=True, temperature=3.0, seed=seed, max_gen_toks=16) for seed in (1, 1, 2, 3)]
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) > 1
+    settings = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 16}
+    repeats = model.generate_until([request("generate_until", chat, settings) for _ in range(4)])
+    assert len(set(repeats)) > 1, "repeats of an item are draws, not copies"
     with pytest.raises(ModelError, match="'num_beams' is not supported"):
         ask(num_beams=4)
     with pytest.raises(ModelError, match="leaves no room"):

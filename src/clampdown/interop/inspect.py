@@ -192,5 +192,5 @@ def _decoding(config: GenerateConfig, room: int) -> Decoding:
         temperature=temperature,
         top_p=1.0 if config.top_p is None else config.top_p,
         top_k=config.top_k,
-        seed=(config.seed or 0) if temperature else 0,
+        seed=config.seed if temperature else None,
     )

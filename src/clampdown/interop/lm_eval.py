@@ -225,7 +225,7 @@ class SteeredLM(TemplateLM):
             temperature=float(wanted.get("temperature", 0.0)) if wanted["do_sample"] else 0.0,
             top_p=float(wanted.get("top_p", 1.0)),
             top_k=wanted.get("top_k"),
-            seed=int(wanted.get("seed", 0)),
+            seed=None if wanted.get("seed") is None else int(wanted["seed"]),
         )
 
     def _prompt_ids(self, text: str, decoding: Decoding) -> Ids:

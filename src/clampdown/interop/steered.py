@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,14 +35,15 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How replies are made. `temperature` 0 is greedy; anything else samples, each reply from its own `seed`."""
+    """How replies are made. `temperature` 0 is greedy; anything else samples: from `seed`, or without one from a new
+    seed each time the same is asked (0, 1, ...), so that repeats of a task's item are draws and not copies."""
 
     max_new_tokens: int = 256
     stops: tuple[str, ...] = ()
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = None
-    seed: int = 0
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class SteeredModel:
     plan: Plan | None = None
     batch_rows: int = 64
     arm: Arm = field(init=False)
+    _draws: Counter[tuple[tuple[int, ...], Decoding]] = field(default_factory=Counter, init=False, repr=False)
 
     def __post_init__(self) -> None:
         arm = BASELINE if self.plan is None else Arm(self.plan.name, ArmKind.FEATURE, self.plan)
@@ -115,7 +118,7 @@ class SteeredModel:
             torch.random.fork_rng(devices=[self.lm.device] if self.lm.device.type == "cuda" else []),
             steer(self.lm, self.plan, list(self.saes), require_reach=False) as steering,
         ):
-            torch.manual_seed(decoding.seed)
+            torch.manual_seed(self._seed(ids, decoding))
             output = self.lm.model.generate(
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
@@ -130,6 +133,14 @@ class SteeredModel:
         tail = [token for token in output[0, len(ids) :].tolist() if token not in self.lm.eos_ids]
         text = self.lm.tokenizer.decode(tail, skip_special_tokens=True)
         return [Reply(arm, prompt, text, len(tail), receipts[0] if receipts else None)]
+
+    def _seed(self, ids: Ids, decoding: Decoding) -> int:
+        """The seed that was asked for, else how often the same was drawn before."""
+        if decoding.seed is not None:
+            return decoding.seed
+        asked = (tuple(ids), decoding)
+        self._draws[asked] += 1
+        return self._draws[asked] - 1
 
     def log_likelihoods(self, pairs: Sequence[tuple[Ids, Ids]], progress: Progress | None = None) -> list[Likelihood]:
         """Of each (prompt, text), in order. Raises `ScopeError` for a plan that steers generated tokens."""
