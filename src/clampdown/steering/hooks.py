@@ -176,7 +176,7 @@ class Steering:
         elif past == 0:
             self._check_no_pass_was_missed()
             self._begin_turn(n_rows, width, ids, mask)
-            self._prefill = True
+            self._prefill = self._prompt_of is not None
         self._require_turn()[0].cache = cache
         self._open_window(past, n_rows, width, mask)
         self._visited.clear()
@@ -407,7 +407,7 @@ class Steering:
     def _end_prefill(self) -> None:
         """What blocks below the widening cached is per prompt: from now on it is per row."""
         turn, _ = self._require_turn()
-        if self._prompt_of is None or not self._prefill:
+        if not self._prefill:
             return
         self._prefill = False
         if turn.cache is not None:

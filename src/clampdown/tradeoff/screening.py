@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from clampdown.discovery.refusal_tokens import RefusalTokens, refusal_log_odds
-from clampdown.discovery.screening import Screen, Text
+from clampdown.discovery.screening import PrefillRefusal, Screen, Text
 from clampdown.errors import NotEnoughDataError, PromptSetError
 from clampdown.models.chat import encode
-from clampdown.models.generation import next_token_logits
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.plan import Plan
@@ -217,7 +216,7 @@ def prefills_of(
     """The measure for prompts of suites, in an order in which the first few stand for all: harmful prompts spread
     evenly from those that the unsteered model surely answers to those that it surely refuses, benign ones shuffled."""
     asked = [encode(lm, prompt.messages) for prompt in harmful]
-    odds = refusal_log_odds(next_token_logits(lm, asked), tokens).tolist() if asked else []
+    odds = PrefillRefusal(lm, sae, harmful, tokens).baseline.tolist() if harmful else []
     by_odds = sorted(range(len(asked)), key=odds.__getitem__)
     mixed = [encode(lm, prompt.messages) for prompt in benign]
     random.Random(seed).shuffle(mixed)
