@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clampdown import cli
+from clampdown.cli import main as cli
 
 SITE = "blocks.3.hook_resid_post"
 

@@ -24,7 +24,7 @@ def commands() -> Iterator[tuple[str, Any]]:
     """("demo", command) for each command of the typer app, groups opened: ("organism train", command)."""
     import typer
 
-    from clampdown.cli import app
+    from clampdown.cli.main import app
 
     todo: list[tuple[str, Any]] = [("", typer.main.get_command(app))]
     while todo:

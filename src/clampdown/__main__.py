@@ -1,5 +1,5 @@
 """`python -m clampdown`."""
 
-from clampdown.cli import main
+from clampdown.cli.main import main
 
 main()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from clampdown.activations.collect import collect
 from clampdown.activations.stream import plan_pass
-from clampdown.cli import app
+from clampdown.cli.main import app
 from clampdown.commands import gate as job
 from clampdown.commands.experiment import organism_subject
 from clampdown.commands.stages import Stages

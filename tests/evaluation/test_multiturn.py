@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from clampdown.cli import app
+from clampdown.cli.main import app
 from clampdown.commands.judging import judge_named
 from clampdown.commands.multiturn import Request, attacker_of, run_multiturn, scorer_of
 from clampdown.commands.stages import Stages

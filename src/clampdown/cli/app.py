@@ -1,0 +1,84 @@
+"""What commands share: the root command and its groups, common options, the console, and how results are shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from clampdown.config import CODE_VERSION
+
+if TYPE_CHECKING:
+    from clampdown.commands.stages import Stages
+
+console = Console()
+errors = Console(stderr=True)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Find the features that make a language model refuse, steer them, and see exactly what it costs.",
+)
+
+
+def _group(name: str, help: str) -> typer.Typer:
+    group = typer.Typer(no_args_is_help=True, help=help)
+    app.add_typer(group, name=name)
+    return group
+
+
+organism_app = _group("organism", "Train and measure the embedded model.")
+features_app = _group("features", "Look at features that were found.")
+suites_app = _group("suites", "The public suites that can be loaded.")
+gate_app = _group("gate", "Decide which conversations a plan steers.")
+plan_app = _group("plan", "Make a plan by hand, and see what a plan does.")
+
+ModelOption = Annotated[str, typer.Option("--model", help="'organism', a directory, or a hub id.")]
+SaeOption = Annotated[str, typer.Option("--sae", help="'organism', 'organism:x8', a directory, or 'release:id'.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory for the results; an interrupted run resumes.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of prompts, controls and probes.")]
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        console.print(f"clampdown {CODE_VERSION}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+def stages() -> Stages:
+    """Progress on the console."""
+    from clampdown.commands.stages import Stages
+
+    return Stages(console)
+
+
+def show_run(directory: Path, progress: Stages) -> None:
+    """Write the report and print the table."""
+    from clampdown.reports.page import write_report
+    from clampdown.reports.run import read_run
+    from clampdown.reports.terminal import run_summary
+
+    with progress.stage("Writing the report"):
+        path = write_report(directory)
+    console.print(run_summary(read_run(directory), console.width))
+    console.print(f"[bold]report:[/bold] {path}", soft_wrap=True)
+
+
+def escaped(text: str) -> str:
+    """Text that is shown as it is, brackets and all."""
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,135 @@
+"""Commands that find features and look at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clampdown.cli.app import ModelOption, OutOption, SaeOption, SeedOption, app, console, features_app, stages
+from clampdown.config import ORGANISM
+
+
+@app.command()
+def discover(
+    out: OutOption = Path("runs/discover"),
+    finder: Annotated[str, typer.Option("--finder", help="Finders by name, comma-separated; 'both' or 'all'.")] = "",
+    harmful: Annotated[Path | None, typer.Option("--harmful", help="JSONL or CSV of harmful prompts.")] = None,
+    harmless: Annotated[Path | None, typer.Option("--harmless", help="JSONL or CSV of harmless prompts.")] = None,
+    jailbroken: Annotated[
+        Path | None, typer.Option("--jailbroken", help="Harmful prompts inside wrappers, with the same ids.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Single-prompt finder: the prompt to refuse.")] = None,
+    judge: Annotated[str | None, typer.Option("--judge", help="Who tells refusals: exact, rules, llm:...")] = None,
+    pooling: Annotated[str, typer.Option("--pooling", help="How prompts are pooled.")] = "assistant_start",
+    literal: Annotated[bool, typer.Option("--literal", help="Contrast as published: no activity floor.")] = False,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many features to keep.")] = 64,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Clamp the finalists and rank by effect.")] = True,
+    refine: Annotated[bool, typer.Option("--refine", help="Refine what was found into plan.toml.")] = False,
+    set_size: Annotated[int, typer.Option("--set-size", min=1, help="Refine to at most this many features.")] = 1,
+    scan: Annotated[bool, typer.Option("--scan", help="Scan every layer and SAE instead of ranking features.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Find refusal features by clamping, gradients, contrasts or one prompt; refine them into a plan."""
+    from clampdown.commands import discover as job
+    from clampdown.commands.refining import refinement_table
+    from clampdown.reports.terminal import print_features
+
+    request = job.Request(
+        finders=job.finder_names(finder),
+        harmful=harmful,
+        harmless=harmless,
+        jailbroken=jailbroken,
+        prompt=prompt,
+        judge=judge,
+        pooling=pooling,
+        literal=literal,
+        top=top,
+        check=check,
+        refine=refine,
+        set_size=set_size,
+        seed=seed,
+    )
+    progress = stages()
+    if dry_run:
+        job.dry_run(model, sae, request, progress)
+        return
+    if scan:
+        console.print(job.scan_table(job.run_scan(model, sae, request, out, progress)))
+        return
+    discovered = job.run_discover(model, sae, request, out, progress)
+    for path, found in discovered.written:
+        print_features(found, console)
+        console.print(f"written: {path}")
+    if discovered.refinement is not None:
+        console.print(refinement_table(discovered.refinement))
+        console.print(f"written: {discovered.refinement.path}")
+
+
+@features_app.command("list")
+def features_list(
+    path: Annotated[Path, typer.Argument(help="A FeatureSet file, or a directory of them (merged).")] = Path(
+        "runs/discover"
+    ),
+    sort: Annotated[str | None, typer.Option("--sort", help="Sort all features by this score, largest first.")] = None,
+    ascending: Annotated[bool, typer.Option("--ascending", help="Smallest first.")] = False,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many to show.")] = 20,
+    where: Annotated[list[str] | None, typer.Option("--where", help="A bound, e.g. 'd_prime>=1'; repeatable.")] = None,
+) -> None:
+    """List the features that finders kept, or all features by a score."""
+    from clampdown.commands import features as job
+    from clampdown.reports.terminal import features_table
+
+    conditions = [job.parse_condition(text) for text in where or ()]
+    found = job.list_features(path, sort, conditions, ascending=ascending)
+    console.print(features_table(found, console.width, top))
+
+
+@features_app.command("show")
+def features_show(
+    feature: Annotated[str, typer.Argument(help="A feature's index, or a card's .json file.")],
+    features: Annotated[
+        list[Path] | None, typer.Option("--features", help="FeatureSet file or directory to take scores from.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="JSONL or CSV of prompts; default: the embedded suites.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of each embedded suite.")] = 60,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the card as one HTML file.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the card's data, to be shown again.")] = None,
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Show one feature: what it promotes, where it fires, its strongest prompts, neighbours and scores."""
+    from clampdown.cards import write_card
+    from clampdown.commands import features as job
+    from clampdown.reports.card_page import write_card_page
+    from clampdown.reports.card_terminal import card_summary
+
+    request = job.ShowRequest(prompts, tuple(features or ()), limit, seed)
+    card = job.show(feature, model, sae, request, stages())
+    console.print(card_summary(card, console.width))
+    for path, write in ((html, write_card_page), (json, write_card)):
+        if path is not None:
+            write(path, card)
+            console.print(f"written: {path}", soft_wrap=True)
+
+
+@features_app.command("compare")
+def features_compare(
+    first: Annotated[Path, typer.Argument(help="A FeatureSet file or directory.")],
+    second: Annotated[Path, typer.Argument(help="Another: of another finder, seed or SAE.")],
+    score: Annotated[
+        list[str] | None, typer.Option("--score", help="Score to compare; give it twice for one per side.")
+    ] = None,
+) -> None:
+    """Compare two rankings: rank correlation, overlap of the best, and what moved most."""
+    from clampdown.commands import features as job
+    from clampdown.reports.card_terminal import agreement_summary
+
+    console.print(agreement_summary(job.compare(first, second, score or ()), console.width))

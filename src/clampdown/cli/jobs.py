@@ -1,0 +1,62 @@
+"""Commands that run a whole job, and the report of any run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clampdown.cli.app import ModelOption, OutOption, SaeOption, SeedOption, app, console, show_run, stages
+from clampdown.config import ORGANISM
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, same files.")] = False,
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Run the whole job on the embedded model: find, steer, measure the trade-off, write a report."""
+    from clampdown.commands import demo as job
+    from clampdown.commands.experiment import organism_subject
+
+    progress = stages()
+    with progress.stage("Loading"):
+        subject = organism_subject(model, sae, seed=seed)
+    job.run_demo(subject, out, job.QUICK if quick else job.FULL, progress)
+    show_run(out, progress)
+
+
+@app.command("compare-methods")
+def compare_methods(
+    out: OutOption = Path("runs/compare-methods"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, same files.")] = False,
+    kl: Annotated[float, typer.Option("--kl", help="Benign KL, nats per token, at which methods are matched.")] = 0.02,
+    n_random: Annotated[int, typer.Option("--n-random", min=0, help="Random features at that KL.")] = 20,
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Both papers' methods, the dense baselines, a tuned plan and random features in one run on the embedded model."""
+    from clampdown.commands import compare_methods as job
+    from clampdown.commands import demo as sizes
+    from clampdown.commands.experiment import organism_subject
+
+    progress = stages()
+    with progress.stage("Loading"):
+        subject = organism_subject(model, sae, seed=seed)
+    request = job.Request(kl=kl, n_random=n_random)
+    summary = job.run_compare_methods(subject, out, sizes.QUICK if quick else sizes.FULL, request, progress)
+    show_run(out, progress)
+    console.print(job.shown(summary))
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A run directory with summary.json.")],
+) -> None:
+    """Write report.html from a finished run, and print its table."""
+    show_run(directory, stages())

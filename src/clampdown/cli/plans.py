@@ -1,0 +1,160 @@
+"""Commands about one plan: make, show, check, gate, explain, talk to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clampdown.cli.app import ModelOption, SaeOption, SeedOption, app, console, escaped, gate_app, plan_app, stages
+from clampdown.config import ORGANISM
+
+
+@plan_app.command("make")
+def plan_make(
+    feature: Annotated[list[int], typer.Option("--feature", help="Feature to steer; repeat for several.")],
+    strength: Annotated[
+        list[str], typer.Option("--strength", help="12, 1.5p99, 1.5max, 0.1resid or 5%; one for all or one for each.")
+    ],
+    operator: Annotated[str, typer.Option("--operator", help="clamp, clamp_active, floor, scale or add.")] = "clamp",
+    scope: Annotated[str, typer.Option("--scope", help="all, prompt, generated, assistant, last_user.")] = "all",
+    error_term: Annotated[str, typer.Option("--error-term", help="keep or drop the SAE's error.")] = "keep",
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Calibration prompts; default: the embedded model's own.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="What to call it.")] = "",
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("plan.toml"),
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    site: Annotated[str | None, typer.Option("--site", help="Where the SAE reads, if its files do not say.")] = None,
+) -> None:
+    """Write a plan that steers features, with its strengths resolved to raw values."""
+    from clampdown.commands import plan as job
+    from clampdown.steering.units import Strength
+
+    strengths = tuple(Strength.parse(text) for text in strength)
+    request = job.Request(tuple(feature), strengths, operator, scope, error_term, name)
+    with stages().stage("Calibrating"):
+        job.make_plan(model, sae, request, prompts, out, site)
+    _show_plan(out)
+    console.print(f"written: {out}", soft_wrap=True)
+
+
+@plan_app.command("show")
+def plan_show(
+    file: Annotated[Path, typer.Argument(help="A plan.toml.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Also load the model and the SAE that it was made for.")
+    ] = False,
+    model: Annotated[str | None, typer.Option("--model", help="With --check: another name of the model.")] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="With --check: another name of the SAE.")] = None,
+) -> None:
+    """Say what a plan does, with its strengths in every unit, and check it against model and SAE."""
+    from clampdown.commands import plan as job
+
+    _show_plan(file)
+    if check:
+        from clampdown.steering.plan import read_plan
+
+        with stages().stage("Checking"):
+            job.check_against(read_plan(file), model, sae)
+        console.print("fits its model and SAE")
+
+
+@app.command()
+def check(
+    plan: Annotated[Path, typer.Argument(help="The plan.toml to try.")],
+    model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="Default: the SAE that the plan names.")] = None,
+) -> None:
+    """Try a plan on its model: hooks fire, zero is the identity, the edit is what its formula says."""
+    from clampdown.commands import check as checking
+
+    with stages().stage("Checking"):
+        checks = checking.run_checks(plan, model, sae)
+    checking.show(checks, console)
+
+
+@gate_app.command("calibrate")
+def gate_calibrate(
+    plan: Annotated[Path, typer.Argument(help="The plan.toml to put behind a gate.")],
+    kind: Annotated[str, typer.Option("--kind", help="feature, probe, dense or cosine.")] = "probe",
+    budget: Annotated[float, typer.Option("--budget", help="Share of benign prompts that may trigger it.")] = 0.02,
+    confidence: Annotated[float, typer.Option("--confidence", help="How sure the budget must hold.")] = 0.95,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Prompts with suite, harmful and split; default: embedded corpus.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Benign calibration prompts at most.")] = 800,
+    otherwise: Annotated[
+        Path | None, typer.Option("--otherwise", help="A plan for over-refused prompts: makes it two-sided.")
+    ] = None,
+    borderline: Annotated[
+        str, typer.Option("--borderline", help="Suites that the second gate is to find.")
+    ] = "borderline,about_harm",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts per suite of the embedded corpus.")] = 240,
+    site: Annotated[str | None, typer.Option("--site", help="Where to read; default: at the plan's SAE.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("gated.toml"),
+    seed: SeedOption = 0,
+) -> None:
+    """Put a plan behind a gate whose benign trigger rate is bounded, and say how often it fires."""
+    from clampdown.commands import gate as job
+
+    names = tuple(name.strip() for name in borderline.split(",") if name.strip())
+    request = job.Request(plan, kind, budget, confidence, prompts, otherwise, names, n, limit, site, seed)
+    found = job.calibrate(request, out, stages())
+    for gate in found.plan.gates:
+        console.print(f"{gate.kind} gate at {gate.site}, fires above {gate.threshold:.4g}", highlight=False)
+        if gate.guarantee:
+            console.print(job.promise(gate.guarantee), soft_wrap=True, highlight=False)
+    console.print(job.shown(found))
+    console.print(f"written: {out}", soft_wrap=True)
+
+
+@app.command()
+def explain(
+    plan: Annotated[Path, typer.Argument(help="The plan.toml to explain.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Directory to write to; default: the plan's own.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="JSONL or CSV of benign prompts; default: the embedded suites.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Benign prompts, and items of each suite.")] = 60,
+    controls: Annotated[int, typer.Option("--controls", min=1, help="Random features, and directions.")] = 6,
+    model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="Default: the SAE that the plan names.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Why a plan costs what it costs: edit size, tokens, layers, features, and pushes of the same size."""
+    from clampdown.commands import explain as job
+    from clampdown.reports.explain_terminal import explanation_summary
+
+    request = job.Request(prompts, limit, controls, seed=seed)
+    found = job.run(plan, out or plan.parent, model, sae, request, stages())
+    console.print(explanation_summary(found, console.width))
+    console.print(f"written: {(out or plan.parent) / job.PAGE_NAME}", soft_wrap=True)
+
+
+@app.command()
+def chat(
+    plan: Annotated[Path | None, typer.Option("--plan", help="plan.toml to steer with; default: none.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this once and exit.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system prompt for both sides.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 64,
+    model: ModelOption = ORGANISM,
+    sae: Annotated[str | None, typer.Option("--sae", help="Default: the SAE that the plan names.")] = None,
+) -> None:
+    """Talk to the model: the baseline's and the steered answer side by side."""
+    from clampdown.commands import chat as chatting
+
+    session = chatting.open_session(model, sae, plan, system=system, max_new_tokens=max_new_tokens)
+    if prompt is not None:
+        console.print(chatting.side_by_side(session.ask(prompt), console.width))
+        return
+    chatting.talk(session, console)
+
+
+def _show_plan(path: Path) -> None:
+    from clampdown.commands import plan as job
+
+    for heading, text in job.show(path):
+        console.print(f"[bold]{heading:>12}[/bold]  {escaped(text)}", soft_wrap=True, highlight=False)
