@@ -113,3 +113,11 @@ class MissingPackageError(ClampdownError):
 
 class NotEnoughDataError(ClampdownError):
     """A guarantee or estimate was asked for that this many observations cannot give; says how many would."""
+
+
+class QueueFullError(ClampdownError):
+    """The engine takes no more requests now; `retry_after` is how many seconds to wait before trying again."""
+
+    def __init__(self, message: str, *, retry_after: float, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after

@@ -1,0 +1,108 @@
+"""What the API asks of the engine, and what the engine answers: values only, so that neither knows the other.
+
+A `Request` is one prompt with one plan and one way of sampling (n > 1 choices are n requests). Its `Stream` yields
+`Piece`s as text becomes certain and ends with exactly one `Done`. Dropping a stream cancels the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from clampdown.steering.plan import Plan
+from clampdown.types import Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 is greedy; `top_logprobs` None returns no log-probabilities."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt as token ids, steered by `plan` (None: not at all).
+
+    `echo` also returns the prompt's own log-probabilities (`Done.prompt`), which is what log-likelihood suites read;
+    then `max_tokens` may be 0.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    plan: Plan | None
+    sampling: Sampling
+    echo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token with the log-probability of being drawn there, in nats, and the likeliest others.
+
+    The first token of a prompt has no log-probability. Both are those of the steered model, at temperature 1.
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that will not be taken back (it cannot become part of a stop string), and its tokens."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How it ended, and the proof of what was done. `receipt` is None for a request without a plan."""
+
+    reason: Literal["stop", "length", "cancelled"]
+    n_prompt: int
+    n_generated: int
+    receipt: Receipt | None
+    prompt: tuple[Token, ...] = field(default=())
+    n_reused: int = 0
+    """Prompt tokens whose pass was found in the prefix cache."""
+
+
+class Stream(Protocol):
+    """The answer to one request, as it comes. Closing it early frees its place in the batch."""
+
+    def __aiter__(self) -> AsyncIterator[Piece | Done]: ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the engine is doing now."""
+
+    queued: int
+    running: int
+    draining: bool
+
+
+class Serves(Protocol):
+    """What the API needs of an engine.
+
+    `submit` raises `QueueFullError` (with seconds to wait) when the queue is full or the engine drains, and `PlanError`
+    and its kin for a plan that does not fit the model. An error while generating is raised by the stream.
+    """
+
+    def submit(self, request: Request) -> Stream: ...
+
+    def load(self) -> Load: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self, *, drain_seconds: float) -> None: ...
