@@ -31,7 +31,9 @@ class Request:
     """One prompt as token ids, steered by `plan` (None: not at all).
 
     `echo` also returns the prompt's own log-probabilities (`Done.prompt`), which is what log-likelihood suites read;
-    then `max_tokens` may be 0.
+    then `max_tokens` may be 0. The last `given` tokens of the prompt are the beginning of a reply: they count as
+    generated, so no gate reads them and the scope 'prompt' leaves them alone, as when the model had written them. In a
+    likelihood request (`echo`, `max_tokens` 0 or 1) that is the continuation which is scored.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Request:
     plan: Plan | None
     sampling: Sampling
     echo: bool = False
+    given: int = 0
 
 
 @dataclass(frozen=True, slots=True)
