@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from transformers import XGLMConfig, XGLMForCausalLM
 
-from clampdown import cli
+from clampdown.cli import main as cli
 from clampdown.config import embedded_model, embedded_sae
 from clampdown.errors import (
     ChatTemplateError,

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from clampdown import cli
+from clampdown.cli import main as cli
 from clampdown.config import embedded_model
 from clampdown.models.loading import directory_revision
 from clampdown.saes.checkpoints import sae_revision
-from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, write_plan
+from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, read_plan, write_plan
 from clampdown.store import read_records
 
 SITE = "blocks.3.hook_resid_post"
@@ -69,6 +69,14 @@ def test_a_run_has_all_its_files_and_measures(evaluated: Path) -> None:
     matched = [row for row in rows.values() if row["factor"] is not None]
     assert len(matched) == 4
     assert all(abs(row["reached"] - row["goal"]) <= 0.02 * row["goal"] for row in matched)
+
+
+def test_every_arm_that_steers_can_be_steered_with_again(evaluated: Path) -> None:
+    rows = json.loads((evaluated / "summary.json").read_text())["arms"]
+    digests = {row["plan"] for row in rows if row["plan"]}
+    assert len(digests) == len(rows) - 2, "all but the baseline and the system prompt"
+    stored = {path.stem: read_plan(path) for path in (evaluated / "plans").glob("*.toml")}
+    assert {digest: plan.digest for digest, plan in stored.items()} == {digest: digest for digest in digests}
 
 
 def test_a_second_start_does_nothing_again(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:

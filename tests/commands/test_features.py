@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clampdown import cli
 from clampdown.cards import write_card
+from clampdown.cli import main as cli
 from clampdown.commands.features import compare, list_features, parse_condition, read_sets
 from clampdown.errors import FeatureSetError, FeatureSetMismatchError
 from clampdown.saes.checkpoints import load_sae

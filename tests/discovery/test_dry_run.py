@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clampdown import cli
+from clampdown.cli import main as cli
 from clampdown.config import ORGANISM_WEIGHTS
 from tests.saes.test_serving import huge_sae
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from clampdown import cli
+from clampdown.cli import main as cli
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.agreement import Labelled, agreement, read_labelled
 from clampdown.evaluation.judges.interface import Case, in_order

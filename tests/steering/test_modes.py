@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import TextIteratorStreamer
 
-from clampdown import cli
+from clampdown.cli import main as cli
 from clampdown.errors import SteeringNotAppliedError
 from clampdown.models.chat import encode, pad_left
 from clampdown.models.loading import LanguageModel, load_model

@@ -34,7 +34,7 @@ from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, read_plan, write_plan
 from clampdown.steering.program import check_plan
 from clampdown.store import RecordLog, key_of, prompts_hash, to_jsonable
-from clampdown.tradeoff.frontier import Experiment, summarise, write_summary
+from clampdown.tradeoff.frontier import Experiment, summarise, write_plans, write_summary
 from clampdown.types import ArmKind, OptionChoice, Point, Prompt, Provenance, Site, Split, Suite, SuiteKind
 
 TIMED_FROM = 500
@@ -121,6 +121,7 @@ def run_evaluate(evaluation: Evaluation, out: Path, request: Request, stages: St
     if evaluation.controls:
         found = against_random(summary["controls"]["of"], summary["arms"])
         summary["controls"]["against_random"] = to_jsonable(found)
+    write_plans(out, job.arms)
     write_summary(out / "summary.json", summary)
     return summary
 

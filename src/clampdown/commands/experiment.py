@@ -1,7 +1,7 @@
 """What every command that measures does: load a subject, run arms on suites, write the run directory.
 
 A run directory holds `manifest.json` and `records.jsonl` (resumable), `prompts.jsonl`, `features/*.json`, `plan.toml`,
-`summary.json` and `report.html`. Each file can be read, replaced or made again alone.
+`plans/*.toml` (every arm's), `summary.json` and `report.html`. Each file can be read, replaced or made again alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
 from clampdown.steering.arms import Arm
 from clampdown.store import RecordLog, prompts_hash
-from clampdown.tradeoff.frontier import Experiment, summarise, write_summary
+from clampdown.tradeoff.frontier import Experiment, summarise, write_plans, write_summary
 from clampdown.types import ArmKind, Judge, OptionChoice, Prompt, Provenance, Record, Split, Suite, SuiteKind
 
 SuitesOf = Callable[[Split, int | None], tuple[Suite, ...]]
@@ -162,6 +162,7 @@ def measure_arms(
         tuple(arms), tuple(suites), subject.provenance(prompts), found, dict(stages.timings), choices
     )
     summary = summarise(experiment, records, extra(records))
+    write_plans(out, arms)
     write_summary(out / "summary.json", summary)
     return summary
 

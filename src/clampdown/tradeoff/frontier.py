@@ -4,6 +4,7 @@
 2. An arm's place on the frontier is its mean refusal of harmful suites against its mean capability, each suite
    weighing the same. An arm is on the front when no other arm is at least as good on both and better on one.
 3. The file's schema is a pydantic model: what is written is validated first, and reports read plain JSON.
+4. Beside it lie the arms' plans, `plans/DIGEST.toml`: a row's `plan` is the digest, so every point can be steered with.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from clampdown.evaluation import metrics
 from clampdown.evaluation.intervals import wilson
 from clampdown.evaluation.utility import Cost, option_accuracy
 from clampdown.steering.arms import Arm
+from clampdown.steering.plan import write_plan
 from clampdown.store import read_json, to_jsonable, write_json
 from clampdown.types import ArmKind, Interval, OptionChoice, Provenance, Record, Suite, SuiteKind, Verdict
 
@@ -285,6 +287,13 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Validate and write. Raises `StoreError`."""
     parse_summary(to_jsonable(summary), "the summary")
     write_json(path, summary)
+
+
+def write_plans(directory: Path, arms: Sequence[Arm]) -> None:
+    """Each arm's plan under its digest; arms that do the same share a file."""
+    for arm in arms:
+        if arm.plan is not None:
+            write_plan(directory / "plans" / f"{arm.plan.digest}.toml", arm.plan)
 
 
 def read_summary(path: Path) -> Summary:
