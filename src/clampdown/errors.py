@@ -115,6 +115,10 @@ class NotEnoughDataError(ClampdownError):
     """A guarantee or estimate was asked for that this many observations cannot give; says how many would."""
 
 
+class RequestError(ClampdownError):
+    """A request to the engine that cannot be answered as it stands: an empty prompt, one longer than the context."""
+
+
 class QueueFullError(ClampdownError):
     """The engine takes no more requests now; `retry_after` is how many seconds to wait before trying again."""
 

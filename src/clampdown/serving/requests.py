@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from clampdown.steering.plan import Plan
 from clampdown.types import Receipt
@@ -78,6 +78,7 @@ class Done:
     """Prompt tokens whose pass was found in the prefix cache."""
 
 
+@runtime_checkable
 class Stream(Protocol):
     """The answer to one request, as it comes. Closing it early frees its place in the batch."""
 
@@ -95,6 +96,7 @@ class Load:
     draining: bool
 
 
+@runtime_checkable
 class Serves(Protocol):
     """What the API needs of an engine.
 

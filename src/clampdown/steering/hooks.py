@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -32,9 +31,10 @@ from clampdown.saes.sae import FeatureSource
 from clampdown.steering.compiled import refuse_compiled
 from clampdown.steering.fused import decoding_step
 from clampdown.steering.gate_kinds import external_score
+from clampdown.steering.ownership import owning, steers_here
 from clampdown.steering.plan import Plan
 from clampdown.steering.program import Reach, Rows, check_plan, gate_programs, site_programs
-from clampdown.steering.receipts import make_receipt
+from clampdown.steering.receipts import Seat, make_receipt
 from clampdown.steering.scopes import SCOPES, Window, last_run
 from clampdown.steering.turn import Tally, Turn, columns_real, real_columns
 from clampdown.steering.widening import (
@@ -49,8 +49,6 @@ from clampdown.steering.widening import (
 from clampdown.types import BRANCHES, Point, Receipt, Site
 
 FLUSH_EVERY = 32
-
-_ACTIVE: ContextVar[Mapping[int, Steering]] = ContextVar("clampdown_steering", default={})  # noqa: B039  (never mutated)
 
 
 class Steering:
@@ -104,6 +102,14 @@ class Steering:
             for plan, edit, own in zip(self._plans, done, values, strict=True)
         ]
 
+    def seats(self) -> list[Seat]:
+        """What each row of the batch takes along when it goes on elsewhere (`decoding.py`), after the prompt's pass."""
+        turn, tally = self._require_turn()
+        tally.flush(turn.alive)
+        columns = (turn.fired.T, tally.touched, tally.norm, tally.gate_score.T, tally.fired.T)
+        found = zip(self._plans, *(column.tolist() for column in columns), strict=True)
+        return [Seat(plan, tuple(acts), *rest) for plan, acts, *rest in found]
+
     @property
     def spread(self) -> Spread:
         """How the rows asked for lie in the model's output. Known after the prefill of a block with `prompt_of`."""
@@ -150,16 +156,7 @@ class Steering:
 
     def _mine(self) -> bool:
         """Whether the running context steers with this object. Another block's is skipped; none at all is an error."""
-        active = _ACTIVE.get().get(self._key)
-        if active is self:
-            return True
-        if active is None:
-            raise SteeringNotAppliedError(
-                "this model is being steered, but not by the thread that is running it now",
-                hint="run generate in the thread that entered steer(...), or inside contextvars.copy_context().run; "
-                "for an unsteered run beside it use steer(lm, None)",
-            )
-        return False
+        return steers_here(self._key, self)
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._mine():
@@ -509,17 +506,7 @@ def steer(
             check_plan(plan, lm, by_site)
     if any(plan is not None for plan in distinct):
         refuse_compiled(lm)
-    key = id(lm.layout.decoder)
-    if key in _ACTIVE.get():
-        raise PlanError("this model is already being steered here", hint="put all edits into one plan")
     steering = Steering(lm, plans, by_site, prompt_width, prompt_of)
-    handles: list[Any] = []
-    token = _ACTIVE.set({**_ACTIVE.get(), key: steering})
-    try:
-        handles = steering.attach()
+    with owning(id(lm.layout.decoder), steering, steering.attach):
         yield steering
         steering.check_it_happened(require_reach=require_reach)
-    finally:
-        for handle in handles:
-            handle.remove()
-        _ACTIVE.reset(token)

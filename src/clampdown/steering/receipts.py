@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from clampdown.steering.plan import Plan
 from clampdown.types import BRANCHES, Receipt
@@ -17,3 +18,21 @@ def make_receipt(plan: Plan, touched: float, norm: float, scores: Sequence[float
         return Receipt(plan.name, int(touched), mean, scores[0], fired[0])
     acted = next((name for name, acts in zip(BRANCHES, fired, strict=True) if acts), "none")
     return Receipt(plan.name, int(touched), mean, scores[0], any(fired), acted, scores[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One row after its prompt's pass: which branches of its plan act on what it generates, and what was counted."""
+
+    plan: Plan | None
+    acts: tuple[bool, ...] = (True, *(False for _ in BRANCHES[1:]))
+    touched: float = 0.0
+    norm: float = 0.0
+    scores: Sequence[float] = (0.0,) * len(BRANCHES)
+    fired: Sequence[bool] = (False,) * len(BRANCHES)
+
+    def receipt(self, touched: float = 0.0, norm: float = 0.0) -> Receipt | None:
+        """With what was touched since. None without a plan."""
+        if self.plan is None:
+            return None
+        return make_receipt(self.plan, self.touched + touched, self.norm + norm, self.scores, self.fired)

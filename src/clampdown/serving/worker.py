@@ -1,0 +1,321 @@
+"""The thread that owns the model: admit, decode one token of every running row, hand out what has become certain.
+
+1. Waiting requests are admitted in order, as many as rows are free and as one pass's budget of tokens holds, so that
+   those who decode wait for at most one such pass. Their prompts run inside `steer`: every kind of plan works.
+2. Rows then join the decoding batch (`pool.py`, `steering/decoding.py`), whatever plans the others have.
+3. A request that ended, or was cancelled, leaves before the next pass.
+
+What goes wrong in a prompt's pass is one request's: the others of that pass are tried again alone. What goes wrong
+while decoding ends the requests that were decoding, and no others.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from clampdown.errors import ModelError
+from clampdown.models.chat import pad_left
+from clampdown.models.loading import LanguageModel
+from clampdown.saes.sae import FeatureSource
+from clampdown.serving.mailbox import Item, Mailbox
+from clampdown.serving.pool import Pool
+from clampdown.serving.requests import Done, Request, Token
+from clampdown.serving.sampling import Drawing, choose, describe
+from clampdown.serving.text import TextStream
+from clampdown.steering.decoding import Decoding, SaesOf
+from clampdown.steering.hooks import steer
+from clampdown.steering.receipts import Seat
+
+Send = Callable[[list[tuple[Mailbox, Item]]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much the engine does at once. `rows` decode together; `queue` wait; a prompts' pass has at most
+    `prefill_tokens` columns times rows, or one prompt."""
+
+    rows: int = 32
+    queue: int = 256
+    prefill_tokens: int = 2048
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way through the engine."""
+
+    request: Request
+    mailbox: Mailbox
+    drawing: Drawing
+    text: TextStream
+    cancelled: bool = False
+    generated: int = 0
+    last: int = 0
+    prompt: tuple[Token, ...] = ()
+
+
+class Worker:
+    """Everything that touches the model. `offer` and `cancel` may be called from any thread."""
+
+    def __init__(self, lm: LanguageModel, limits: Limits, saes_of: SaesOf, send: Send, context: int) -> None:
+        self._lm = lm
+        self._limits = limits
+        self._saes_of = saes_of
+        self._send = send
+        self._context = context
+        self._wake = threading.Condition()
+        self._waiting: deque[Ticket] = deque()
+        self._rows: list[Ticket] = []
+        self._admitting: list[Ticket] = []
+        self._pool, self._decoding = Pool(lm), Decoding(lm, saes_of)
+        self._letters: list[tuple[Mailbox, Item]] = []
+        self._texts: dict[int, str] = {}
+        self._ended: deque[float] = deque(maxlen=64)
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="clampdown-engine", daemon=True)
+
+    # ---- from any thread -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def offer(self, ticket: Ticket) -> bool:
+        """Put a request into the queue. False when it is full."""
+        with self._wake:
+            if len(self._waiting) >= self._limits.queue:
+                return False
+            self._waiting.append(ticket)
+            self._wake.notify()
+        return True
+
+    def counts(self) -> tuple[int, int]:
+        """How many wait and how many run."""
+        return len(self._waiting), len(self._rows) + len(self._admitting)
+
+    def rate(self) -> float:
+        """Requests that ended per second, of late."""
+        ended = list(self._ended)
+        return (len(ended) - 1) / max(ended[-1] - ended[0], 1e-3) if len(ended) > 1 else 0.0
+
+    def cancel_all(self) -> None:
+        with self._wake:
+            for ticket in (*self._waiting, *self._admitting, *self._rows):
+                ticket.cancelled = True
+
+    def close(self) -> None:
+        """End the thread after its step; what still runs is cancelled."""
+        self.cancel_all()
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    # ---- the thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            while self._wait_for_work():
+                self._leave_cancelled()
+                self._admit()
+                if self._rows:
+                    self._guarded_step()
+                self._post()
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            self._wake.wait_for(lambda: self._waiting or self._rows or self._closing)
+            return bool(self._waiting or self._rows)
+
+    def _post(self) -> None:
+        letters, self._letters = self._letters, []
+        self._send(letters)
+
+    def _tell(self, ticket: Ticket, item: Item | None) -> None:
+        if isinstance(item, Done):
+            self._ended.append(time.monotonic())
+        if item is not None:
+            self._letters.append((ticket.mailbox, item))
+
+    # ---- admission -------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        group = self._next_group()
+        if not group:
+            return
+        self._prefill_all(group)
+        self._admitting = []
+
+    def _next_group(self) -> list[Ticket]:
+        """Who comes in now, in the order they came. Plans that read different SAEs at one site cannot share a pass,
+        nor can prompts that end with replies of different lengths: a pass has one column where replies begin."""
+        group: list[Ticket] = []
+        saes: dict[str, FeatureSource] = {}
+        longest = 0
+        with self._wake:
+            while self._waiting and len(group) + len(self._rows) < self._limits.rows:
+                ticket = self._waiting[0]
+                if ticket.cancelled:
+                    self._tell(self._waiting.popleft(), _done(ticket, "cancelled", None))
+                    continue
+                plan = ticket.request.plan
+                own = {sae.cfg.site.name: sae for sae in (self._saes_of(plan) if plan else ())}
+                longest = max(longest, len(ticket.request.prompt))
+                too_many = longest * (len(group) + 1) > self._limits.prefill_tokens
+                other = any(saes.get(site, sae) is not sae for site, sae in own.items())
+                if group and (too_many or other or ticket.request.given != group[0].request.given):
+                    break
+                saes |= own
+                group.append(self._waiting.popleft())
+            self._admitting = group
+        return group
+
+    def _prefill_all(self, group: Sequence[Ticket]) -> None:
+        try:
+            self._prefill(group)
+        except Exception as error:
+            if len(group) == 1:
+                self._tell(group[0], error)
+                return
+            for ticket in group:
+                self._prefill_all([ticket])
+
+    def _prefill(self, group: Sequence[Ticket]) -> None:
+        """The prompts' pass of some requests, and their first tokens."""
+        prompts = [ticket.request.prompt for ticket in group]
+        plans = [ticket.request.plan for ticket in group]
+        saes = {sae.cfg.site.name: sae for plan in plans if plan for sae in self._saes_of(plan)}
+        batch = pad_left(prompts, self._lm.pad_id, self._lm.device)
+        echo = any(ticket.request.echo for ticket in group)
+        cache = Cache(layer_class_to_replicate=DynamicLayer)
+        width = batch.input_ids.shape[1] - group[0].request.given
+        with steer(self._lm, plans, list(saes.values()), prompt_width=width, require_reach=False) as steering:
+            output = self._lm.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=0 if echo else 1,
+            )
+            seats = steering.seats()
+        for ticket, logits in zip(group, output.logits, strict=True):
+            if ticket.request.echo:
+                ticket.prompt = self._prompt_tokens(ticket.request, logits)
+        self._seat(group, seats, cache, output.logits[:, -1])
+
+    def _seat(
+        self, group: Sequence[Ticket], seats: Sequence[Seat], cache: Cache, logits: Float[Tensor, "rows vocab"]
+    ) -> None:
+        """Give each request its first token; those that go on join the batch."""
+        silent = [i for i, ticket in enumerate(group) if ticket.request.sampling.max_tokens < 1]
+        for i in silent:
+            self._tell(group[i], _done(group[i], "length", seats[i]))
+        speaking = [i for i in range(len(group)) if i not in silent]
+        if not speaking:
+            return
+        going_on = self._advance([group[i] for i in speaking], logits[speaking], lambda i: seats[speaking[i]])
+        joining = [speaking[i] for i in going_on]
+        self._decoding.join([seats[i] for i in joining])
+        self._pool.join(cache, joining, [len(group[i].request.prompt) for i in joining])
+        self._rows += [group[i] for i in joining]
+
+    def _prompt_tokens(self, request: Request, logits: Float[Tensor, "pos vocab"]) -> tuple[Token, ...]:
+        """The prompt's tokens, each as predicted from those before it."""
+        ids = request.prompt
+        first = Token(ids[0], self._text_of(ids[0]))
+        if len(ids) == 1:
+            return (first,)
+        n_top = [request.sampling.top_logprobs or 0] * (len(ids) - 1)
+        return (first, *describe(logits[-len(ids) : -1], ids[1:], n_top, self._text_of))
+
+    # ---- decoding --------------------------------------------------------------------------------------------
+
+    def _guarded_step(self) -> None:
+        try:
+            self._step()
+        except Exception as error:
+            for ticket in self._rows:
+                self._tell(ticket, error)
+            self._rows, self._pool, self._decoding = [], Pool(self._lm), Decoding(self._lm, self._saes_of)
+
+    def _step(self) -> None:
+        with self._decoding.running():
+            logits = self._pool.decode([ticket.last for ticket in self._rows])
+        receipts: list[Any] = []
+
+        def seat(i: int) -> Any:
+            if not receipts:
+                receipts.extend(self._decoding.receipts())
+            return receipts[i]
+
+        self._keep(self._advance(self._rows, logits, seat))
+
+    def _leave_cancelled(self) -> None:
+        gone = {i for i, ticket in enumerate(self._rows) if ticket.cancelled}
+        if gone:
+            receipts = self._decoding.receipts()
+            for i in gone:
+                self._tell(self._rows[i], _done(self._rows[i], "cancelled", receipts[i]))
+            self._keep([i for i in range(len(self._rows)) if i not in gone])
+
+    def _keep(self, kept: Sequence[int]) -> None:
+        """Rows that are over leave; the last rows fill their places."""
+        n = len(kept)
+        if n == len(self._rows):
+            return
+        stay = set(kept)
+        movers = [i for i in kept if i >= n]
+        order = [i if i in stay else movers.pop() for i in range(n)]
+        self._pool.keep(order)
+        self._decoding.keep_rows(torch.tensor(order, dtype=torch.long, device=self._lm.device))
+        self._rows = [self._rows[i] for i in order]
+
+    def _advance(
+        self, tickets: Sequence[Ticket], logits: Float[Tensor, "rows vocab"], seat_of: Callable[[int], Any]
+    ) -> list[int]:
+        """Give every request its next token. Returns which of them go on."""
+        chosen = choose(logits, [ticket.drawing for ticket in tickets])
+        ids = [0 if token is None else token for token in chosen]
+        n_top = [ticket.request.sampling.top_logprobs for ticket in tickets]
+        tokens = describe(logits, ids, n_top, self._text_of)
+        going_on: list[int] = []
+        for i, (ticket, token) in enumerate(zip(tickets, tokens, strict=True)):
+            if chosen[i] is None:
+                self._tell(ticket, ModelError("the model's logits are not finite", hint="use a smaller strength"))
+            elif (reason := self._take(ticket, token)) is None:
+                going_on.append(i)
+            else:
+                self._tell(ticket, ticket.text.finish())
+                self._tell(ticket, _done(ticket, reason, seat_of(i)))
+        return going_on
+
+    def _take(self, ticket: Ticket, token: Token) -> Literal["stop", "length"] | None:
+        """Add a token to a reply. Returns why the reply is over, if it is."""
+        if token.id in self._lm.eos_ids:
+            return "stop"
+        ticket.last = token.id
+        ticket.generated += 1
+        self._tell(ticket, ticket.text.push(token))
+        if ticket.text.stopped:
+            return "stop"
+        full = len(ticket.request.prompt) + ticket.generated >= self._context
+        return "length" if full or ticket.generated >= ticket.request.sampling.max_tokens else None
+
+    def _text_of(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self._lm.tokenizer.decode([token])
+        return self._texts[token]
+
+
+def _done(ticket: Ticket, reason: Literal["stop", "length", "cancelled"], seat: Any) -> Done:
+    receipt = seat.receipt() if isinstance(seat, Seat) else seat
+    return Done(reason, len(ticket.request.prompt), ticket.generated, receipt, ticket.prompt)
