@@ -111,6 +111,10 @@ class MissingPackageError(ClampdownError):
     """An optional package that this needs is not installed; the hint says how to get it."""
 
 
+class RecipeError(ClampdownError):
+    """A recipe is malformed, or names what does not exist; says which field."""
+
+
 class NotEnoughDataError(ClampdownError):
     """A guarantee or estimate was asked for that this many observations cannot give; says how many would."""
 

@@ -55,6 +55,38 @@ def compare_methods(
 
 
 @app.command()
+def recipe(
+    file: Annotated[Path, typer.Argument(help="A recipe, such as recipes/obrien2024-organism.toml.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory for the results; default runs/NAME; resumes.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every field without a network, say what it would take, and stop.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE over the file, such as sae.id=DIR; repeatable.")
+    ] = None,
+) -> None:
+    """Run a published pipeline from one file: its model, SAE, prompts, judges and strengths."""
+    from clampdown.commands.multiturn import table as attack_table
+    from clampdown.commands.recipes import dry_run as checking
+    from clampdown.commands.recipes.run import run_recipe
+    from clampdown.commands.recipes.schema import read_recipe
+
+    found = read_recipe(file, settings or ())
+    checked = checking.dry_run(found)
+    console.print(checking.shown(checked), highlight=False)
+    checked.raise_if_wrong()
+    if dry_run:
+        return
+    directory, progress = out or Path("runs") / found.name, stages()
+    ran = run_recipe(found, directory, progress)
+    show_run(directory, progress)
+    if ran.attacks is not None:
+        console.print(attack_table(ran.attacks))
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="A run directory with summary.json.")],
 ) -> None:

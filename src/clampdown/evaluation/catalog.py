@@ -64,6 +64,8 @@ class SuiteEntry:
     gated: bool = False
     header: tuple[str, ...] | None = None
     note: str = ""
+    parts: tuple[str, ...] = ()
+    """How the names of its suites end, for a set whose rows have several labels."""
 
 
 _MMLU_HEADER = ("question", "A", "B", "C", "D", "answer")
@@ -72,10 +74,12 @@ ENTRIES: tuple[SuiteEntry, ...] = (
     SuiteEntry(
         "xstest", Kind.MIXED, shapes.xstest, "CC BY 4.0", "github.com/paul-rottger/xstest",
         "Paul/XSTest", split="train", rows=450, note="250 safe prompts, 200 unsafe twins",
+        parts=("safe", "unsafe"),
     ),
     SuiteEntry(
         "wildguardtest", Kind.MIXED, shapes.wildguard, "ODC-BY", "arXiv 2406.18495",
         "allenai/wildguardmix", "wildguardtest", rows=1725, gated=True, note="plain and adversarial, harmful and not",
+        parts=("harmful-plain", "harmful-adversarial", "unharmful-plain", "unharmful-adversarial"),
     ),
     SuiteEntry(
         "air-bench-2024", Kind.HARMFUL, shapes.air_bench, "CC BY 4.0", "arXiv 2407.17436",
