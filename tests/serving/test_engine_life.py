@@ -1,0 +1,235 @@
+"""Requests that are cancelled, refused, broken or slow to be read leave everybody else alone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import torch
+
+from clampdown.errors import ModelError, PlanMismatchError, QueueFullError, RequestError, ScopeError
+from clampdown.models.loading import LanguageModel
+from clampdown.serving.engine import Engine, RequestStream
+from clampdown.serving.requests import Done, Piece, Request, Sampling
+from clampdown.serving.worker import Limits
+from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef
+from tests.serving.example_plans import Answer, ask
+from tests.steering.conftest import SITE, random_sae, tiny_llama
+
+LM, SAE = tiny_llama(), random_sae()
+LM.model.generation_config.eos_token_id = 9999  # replies are as long as they may be
+LM.model.config.max_position_embeddings = 512
+LONG = 200
+
+
+def plan(strength: float, scope: str = "all", revision: str = "r0") -> Plan:
+    edit = Edit(site=SITE.name, operator="add", features=(3,), strengths=(strength,), scope=scope)
+    sae = SaeRef(site=SITE.name, name="random", revision="s0")
+    return Plan(name="p", model=ModelRef(name="tiny", revision=revision), saes=(sae,), edits=(edit,))
+
+
+def request(n: int, plan: Plan | None = None, prompt: tuple[int, ...] = (1, 2, 8, 9), **more: Any) -> Request:
+    return Request("r", prompt, plan, Sampling(max_tokens=n), **more)
+
+
+def serve(work: Callable[[Engine], Awaitable[None]], limits: Limits | None = None, lm: LanguageModel = LM) -> None:
+    async def main() -> None:
+        async with Engine(lm, (SAE,), limits) as engine:
+            await work(engine)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def idle(engine: Engine) -> bool:
+    return not engine.load().running and not engine.load().queued
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "task cancelled"])
+def test_a_request_that_nobody_wants_any_more_frees_its_row(how: str) -> None:
+    async def work(engine: Engine) -> None:
+        stream = engine.submit(request(LONG))
+        other = asyncio.create_task(ask(engine, request(LONG, plan(2.0))))
+        assert isinstance(await anext(stream), Piece)
+        if how == "closed":
+            await stream.aclose()
+        elif how == "dropped":
+            del stream
+            gc.collect()
+        else:
+            task = asyncio.create_task(ask(engine, request(LONG)))
+            await until(lambda: engine.load().running == 3)
+            task.cancel()
+            await stream.aclose()
+        await until(lambda: engine.load().running == 1)
+        assert (await other).done.n_generated == LONG
+
+    serve(work)
+
+
+def test_a_full_queue_says_when_to_come_back_and_a_place_in_it_is_kept_in_order() -> None:
+    finished: list[int] = []
+
+    async def read(stream: RequestStream, i: int) -> None:
+        async for item in stream:
+            if isinstance(item, Done):
+                finished.append(i)
+
+    async def work(engine: Engine) -> None:
+        streams = [engine.submit(request(4)) for _ in range(3)]
+        while engine.load().queued < 3:
+            streams.append(engine.submit(request(4)))
+        with pytest.raises(QueueFullError) as refused:
+            [engine.submit(request(LONG)) for _ in range(9)]  # one may be admitted between the two lines
+        assert 0 < refused.value.retry_after <= 60
+        await asyncio.gather(*(read(stream, i) for i, stream in enumerate(streams)))
+        assert finished == list(range(len(streams)))
+
+    serve(work, Limits(rows=1, queue=3))
+
+
+def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
+    async def main() -> Answer:
+        engine = Engine(LM, (SAE,))
+        await engine.start()
+        running = asyncio.create_task(ask(engine, request(LONG)))
+        await until(lambda: engine.load().running == 1)
+        stopping = asyncio.create_task(engine.stop(drain_seconds=30))
+        await asyncio.sleep(0)
+        assert engine.load().draining
+        with pytest.raises(QueueFullError):
+            engine.submit(request(1))
+        await stopping
+        return await running
+
+    assert asyncio.run(asyncio.wait_for(main(), 60)).done.n_generated == LONG
+
+
+def test_at_the_deadline_the_rest_is_cancelled_and_says_so() -> None:
+    async def main() -> list[Answer]:
+        engine = Engine(LM, (SAE,), Limits(rows=1))
+        await engine.start()
+        tasks = [asyncio.create_task(ask(engine, request(LONG))) for _ in range(3)]
+        await until(lambda: engine.load().running == 1)
+        await engine.stop(drain_seconds=0)
+        return await asyncio.gather(*tasks)
+
+    answers = asyncio.run(asyncio.wait_for(main(), 60))
+    assert [answer.done.reason for answer in answers] == ["cancelled"] * 3
+
+
+def test_a_reader_that_sleeps_holds_up_nobody_and_misses_nothing() -> None:
+    async def work(engine: Engine) -> None:
+        slow = engine.submit(request(LONG))
+        fast = await ask(engine, request(LONG))
+        await until(lambda: idle(engine))
+        items = [item async for item in slow]
+        assert len(items) == 2, "what waited is one piece"
+        assert isinstance(items[0], Piece) and items[0].text == fast.text
+        assert isinstance(items[1], Done)
+
+    serve(work)
+
+
+def test_errors_reach_the_request_that_made_them() -> None:
+    """Before it is queued where that can be seen; else from its stream, and the others of its pass are served."""
+
+    async def work(engine: Engine) -> None:
+        for wrong, error in [
+            (request(4, prompt=()), RequestError),
+            (request(4, prompt=(1,) * 512), RequestError),
+            (request(4, plan(1.0, revision="other")), PlanMismatchError),
+            (request(4, given=4), RequestError),
+        ]:
+            with pytest.raises(error):
+                engine.submit(wrong)
+        together = [request(4), request(4, plan(1.0, "assistant")), request(4, plan(2.0))]
+        first, failed, last = await asyncio.gather(*(ask(engine, r) for r in together), return_exceptions=True)
+        assert isinstance(failed, ScopeError), "the prompt has no assistant turn"
+        assert isinstance(first, Answer) and isinstance(last, Answer)
+        assert first.text == (await ask(engine, request(4))).text
+
+    serve(work)
+
+
+def test_a_row_that_explodes_poisons_no_other() -> None:
+    """Its keys and values are not numbers; whoever decodes beside it, or in its place after it, is as if alone."""
+
+    async def work(engine: Engine) -> None:
+        expected = (await ask(engine, request(60))).text
+        huge = float(torch.finfo(torch.float32).max)
+        edit = Edit(
+            site=SITE.name, operator="add", features=tuple(range(20)), strengths=(huge,) * 20, scope="generated"
+        )
+        beside = engine.submit(request(60))
+        with pytest.raises(ModelError):
+            await ask(engine, request(60, plan(1.0).model_copy(update={"edits": (edit,)})))
+        pieces = [await anext(beside) for _ in range(5)]  # the place is empty while columns are added
+        after = await ask(engine, request(60))
+        pieces += [item async for item in beside]
+        assert "".join(piece.text for piece in pieces if isinstance(piece, Piece)) == after.text == expected
+
+    serve(work, Limits(rows=2))
+
+
+def test_replies_end_at_the_models_context() -> None:
+    async def work(engine: Engine) -> None:
+        answer = await ask(engine, request(1000, prompt=(1,) * 500))
+        assert (answer.done.reason, answer.done.n_generated) == ("length", 12)
+
+    serve(work)
+
+
+def test_a_failing_step_ends_who_was_in_it_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(engine: Engine) -> None:
+        stream = engine.submit(request(LONG))
+        await anext(stream)
+        with monkeypatch.context() as broken:
+            broken.setattr("clampdown.serving.worker.choose", None)
+            with pytest.raises(TypeError):
+                async for _ in stream:
+                    pass
+        assert (await ask(engine, request(8))).done.n_generated == 8
+
+    serve(work)
+
+
+def test_echoed_logprobs_are_those_of_one_plain_pass() -> None:
+    """Also beside a longer prompt, and with a plan."""
+    prompt, acting = (1, 2, 8, 20, 33, 7), plan(3.0)
+
+    async def work(engine: Engine) -> None:
+        asked = [
+            Request("", prompt, None, Sampling(max_tokens=0, top_logprobs=2), echo=True),
+            Request("", (1,) * 12, None, Sampling(max_tokens=1), echo=True),
+            Request("", prompt, acting, Sampling(max_tokens=1, top_logprobs=0), echo=True),
+        ]
+        plain, _, steered = await asyncio.gather(*(ask(engine, r) for r in asked))
+        log = LM.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        expected = [float(log[i, token]) for i, token in enumerate(prompt[1:])]
+        assert [token.logprob for token in plain.done.prompt[1:]] == pytest.approx(expected, abs=1e-4)
+        assert plain.done.prompt[0].logprob is None and plain.done.n_generated == 0
+        assert [token.top[0][0] for token in plain.done.prompt[1:]] == log[:-1].argmax(-1).tolist()
+        assert steered.done.prompt[2].logprob != pytest.approx(expected[1], abs=1e-2)
+        assert steered.done.receipt is not None and steered.done.receipt.tokens_touched == len(prompt)
+
+    serve(work)
+
+
+def test_a_prompt_that_ends_with_a_given_reply_is_steered_as_if_the_model_had_written_it() -> None:
+    """The scope 'generated' covers the given tokens and nothing else; 'prompt' the rest."""
+
+    async def work(engine: Engine) -> None:
+        for scope, touched in [("generated", 2), ("prompt", 4), ("all", 6)]:
+            asked = request(0, plan(3.0, scope), prompt=(1, 2, 8, 9, 10, 11), given=2, echo=True)
+            answer = await ask(engine, asked)
+            assert answer.done.receipt is not None and answer.done.receipt.tokens_touched == touched
+
+    serve(work)

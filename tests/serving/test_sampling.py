@@ -1,0 +1,61 @@
+"""Drawn tokens follow the distribution that was asked for, and nobody else's draw changes one's own."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from clampdown.serving.requests import Sampling
+from clampdown.serving.sampling import Drawing, choose, describe
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
+
+
+def drawn(sampling: Sampling, n: int = 4000) -> Counter[int | None]:
+    drawing = Drawing.of(sampling)
+    rows = LOGITS.expand(50, -1)
+    return Counter(token for _ in range(n // 50) for token in choose(rows, [drawing] * 50))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_the_softmax_at_the_temperature(temperature: float) -> None:
+    found = drawn(Sampling(max_tokens=1, temperature=temperature, seed=1))
+    expected = (LOGITS / temperature).softmax(-1)
+    for token, p in enumerate(expected.tolist()):
+        assert found[token] / 4000 == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 4000) + 1e-3)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    """Softmax of the logits is about 0.64, 0.24, 0.09, 0.03."""
+    assert set(drawn(Sampling(1, temperature=1.0, top_p=0.6, seed=1))) == {0}
+    assert set(drawn(Sampling(1, temperature=1.0, top_p=0.7, seed=1))) == {0, 1}
+    assert set(drawn(Sampling(1, temperature=1.0, top_p=0.9, seed=1))) == {0, 1, 2}
+    assert set(drawn(Sampling(1, temperature=1.0, top_p=0.0, seed=1))) == {0}
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
+    wanted = Sampling(1, temperature=1.0, seed=7)
+    logits = torch.randn(20, 6, 50, generator=torch.Generator().manual_seed(0))
+    alone, crowd = Drawing.of(wanted), Drawing.of(wanted)
+    others = [Drawing.of(Sampling(1, temperature=t, top_p=p)) for t, p in [(0, 1), (1, 0.5), (3, 1), (1, 1), (0, 1)]]
+    single = [choose(step[3:4], [alone])[0] for step in logits]
+    together = [choose(step, [*others[:3], crowd, *others[3:]])[3] for step in logits]
+    assert single == together and len(set(single)) > 5
+
+
+def test_greedy_is_the_likeliest_and_no_number_is_no_token() -> None:
+    rows = torch.stack([LOGITS, LOGITS.flip(0), torch.full((5,), float("nan"))])
+    assert choose(rows, [Drawing.of(Sampling(1))] * 3) == [0, 4, None]
+
+
+def test_logprobs_are_those_of_the_softmax_at_temperature_one() -> None:
+    rows = torch.stack([LOGITS, LOGITS, LOGITS])
+    tokens = describe(rows, [1, 2, 0], [2, None, 0], str)
+    log = LOGITS.log_softmax(-1).tolist()
+    assert tokens[0].logprob == pytest.approx(log[1]) and [t[0] for t in tokens[0].top] == [0, 1]
+    assert [t[2] for t in tokens[0].top] == pytest.approx(log[:2])
+    assert tokens[1].logprob is None and tokens[1].top == ()
+    assert tokens[2].logprob == pytest.approx(log[0]) and tokens[2].top == ()
