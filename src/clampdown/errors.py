@@ -120,7 +120,24 @@ class NotEnoughDataError(ClampdownError):
 
 
 class RequestError(ClampdownError):
-    """A request to the engine that cannot be answered as it stands: an empty prompt, one longer than the context."""
+    """A request to the server that cannot be answered as it stands: an empty prompt, an unknown plan, a wild edit.
+
+    `status` is its HTTP status, `code` a word for programs, `param` the field that is wrong.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.code = code
+        self.param = param
 
 
 class QueueFullError(ClampdownError):

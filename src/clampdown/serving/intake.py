@@ -1,0 +1,198 @@
+"""From a request's body to a job: token ids, a plan, and how to sample. Everything a client can get wrong ends here.
+
+1. Conversations become token ids by the model's own template; texts by its tokenizer; token ids are checked.
+2. What is not said is what the model's generation config says: greedy for most models, sampling where it asks for that.
+3. A likelihood request (`echo` and `logprobs`, at most one new token) ends with the text that is scored. It lies after
+   the template's assistant header, where there is one: the plan's gate reads the context alone, as it does in process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from clampdown.errors import ChatTemplateError, RequestError
+from clampdown.models.chat import encode
+from clampdown.models.loading import LanguageModel
+from clampdown.serving.limits import Limits
+from clampdown.serving.plans import Choice, PlanTable
+from clampdown.serving.replies import Endpoint
+from clampdown.serving.requests import Sampling
+from clampdown.serving.schemas import ChatRequest, CompletionRequest
+from clampdown.types import Message, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """One prompt: its ids, how many of the last ones are a given reply, and what it reads like (for judges)."""
+
+    ids: tuple[int, ...]
+    asked: str
+    given: int = 0
+    echoed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one HTTP request asks of the engine: prompts x `n` choices under one plan."""
+
+    endpoint: Endpoint
+    model: str
+    choice: Choice
+    prompts: tuple[Prompted, ...]
+    n: int
+    sampling: Sampling
+    scored: bool = False
+    stream: bool = False
+    include_usage: bool = False
+
+    @property
+    def prompt_of(self) -> tuple[Prompted, ...]:
+        """The prompt of each choice, in order of index."""
+        return tuple(prompt for prompt in self.prompts for _ in range(self.n))
+
+    def sampling_of(self, index: int) -> Sampling:
+        """Choices of one prompt are different draws, the first of them the seed's own."""
+        seed = self.sampling.seed
+        return self.sampling if seed is None else replace(self.sampling, seed=seed + index % self.n)
+
+
+@dataclass(frozen=True)
+class Intake:
+    """Makes jobs of bodies, for one model under the server's limits."""
+
+    lm: LanguageModel
+    plans: PlanTable
+    limits: Limits
+
+    def chat(self, body: ChatRequest) -> Job:
+        """Raises `RequestError`, `ChatTemplateError` and what a plan's lookup raises."""
+        choice = self.plans.choose(body.model, body.steering)
+        messages = [Message(_role(turn.role), turn.text) for turn in body.messages]
+        prompt = Prompted(tuple(encode(self.lm, messages)), messages[-1].content)
+        return self._job(body, "chat", choice, [prompt])
+
+    def text(self, body: CompletionRequest) -> Job:
+        """Raises `RequestError` and what a plan's lookup raises."""
+        choice = self.plans.choose(body.model, body.steering)
+        if not body.prompts:
+            raise RequestError("there is no prompt in the list", param="prompt", code="empty_prompt")
+        return self._job(body, "text", choice, [self._prompted(given, body) for given in body.prompts])
+
+    def _job(
+        self, body: ChatRequest | CompletionRequest, endpoint: Endpoint, choice: Choice, prompts: list[Prompted]
+    ) -> Job:
+        scored = _is_scored(body)
+        self._check_choices(len(prompts) * (body.n or 1))
+        return Job(
+            endpoint=endpoint,
+            model=body.model,
+            choice=choice,
+            prompts=tuple(prompts),
+            n=body.n or 1,
+            sampling=self._sampling(body, max(len(prompt.ids) for prompt in prompts)),
+            scored=scored,
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+        )
+
+    def _check_choices(self, asked: int) -> None:
+        if asked > self.limits.choices:
+            raise RequestError(
+                f"{asked} choices in one request; this server gives at most {self.limits.choices} (prompts x n)",
+                code="too_many_choices",
+                param="n",
+            )
+
+    def _prompted(self, given: str | list[int], body: CompletionRequest) -> Prompted:
+        tokenizer: Any = self.lm.tokenizer
+        if isinstance(given, str):
+            ids = self._tokenized(given)
+            text = given
+        else:
+            ids = self._checked(given)
+            text = tokenizer.decode(ids, skip_special_tokens=False)
+        if not ids:
+            raise RequestError("a prompt is empty", param="prompt", code="empty_prompt")
+        reply = given_reply(self.lm, ids) if _is_scored(body) else 0
+        return Prompted(tuple(ids), text, reply, text if body.echo else "")
+
+    def _tokenized(self, text: str) -> list[int]:
+        """A text that opens with the begin-of-text mark was written by a template: it is not marked again."""
+        tokenizer: Any = self.lm.tokenizer
+        marked = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        return list(tokenizer.encode(text, add_special_tokens=not marked))
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        size = int(self.lm.model.get_input_embeddings().num_embeddings)
+        for token in ids:
+            if not 0 <= token < size:
+                raise RequestError(
+                    f"token {token} does not exist: the vocabulary has {size}", param="prompt", code="no_such_token"
+                )
+        return list(ids)
+
+    def _sampling(self, body: ChatRequest | CompletionRequest, longest: int) -> Sampling:
+        config = self.lm.model.generation_config
+        draws = bool(getattr(config, "do_sample", False))
+        usual = float(getattr(config, "temperature", None) or 1.0) if draws else 0.0
+        usual_p = float(getattr(config, "top_p", None) or 1.0) if draws else 1.0
+        return Sampling(
+            max_tokens=self._max_tokens(body, longest),
+            temperature=usual if body.temperature is None else body.temperature,
+            top_p=usual_p if body.top_p is None else body.top_p,
+            seed=body.seed,
+            stop=body.stops,
+            top_logprobs=body.alternatives,
+        )
+
+    def _max_tokens(self, body: ChatRequest | CompletionRequest, longest: int) -> int:
+        """What was asked for, or what there is room for. A prompt that leaves no room is an error."""
+        asked, limits = body.limit, self.limits
+        if asked is not None and asked > limits.tokens:
+            raise RequestError(
+                f"max_tokens is {asked}; this server writes at most {limits.tokens}",
+                param="max_tokens",
+                code="too_long",
+            )
+        if asked == 0 and not _is_scored(body):
+            raise RequestError("max_tokens 0 is for `echo` with `logprobs`", param="max_tokens", code="nothing_to_do")
+        positions = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
+        room = limits.tokens if positions is None else int(positions) - longest
+        wanted = min(limits.default_tokens, max(room, 1)) if asked is None else asked
+        if wanted > room:
+            raise RequestError(
+                f"the model has {positions} positions: {longest} of the prompt and {wanted} to write do not fit",
+                param="max_tokens" if room > 0 else "messages" if isinstance(body, ChatRequest) else "prompt",
+                code="context_length_exceeded",
+            )
+        return wanted
+
+
+def _is_scored(body: ChatRequest | CompletionRequest) -> bool:
+    """Whether likelihoods of the prompt's own end are asked for, and no text to speak of."""
+    if not isinstance(body, CompletionRequest) or not body.echo or body.logprobs is None:
+        return False
+    return body.max_tokens is not None and body.max_tokens <= 1
+
+
+def given_reply(lm: LanguageModel, ids: Sequence[int]) -> int:
+    """How many tokens follow the template's last assistant header; 0 where there is none or another turn follows."""
+    try:
+        header, special = lm.chat.generation_prompt, lm.chat.special_ids
+    except ChatTemplateError:
+        return 0
+    starts = range(len(ids) - len(header), -1, -1)
+    at = next((i for i in starts if tuple(ids[i : i + len(header)]) == header), None)
+    reply = [] if at is None else ids[at + len(header) :]
+    return 0 if any(token in special for token in reply) else len(reply)
+
+
+def _role(role: str) -> Any:
+    return "system" if role == "developer" else role
+
+
+def judged_as(asked: str) -> Prompt:
+    """What a judge is told of a prompt."""
+    return Prompt("request", (Message("user", asked),), "served")

@@ -1,0 +1,219 @@
+"""Answers in OpenAI's shapes, whole and in pieces, with the receipt that every reply carries.
+
+`steering` stands in each choice, and at the top where all choices agree (one choice is the usual case): a field that
+differs between choices is null there. Numbers that are not finite have no JSON: they are null, and a log-probability of
+minus infinity is -9999, as in OpenAI's own answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from clampdown.serving.plans import Choice
+from clampdown.serving.requests import Done, Token
+from clampdown.types import Receipt
+
+Endpoint = Literal["chat", "text"]
+MINUS_INFINITY = -9999.0
+
+
+@dataclass
+class Answer:
+    """What one choice has become so far."""
+
+    index: int
+    echoed: str = ""
+    pieces: list[str] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    done: Done | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+def finite(value: float | None) -> float | None:
+    """A number that JSON has."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def receipt_fields(choice: Choice, receipt: Receipt | None) -> dict[str, Any]:
+    """The proof of what was done to one reply; without a plan, that nothing was."""
+    plan = choice.plan
+    found: dict[str, Any] = {
+        "plan": None if plan is None else choice.name,
+        "digest": plan and plan.digest,
+        "tokens_touched": receipt.tokens_touched if receipt else 0,
+        "edit_norm": finite(receipt.edit_norm) if receipt else 0.0,
+        "gate_fired": receipt and receipt.gate_fired,
+        "gate_score": finite(receipt.gate_score) if receipt else None,
+        "gate_threshold": plan.gate.threshold if plan and plan.gate else None,
+        "branch": _branch(receipt),
+    }
+    if plan and plan.otherwise:
+        found["otherwise_score"] = finite(receipt.otherwise_score) if receipt else None
+        found["otherwise_threshold"] = plan.otherwise.gate.threshold
+    return found
+
+
+def _branch(receipt: Receipt | None) -> str:
+    """What acted: "edits", "otherwise" or "none"."""
+    if receipt is None:
+        return "none"
+    return receipt.branch or ("none" if receipt.gate_fired is False else "edits")
+
+
+def agreed(receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One receipt for several choices: what they agree on."""
+    first = receipts[0]
+    return {key: value if all(r[key] == value for r in receipts) else None for key, value in first.items()}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the answers to one HTTP request are written: endpoint, ids, and what was asked to be shown."""
+
+    endpoint: Endpoint
+    id: str
+    created: int
+    model: str
+    choice: Choice
+    alternatives: int | None
+    include_usage: bool
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        choices = [self._choice(answer) for answer in answers]
+        return {
+            **self._head("chat.completion" if self.endpoint == "chat" else "text_completion"),
+            "choices": choices,
+            "usage": usage(answers),
+            "steering": agreed([choice["steering"] for choice in choices]),
+        }
+
+    def opening(self, answer: Answer) -> dict[str, Any] | None:
+        """The first chunk of a choice, before any of its text: who speaks, or the prompt that is echoed."""
+        if self.endpoint == "chat":
+            return self._chunk(answer, {"delta": {"role": "assistant", "content": "", "refusal": None}})
+        return self._chunk(answer, {"text": answer.echoed}) if answer.echoed else None
+
+    def piece(self, answer: Answer, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
+        """A chunk of text. Its tokens must not have been added to the answer yet: offsets go on from there."""
+        if self.endpoint == "chat":
+            return self._chunk(answer, {"delta": {"content": text}}, self._chat_logprobs(tokens))
+        offset = len(answer.echoed) + sum(len(token.text) for token in answer.tokens)
+        return self._chunk(answer, {"text": text}, self._text_logprobs(tokens, offset))
+
+    def closing(self, answer: Answer) -> dict[str, Any]:
+        """The last chunk of a choice: why it ended, and its receipt."""
+        done = _done(answer)
+        receipt = receipt_fields(self.choice, done.receipt)
+        said = {"delta": {}} if self.endpoint == "chat" else {"text": ""}
+        chunk = self._chunk(answer, {**said, "finish_reason": _reason(done), "steering": receipt})
+        return {**chunk, "steering": receipt}
+
+    def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """What a stream ends with when it was asked to count: usage, and the receipt once more."""
+        receipts = [receipt_fields(self.choice, _done(answer).receipt) for answer in answers]
+        return {**self._head(self._chunk_object), "choices": [], "usage": usage(answers), "steering": agreed(receipts)}
+
+    @property
+    def _chunk_object(self) -> str:
+        return "chat.completion.chunk" if self.endpoint == "chat" else "text_completion"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(self, answer: Answer, said: Mapping[str, Any], logprobs: Any = None) -> dict[str, Any]:
+        choice = {"index": answer.index, "finish_reason": None, "logprobs": logprobs, **said}
+        more = {"usage": None} if self.include_usage else {}
+        return {**self._head(self._chunk_object), "choices": [choice], **more}
+
+    def _choice(self, answer: Answer) -> dict[str, Any]:
+        done = _done(answer)
+        common = {
+            "index": answer.index,
+            "finish_reason": _reason(done),
+            "steering": receipt_fields(self.choice, done.receipt),
+        }
+        if self.endpoint == "chat":
+            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            return {**common, "message": message, "logprobs": self._chat_logprobs(answer.tokens)}
+        tokens = [*done.prompt, *(answer.tokens or _nothing(done))]
+        return {**common, "text": answer.echoed + answer.text, "logprobs": self._text_logprobs(tokens, 0)}
+
+    def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if self.alternatives is None:
+            return None
+        return {"content": [_chat_token(token) for token in tokens], "refusal": None}
+
+    def _text_logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+        if self.alternatives is None:
+            return None
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [_logprob(token.logprob) for token in tokens],
+            "top_logprobs": [_top_texts(token) if self.alternatives else None for token in tokens],
+            "text_offset": _offsets(tokens, offset),
+        }
+
+
+def _nothing(done: Done) -> tuple[Token, ...]:
+    """Scored texts are followed by one token, which clients cut off unseen: also where the model would end here."""
+    return (Token(-1, ""),) if done.prompt and done.reason == "stop" else ()
+
+
+def usage(answers: Iterable[Answer]) -> dict[str, Any]:
+    """Tokens read, written, and found in the prefix cache."""
+    done = [_done(answer) for answer in answers]
+    read, written = sum(d.n_prompt for d in done), sum(d.n_generated for d in done)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": sum(d.n_reused for d in done)},
+    }
+
+
+def _done(answer: Answer) -> Done:
+    assert answer.done is not None, "an answer is written when it has ended"
+    return answer.done
+
+
+def _reason(done: Done) -> str:
+    """OpenAI's words have none for a request that was cancelled while the server stopped."""
+    return "length" if done.reason == "cancelled" else done.reason
+
+
+def _logprob(value: float | None) -> float | None:
+    return MINUS_INFINITY if value == -math.inf else finite(value)
+
+
+def _chat_token(token: Token) -> dict[str, Any]:
+    top = [_chat_alternative(text, value) for _, text, value in token.top]
+    return {**_chat_alternative(token.text, token.logprob), "top_logprobs": top}
+
+
+def _chat_alternative(text: str, value: float | None) -> dict[str, Any]:
+    return {"token": text, "logprob": _logprob(value), "bytes": list(text.encode("utf-8", "replace"))}
+
+
+def _top_texts(token: Token) -> dict[str, float | None] | None:
+    """Alternatives by text; of tokens that read the same, the likeliest."""
+    if token.logprob is None and not token.top:
+        return None
+    found: dict[str, float | None] = {}
+    for _, text, value in token.top:
+        found.setdefault(text, _logprob(value))
+    return found
+
+
+def _offsets(tokens: Sequence[Token], start: int) -> list[int]:
+    offsets = []
+    for token in tokens:
+        offsets.append(start)
+        start += len(token.text)
+    return offsets
