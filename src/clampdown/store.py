@@ -264,7 +264,7 @@ class RecordLog:
         self.directory = directory
         self._lock = locked(directory)
         try:
-            self._claim(directory / "manifest.json", key)
+            claim(directory / "manifest.json", key)
             self._judged = AppendLog(directory / "records.jsonl", record_from_json)
             self.replies = AppendLog(directory / "replies.jsonl", reply_from_json)
             self.choices = AppendLog(directory / "choices.jsonl", choice_from_json)
@@ -272,18 +272,6 @@ class RecordLog:
         except BaseException:
             self._lock.close()
             raise
-
-    def _claim(self, manifest: Path, key: Any) -> None:
-        digest = content_hash(key)
-        if manifest.exists():
-            found = read_json(manifest)
-            if found.get("schema") != SCHEMA or found.get("resume_key") != digest:
-                raise StoreError(
-                    f"{self.directory} holds another run: {_what_differs(found.get('key'), to_jsonable(key))}",
-                    hint="choose an empty --out directory, or repeat the exact command to resume",
-                )
-        else:
-            write_json(manifest, {"schema": SCHEMA, "resume_key": digest, "key": key})
 
     @property
     def path(self) -> Path:
@@ -321,6 +309,20 @@ class RecordLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def claim(manifest: Path, key: Any) -> None:
+    """Say in a file what a directory holds. `key` is everything that could change a result; another key is refused."""
+    digest = content_hash(key)
+    if manifest.exists():
+        found = read_json(manifest)
+        if found.get("schema") != SCHEMA or found.get("resume_key") != digest:
+            raise StoreError(
+                f"{manifest.parent} holds another run: {_what_differs(found.get('key'), to_jsonable(key))}",
+                hint="choose an empty --out directory, or repeat the exact command to resume",
+            )
+    else:
+        write_json(manifest, {"schema": SCHEMA, "resume_key": digest, "key": key})
 
 
 def locked(directory: Path) -> FileIO:

@@ -33,10 +33,10 @@ class Estimate:
             f"{self.left:,} replies to generate and judge{done}: {self.prompt_tokens:,} prompt tokens, "
             f"at most {self.new_tokens:,} new ones"
         )
-        return text if self.seconds is None else f"{text}; at most about {_duration(self.seconds)} of generation"
+        return text if self.seconds is None else f"{text}; at most about {duration(self.seconds)} of generation"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

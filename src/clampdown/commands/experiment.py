@@ -131,8 +131,11 @@ def _likelihoods(subject: Subject, job: runner.Job, directory: Path, stages: Sta
 
 
 def benign_replies(subject: Subject, suites: Sequence[Suite], sizes: Sizes) -> tuple[utility.Forced, ...]:
-    """The unsteered model's replies to benign prompts, on which the cost in KL is measured."""
-    benign = [p for s in suites if s.name == "benign" for p in s.prompts][: sizes.kl_prompts]
+    """The unsteered model's replies to benign prompts, on which the cost in KL is measured: those of the suite
+    "benign", else of the first harmless one."""
+    harmless = [s for s in suites if s.kind is SuiteKind.SAFETY and not s.harmful]
+    harmless.sort(key=lambda suite: suite.name != "benign")
+    benign = [prompt for suite in harmless[:1] for prompt in suite.prompts][: sizes.kl_prompts]
     return utility.base_replies(subject.lm, benign, max_new_tokens=sizes.max_new_tokens)
 
 

@@ -1,0 +1,89 @@
+"""The command that searches for a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clampdown.cli.app import ModelOption, OutOption, SaeOption, SeedOption, app, console, show_run, stages
+from clampdown.config import ORGANISM
+from clampdown.errors import PlanError
+
+
+@app.command()
+def tune(
+    out: OutOption = Path("runs/tune"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts and trials, same files.")] = False,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="How many settings to try.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    max_over_refusal: Annotated[
+        float, typer.Option("--max-over-refusal", help="Budget: harmless prompts newly refused, a share.")
+    ] = 0.02,
+    max_capability_loss: Annotated[
+        float, typer.Option("--max-capability-loss", help="Budget: right answers lost, a share of prompts.")
+    ] = 0.02,
+    max_broken: Annotated[float, typer.Option("--max-broken", help="Budget: replies newly broken, a share.")] = 0.02,
+    max_kl: Annotated[float, typer.Option("--max-kl", help="Budget: benign KL, nats per token.")] = 0.05,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of the budgets' upper bounds.")] = 0.95,
+    features: Annotated[
+        Path | None, typer.Option("--features", help="FeatureSet file; default: the default finder runs.")
+    ] = None,
+    top: Annotated[int | None, typer.Option("--top", min=1, help="How many features to consider.")] = None,
+    set_size: Annotated[
+        int, typer.Option("--set-size", min=1, max=3, help="Steer up to this many of the first three together.")
+    ] = 2,
+    operators: Annotated[str, typer.Option("--operators", help="Comma-separated.")] = "clamp,floor,add",
+    scopes: Annotated[str, typer.Option("--scopes", help="Comma-separated.")] = "all,prompt,assistant",
+    gates: Annotated[
+        str, typer.Option("--gates", help="Kinds, comma-separated.")
+    ] = "none,probe10,probe40,dense,cosine",
+    gate_budgets: Annotated[str, typer.Option("--gate-budgets", help="Benign trigger rates.")] = "0.01,0.02,0.05",
+    suites: Annotated[
+        list[str] | None, typer.Option("--suites", help="Prompts: NAME, NAME=FILE or FILE; repeatable.")
+    ] = None,
+    harmful: Annotated[Path | None, typer.Option("--harmful", help="JSONL or CSV of harmful prompts.")] = None,
+    harmless: Annotated[Path | None, typer.Option("--harmless", help="JSONL or CSV of harmless prompts.")] = None,
+    judge: Annotated[str | None, typer.Option("--judge", help="Who judges replies: exact, rules, llm:...")] = None,
+    model: ModelOption = ORGANISM,
+    sae: SaeOption = ORGANISM,
+    seed: SeedOption = 0,
+) -> None:
+    """Search features, operators, strengths, scopes and gates for the plan that refuses most within budgets."""
+    from clampdown.commands import tune as job
+    from clampdown.commands.tune_prompts import FULL, QUICK, Sources, tuning_subject
+    from clampdown.commands.tune_space import Choices
+    from clampdown.commands.tune_table import shown
+    from clampdown.tradeoff.budgets import Budgets
+
+    budgets = Budgets(max_over_refusal, max_capability_loss, max_broken, max_kl, confidence)
+    choices = Choices(features, _names(operators), _names(scopes), _names(gates), _shares(gate_budgets), set_size)
+    choices.check()
+    scale = QUICK if quick else FULL
+    scale = dataclasses.replace(scale, trials=trials or scale.trials, features=top or scale.features)
+    progress = stages()
+    with progress.stage("Loading"):
+        subject = tuning_subject(model, sae, Sources(tuple(suites or ()), harmful, harmless, judge), seed)
+    request = job.Request(budgets, choices, scale)
+    if dry_run:
+        for line in job.dry_run(subject, request, progress):
+            console.print(line, highlight=False)
+        return
+    summary = job.run_tune(subject, request, out, progress)
+    show_run(out, progress)
+    console.print(shown(summary, console.width))
+    console.print(f"[bold]plan:[/bold] {out / 'plan.toml'}", soft_wrap=True)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    """Raises `PlanError` for what is no list of numbers."""
+    try:
+        return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
+    except ValueError as error:
+        raise PlanError(f"'{text}' is not a list of shares", hint="for example --gate-budgets 0.01,0.02") from error
