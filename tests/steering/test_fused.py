@@ -72,5 +72,35 @@ def test_what_the_quick_way_cannot_say_is_left_to_the_general_one(
     clamp, weights = plan_of(edit_of(site, "clamp")), {Reach("all", 0): torch.ones(1, 1)}
     for sae in (sae_of(architecture="topk", k=4), sae_of(normalize_activations="layer_norm")):
         assert decoding_step(program_of(lm, sae, [clamp]), weights) is None
-    several = plan_of(edit_of(site, "clamp"), edit_of(site, "add"))
-    assert decoding_step(program_of(lm, sae_of(), [several]), weights) is None
+
+
+def test_a_crowd_of_operators_and_scopes_is_one_step(lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf) -> None:
+    """Every operator beside every other, two edits of one channel that add up, and rows out of reach."""
+    single = [plan_of(edit_of(site, operator), vectors=VECTORS) for operator in OPERATORS]
+    double = [
+        plan_of(edit_of(site, "clamp"), edit_of(site, "add", "generated"), edit_of(site, "floor"), vectors=VECTORS),
+        plan_of(
+            edit_of(site, "clamp"), edit_of(site, "clamp", "generated"), edit_of(site, "add_direction"), vectors=VECTORS
+        ),
+    ]
+    plans = [*single, None, *double, *single]
+    program = program_of(lm, sae, plans)
+    weights = {Reach("all", 0): torch.ones(len(plans), 1), Reach("generated", 0): torch.ones(len(plans), 1)}
+    weights[Reach("all", 0)][-2:] = 0
+    x = 3 * torch.randn(len(plans), 1, 32, generator=torch.Generator().manual_seed(2))
+    step = decoding_step(program, weights)
+    assert isinstance(step, FusedEdit)
+    changed, expected = step(x), x + program.delta(x, weights)
+    torch.testing.assert_close(changed, expected, atol=1e-5, rtol=1e-5)
+    still = [i for i in range(len(plans)) if torch.equal(expected[i], x[i])]
+    assert torch.equal(changed[still], x[still]) and {len(single), len(plans) - 2, len(plans) - 1} <= set(still)
+
+
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.line])
+def test_an_operators_line_is_its_coefficient(name: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    activation, strength = torch.randn(50, 7, 3, generator=draw), torch.randn(50, 1, 3, generator=draw)
+    line = OPERATORS[name].line
+    assert line is not None
+    slope, offset = line(strength)
+    assert torch.equal(slope * activation + offset, OPERATORS[name].coefficient(activation, strength))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self
 
 from clampdown.errors import QueueFullError, RequestError
@@ -84,6 +84,7 @@ class Engine:
         self._limits = limits or Limits()
         self._shelf = SaeShelf(str(lm.device), saes)
         self._context = context_length(lm)
+        self._decode = decoder(lm)
         self._checked: dict[str, None] = {}
         self._worker: Worker | None = None
         self._draining = False
@@ -119,7 +120,7 @@ class Engine:
             request,
             Mailbox(),
             Drawing.of(request.sampling),
-            TextStream(lambda ids: self._lm.tokenizer.decode(ids, skip_special_tokens=True), request.sampling.stop),
+            TextStream(self._decode, request.sampling.stop),
         )
         if self._worker is None or self._draining:
             raise QueueFullError("the server is shutting down", retry_after=30.0)
@@ -161,3 +162,13 @@ def context_length(lm: LanguageModel) -> int:
     """How many positions the model has; a large number when its configuration does not say."""
     config = lm.model.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+
+def decoder(lm: LanguageModel) -> Callable[[Sequence[int]], str]:
+    """Ids to text. Straight to the tokenizer's own code where the library around it would change nothing: that takes
+    a tenth of the time, at every token."""
+    tokenizer = lm.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    return lambda ids: backend.decode(ids, skip_special_tokens=True)

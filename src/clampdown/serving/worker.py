@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ from clampdown.serving.text import TextStream
 from clampdown.steering.decoding import Decoding, SaesOf
 from clampdown.steering.hooks import steer
 from clampdown.steering.receipts import Seat
+from clampdown.types import Receipt
 
 Send = Callable[[list[tuple[Mailbox, Item]]], None]
 
@@ -126,9 +127,9 @@ class Worker:
             while self._wait_for_work():
                 self._leave_cancelled()
                 self._admit()
-                if self._rows:
-                    self._guarded_step()
                 self._post()
+                if self._rows:
+                    self._guarded_stretch()
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -148,17 +149,17 @@ class Worker:
     # ---- admission -------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
+        """Bring in those who come next. Those that cannot share a pass come in passes of their own."""
         group = self._next_group()
-        if not group:
-            return
-        self._prefill_all(group)
+        while group:
+            together = _alike(group, self._saes_of)
+            self._prefill_all(together)
+            group = [ticket for ticket in group if ticket not in together]
         self._admitting = []
 
     def _next_group(self) -> list[Ticket]:
-        """Who comes in now, in the order they came. Plans that read different SAEs at one site cannot share a pass,
-        nor can prompts that end with replies of different lengths: a pass has one column where replies begin."""
+        """Who comes in now, in the order they came."""
         group: list[Ticket] = []
-        saes: dict[str, FeatureSource] = {}
         longest = 0
         with self._wake:
             while self._waiting and len(group) + len(self._rows) < self._limits.rows:
@@ -166,14 +167,9 @@ class Worker:
                 if ticket.cancelled:
                     self._tell(self._waiting.popleft(), _done(ticket, "cancelled", None))
                     continue
-                plan = ticket.request.plan
-                own = {sae.cfg.site.name: sae for sae in (self._saes_of(plan) if plan else ())}
                 longest = max(longest, len(ticket.request.prompt))
-                too_many = longest * (len(group) + 1) > self._limits.prefill_tokens
-                other = any(saes.get(site, sae) is not sae for site, sae in own.items())
-                if group and (too_many or other or ticket.request.given != group[0].request.given):
+                if group and longest * (len(group) + 1) > self._limits.prefill_tokens:
                     break
-                saes |= own
                 group.append(self._waiting.popleft())
             self._admitting = group
         return group
@@ -218,11 +214,11 @@ class Worker:
         """Give each request its first token; those that go on join the batch."""
         silent = [i for i, ticket in enumerate(group) if ticket.request.sampling.max_tokens < 1]
         for i in silent:
-            self._tell(group[i], _done(group[i], "length", seats[i]))
+            self._tell(group[i], _done(group[i], "length", seats[i].receipt()))
         speaking = [i for i in range(len(group)) if i not in silent]
         if not speaking:
             return
-        going_on = self._advance([group[i] for i in speaking], logits[speaking], lambda i: seats[speaking[i]])
+        going_on = self._advance([group[i] for i in speaking], logits[speaking], lambda i: seats[speaking[i]].receipt())
         joining = [speaking[i] for i in going_on]
         self._decoding.join([seats[i] for i in joining])
         self._pool.join(cache, joining, [len(group[i].request.prompt) for i in joining])
@@ -239,32 +235,36 @@ class Worker:
 
     # ---- decoding --------------------------------------------------------------------------------------------
 
-    def _guarded_step(self) -> None:
+    def _guarded_stretch(self) -> None:
         try:
-            self._step()
+            self._stretch()
         except Exception as error:
             for ticket in self._rows:
                 self._tell(ticket, error)
             self._rows, self._pool, self._decoding = [], Pool(self._lm), Decoding(self._lm, self._saes_of)
+        self._post()
 
-    def _step(self) -> None:
+    def _stretch(self) -> None:
+        """Steps until a row leaves or somebody could come in."""
         with self._decoding.running():
-            logits = self._pool.decode([ticket.last for ticket in self._rows])
-        receipts: list[Any] = []
+            while True:
+                logits = self._pool.decode([ticket.last for ticket in self._rows])
+                going_on = self._advance(self._rows, logits, self._decoding.receipt)
+                if len(going_on) < len(self._rows) or self._somebody_waits():
+                    break
+                self._post()
+        self._keep(going_on)
 
-        def seat(i: int) -> Any:
-            if not receipts:
-                receipts.extend(self._decoding.receipts())
-            return receipts[i]
-
-        self._keep(self._advance(self._rows, logits, seat))
+    def _somebody_waits(self) -> bool:
+        """Somebody to let in or out, looked at without the lock: what is missed now is seen after the next step."""
+        room = self._waiting and len(self._rows) < self._limits.rows
+        return bool(room) or self._closing or any(ticket.cancelled for ticket in self._rows)
 
     def _leave_cancelled(self) -> None:
         gone = {i for i, ticket in enumerate(self._rows) if ticket.cancelled}
         if gone:
-            receipts = self._decoding.receipts()
             for i in gone:
-                self._tell(self._rows[i], _done(self._rows[i], "cancelled", receipts[i]))
+                self._tell(self._rows[i], _done(self._rows[i], "cancelled", self._decoding.receipt(i)))
             self._keep([i for i in range(len(self._rows)) if i not in gone])
 
     def _keep(self, kept: Sequence[int]) -> None:
@@ -280,7 +280,10 @@ class Worker:
         self._rows = [self._rows[i] for i in order]
 
     def _advance(
-        self, tickets: Sequence[Ticket], logits: Float[Tensor, "rows vocab"], seat_of: Callable[[int], Any]
+        self,
+        tickets: Sequence[Ticket],
+        logits: Float[Tensor, "rows vocab"],
+        receipt_of: Callable[[int], Receipt | None],
     ) -> list[int]:
         """Give every request its next token. Returns which of them go on."""
         chosen = choose(logits, [ticket.drawing for ticket in tickets])
@@ -295,7 +298,7 @@ class Worker:
                 going_on.append(i)
             else:
                 self._tell(ticket, ticket.text.finish())
-                self._tell(ticket, _done(ticket, reason, seat_of(i)))
+                self._tell(ticket, _done(ticket, reason, receipt_of(i)))
         return going_on
 
     def _take(self, ticket: Ticket, token: Token) -> Literal["stop", "length"] | None:
@@ -316,6 +319,20 @@ class Worker:
         return self._texts[token]
 
 
-def _done(ticket: Ticket, reason: Literal["stop", "length", "cancelled"], seat: Any) -> Done:
-    receipt = seat.receipt() if isinstance(seat, Seat) else seat
+def _alike(group: Sequence[Ticket], saes_of: SaesOf) -> list[Ticket]:
+    """The first ticket and all that can share its pass. Plans that read different SAEs at one site cannot, nor can
+    prompts that end with replies of different lengths: a pass has one column where replies begin."""
+    saes: dict[str, FeatureSource] = {}
+    together: list[Ticket] = []
+    for ticket in group:
+        plan = ticket.request.plan
+        own = {sae.cfg.site.name: sae for sae in (saes_of(plan) if plan else ())}
+        same = all(saes.get(site, sae) is sae for site, sae in own.items())
+        if same and ticket.request.given == group[0].request.given:
+            saes |= own
+            together.append(ticket)
+    return together
+
+
+def _done(ticket: Ticket, reason: Literal["stop", "length", "cancelled"], receipt: Receipt | None) -> Done:
     return Done(reason, len(ticket.request.prompt), ticket.generated, receipt, ticket.prompt)

@@ -102,11 +102,12 @@ class Decoding:
         self._tally.touched[:], self._tally.norm[:] = touched[rows], norm[rows]
         self._place()
 
-    def receipts(self) -> list[Receipt | None]:
-        """One per row, of its prompt and all that it has generated; None for rows without a plan."""
+    def receipt(self, row: int) -> Receipt | None:
+        """Of a row's prompt and all that it has generated; None for a row without a plan."""
+        if self._seats[row].plan is None:
+            return None
         touched, norm = self._counted()
-        counted = zip(self._seats, touched.tolist(), norm.tolist(), strict=True)
-        return [seat.receipt(*since) for seat, *since in counted]
+        return self._seats[row].receipt(float(touched[row]), float(norm[row]))
 
     def _counted(self) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
         self._tally.flush(torch.arange(len(self._seats), device=self._lm.device))

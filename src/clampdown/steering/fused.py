@@ -3,11 +3,12 @@
 Between two tokens the strengths, the scope and the gate stay as they are. So, once per turn:
 
 1. The decoder bias goes into the encoder's: (x - b_dec) W + b_enc = x W + (b_enc - b_dec W).
-2. A row factor that is 1 everywhere is left out; one that is 0 everywhere means that there is nothing to do at all.
-3. What is left is x' = x + operator(rectify(x W + b), strength) D: six kernels instead of seventeen.
+2. Row factors go into the strengths. Where all of them are 0 there is nothing to do at all.
+3. Most operators are lines in the activation a, and a sum of lines is a line: however many plans, operators and scopes
+   a batch mixes, x' = x + (slope * a + offset) D with a = rectify(x W + b), which is five kernels.
 
-Whatever does not fit (several operators or scopes, top-k, input normalisation, 16-bit residuals) takes the general way
-of `program.py`; a test holds both to the same result.
+Whatever does not fit (dropped error terms, top-k, input normalisation, 16-bit residuals) takes the general way of
+`program.py`; a test holds both to the same result.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from clampdown.saes.sae import FeatureView
 from clampdown.steering.operators import OPERATORS, Coefficient
-from clampdown.steering.program import Directions, Reach, Residual, SiteProgram, View
+from clampdown.steering.program import Bank, Directions, Reach, Residual, SiteProgram, View
 
 Step = Callable[[Residual], Residual | None]
 """x -> x', or None for "unchanged"."""
@@ -45,21 +46,49 @@ class _Reader:
 
 
 @dataclass(frozen=True, slots=True)
-class FusedEdit:
-    """One operator on some channels, for residuals [rows, 1, d_model] in float32."""
+class _Bent:
+    """A group whose operator is no line: its coefficients at every channel of the bank, times 0 where it has none."""
+
+    coefficient: Coefficient
+    strengths: Float[Tensor, "rows n"]
+    factor: Float[Tensor, "rows n"]
+
+    def amounts(self, activation: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+        return self.coefficient(activation.unsqueeze(1), self.strengths.unsqueeze(1)).squeeze(1) * self.factor
+
+
+@dataclass(frozen=True, slots=True)
+class _FusedBank:
+    """The groups of one bank: the sum of those that are lines in the activation is one line, the others follow."""
 
     reader: _Reader
     directions: Float[Tensor, "n d_model"]
-    coefficient: Coefficient
-    strengths: Float[Tensor, "rows 1 n"]
-    factor: Float[Tensor, "rows 1 n"] | None
+    slope: Float[Tensor, "rows n"] | None
+    offset: Float[Tensor, "rows n"]
+    bent: tuple[_Bent, ...]
+
+    def amounts(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows n"]:
+        if self.slope is None and not self.bent:
+            return self.offset
+        activation = self.reader.read(x)
+        if self.slope is None:
+            total, rest = self.bent[0].amounts(activation), self.bent[1:]
+            return sum((bent.amounts(activation) for bent in rest), total + self.offset)
+        total = torch.addcmul(self.offset, self.slope, activation)
+        return sum((bent.amounts(activation) for bent in self.bent), total)
+
+
+@dataclass(frozen=True, slots=True)
+class FusedEdit:
+    """Everything that happens at a site, for residuals [rows, 1, d_model] in float32."""
+
+    banks: tuple[_FusedBank, ...]
 
     def __call__(self, x: Residual) -> Residual:
-        flat = x.squeeze(1)
-        amounts = self.coefficient(self.reader.read(flat).unsqueeze(1), self.strengths)
-        if self.factor is not None:
-            amounts = amounts * self.factor
-        return torch.addmm(flat, amounts.squeeze(1), self.directions).unsqueeze(1)
+        flat = changed = x.squeeze(1)
+        for bank in self.banks:
+            changed = torch.addmm(changed, bank.amounts(flat), bank.directions)
+        return changed.unsqueeze(1)
 
 
 def decoding_step(program: SiteProgram, weights: Mapping[Reach, Float[Tensor, "rows 1"]]) -> Step | None:
@@ -69,20 +98,33 @@ def decoding_step(program: SiteProgram, weights: Mapping[Reach, Float[Tensor, "r
     """
     if not any(bool(weights[reach].any()) for reach in program.reaches):
         return idle
-    if program.dropped or len(program.banks) != 1 or len(program.banks[0].groups) != 1:
+    if program.dropped:
         return None
-    bank, group = program.banks[0], program.banks[0].groups[0]
+    banks = [_fused_bank(bank, weights) for bank in program.banks]
+    found = tuple(bank for bank in banks if bank is not None)
+    return FusedEdit(found) if len(found) == len(banks) else None
+
+
+def _fused_bank(bank: Bank, weights: Mapping[Reach, Float[Tensor, "rows 1"]]) -> _FusedBank | None:
     reader = _reader(bank.view)
-    if reader is None or len(group.channels) != bank.size:
+    if reader is None:
         return None
-    factor = group.member * weights[group.reach].unsqueeze(-1)
-    return FusedEdit(
-        reader=reader,
-        directions=bank.view.rows if isinstance(bank.view, Directions) else _directions(bank.view),
-        coefficient=OPERATORS[group.operator].coefficient,
-        strengths=group.strengths,
-        factor=None if bool((factor == 1).all()) else factor,
-    )
+    n_rows = len(bank.groups[0].strengths)
+    slope, offset = torch.zeros(2, n_rows, bank.size, device=bank.groups[0].strengths.device)
+    bent: list[_Bent] = []
+    for group in bank.groups:
+        operator, strengths = OPERATORS[group.operator], group.strengths.squeeze(1)
+        factor = group.member.squeeze(1) * weights[group.reach]
+        if operator.line is not None:
+            line = operator.line(strengths)
+            slope.index_add_(1, group.channels, line.slope * factor)
+            offset.index_add_(1, group.channels, line.offset * factor)
+        elif bool(factor.any()):
+            spread = torch.zeros(2, n_rows, bank.size, device=strengths.device)
+            spread[:, :, group.channels] = torch.stack([strengths, factor])
+            bent.append(_Bent(operator.coefficient, spread[0], spread[1]))
+    directions = bank.view.rows if isinstance(bank.view, Directions) else _directions(bank.view)
+    return _FusedBank(reader, directions, slope if bool(slope.any()) else None, offset, tuple(bent))
 
 
 def _directions(view: View) -> Tensor:

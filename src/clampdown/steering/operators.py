@@ -9,14 +9,17 @@
 The same two forms serve dense directions: adding v is `add` on the row v, ablating it (2406.11717) is
 `project_out` on the unit row, whose "activation" is the projection x . v.
 
-A new operator is one function and one row of `OPERATORS`.
+A new operator is one function and one row of `OPERATORS`. If it is a line in the activation, the row may say so: many
+such edits can then be added up before the activations are known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -49,25 +52,50 @@ def project_out(activation: Activations, strength: Strengths) -> Activations:
     return -strength * activation
 
 
+class Line(NamedTuple):
+    """coefficient = slope * activation + offset."""
+
+    slope: Tensor
+    offset: Tensor
+
+
+def _falling(strength: Tensor) -> Line:
+    return Line(torch.full_like(strength, -1.0), strength)
+
+
+def _scaling(strength: Tensor) -> Line:
+    return Line(strength - 1, torch.zeros_like(strength))
+
+
+def _flat(strength: Tensor) -> Line:
+    return Line(torch.zeros_like(strength), strength)
+
+
+def _projecting(strength: Tensor) -> Line:
+    return Line(-strength, torch.zeros_like(strength))
+
+
 @dataclass(frozen=True, slots=True)
 class Operator:
     """An operator and what it acts on: features, or `dense` directions (`unit_row`: scaled to length 1 first).
 
-    At the strength `neutral` it leaves every residual as it is; None: there is no such strength.
+    At the strength `neutral` it leaves every residual as it is; None: there is no such strength. `line` says the same
+    as `coefficient` when that is a line (a test holds them together).
     """
 
     coefficient: Coefficient
     dense: bool = False
     unit_row: bool = False
     neutral: float | None = None
+    line: Callable[[Tensor], Line] | None = None
 
 
 OPERATORS: dict[str, Operator] = {
-    "clamp": Operator(clamp),
+    "clamp": Operator(clamp, line=_falling),
     "clamp_active": Operator(clamp_active),
     "floor": Operator(floor),
-    "scale": Operator(scale, neutral=1.0),
-    "add": Operator(add, neutral=0.0),
-    "add_direction": Operator(add, dense=True, neutral=0.0),
-    "ablate_direction": Operator(project_out, dense=True, unit_row=True, neutral=0.0),
+    "scale": Operator(scale, neutral=1.0, line=_scaling),
+    "add": Operator(add, neutral=0.0, line=_flat),
+    "add_direction": Operator(add, dense=True, neutral=0.0, line=_flat),
+    "ablate_direction": Operator(project_out, dense=True, unit_row=True, neutral=0.0, line=_projecting),
 }
