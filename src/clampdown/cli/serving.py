@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clampdown.cli.app import ModelOption, app, console, errors, escaped, stages
 from clampdown.config import ORGANISM
+
+if TYPE_CHECKING:
+    from clampdown.commands.monitor import Request
+
+
+_MaxMultiple = Annotated[
+    float, typer.Option("--max-multiple", min=0, help="Strongest edit in a request, in multiples of p99.")
+]
+_MaxEditNorm = Annotated[
+    float, typer.Option("--max-edit-norm", min=0, help="Furthest that an edit may move the residual.")
+]
+_MaxBody = Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a request's body.")]
+_MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens that one choice may have.")]
+_MaxChoices = Annotated[int, typer.Option("--max-choices", min=1, help="Prompts times n that one request may ask for.")]
+_MaxConcurrent = Annotated[int, typer.Option("--max-concurrent", min=1, help="HTTP requests that may be open at once.")]
+_MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="Choices that decode together.")]
+_MaxQueue = Annotated[int, typer.Option("--max-queue", min=1, help="Choices that may wait for a place.")]
+_Canaries = Annotated[
+    Path | None, typer.Option("--canaries", help="Prompts that are asked on a schedule; default: the model's own.")
+]
+_CanaryEvery = Annotated[str, typer.Option("--canary-every", help="How often: 15m, 1h; 'never' for no canaries.")]
 
 
 @app.command()
@@ -35,29 +57,25 @@ def serve(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Calibration prompts for edits in requests.")
     ] = None,
-    max_multiple: Annotated[
-        float, typer.Option("--max-multiple", min=0, help="Strongest edit in a request, in multiples of p99.")
-    ] = 4.0,
-    max_edit_norm: Annotated[
-        float, typer.Option("--max-edit-norm", min=0, help="Furthest that an edit may move the residual.")
-    ] = 4.0,
-    max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a request's body.")] = 1 << 20,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens that one choice may have.")] = 1024,
-    max_choices: Annotated[
-        int, typer.Option("--max-choices", min=1, help="Prompts times n that one request may ask for.")
-    ] = 64,
-    max_concurrent: Annotated[
-        int, typer.Option("--max-concurrent", min=1, help="HTTP requests that may be open at once.")
-    ] = 256,
-    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Choices that decode together.")] = 64,
-    max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Choices that may wait for a place.")] = 256,
+    max_multiple: _MaxMultiple = 4.0,
+    max_edit_norm: _MaxEditNorm = 4.0,
+    max_body: _MaxBody = 1 << 20,
+    max_tokens: _MaxTokens = 1024,
+    max_choices: _MaxChoices = 64,
+    max_concurrent: _MaxConcurrent = 256,
+    max_batch: _MaxBatch = 64,
+    max_queue: _MaxQueue = 256,
     judge_share: Annotated[
         float, typer.Option("--judge-share", min=0, max=1, help="Share of replies that the rules judge reads.")
     ] = 1.0,
+    canaries: _Canaries = None,
+    canary_every: _CanaryEvery = "15m",
     drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds to finish in when told to stop.")] = 30.0,
 ) -> None:
     """Serve the model and its plans behind an OpenAI-compatible API."""
     from clampdown.commands import serve as job
+    from clampdown.commands.monitor import duration
+    from clampdown.serving.app import create_app
     from clampdown.serving.inline import Bounds
     from clampdown.serving.limits import Limits
     from clampdown.serving.worker import Limits as EngineLimits
@@ -76,13 +94,16 @@ def serve(
         audit=audit,
         log_prompts=log_prompts,
         judge_share=judge_share,
+        canaries=canaries,
+        canary_every=None if canary_every == "never" else duration(canary_every),
     )
     bound = job.listen(host, port)
     served = job.open_server(options, stages())
     where = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
     if not job.is_local(host) and not api_key_file:
         errors.print("[yellow]anybody who reaches this machine may ask: there is no --api-key-file[/yellow]")
-    job.serve(served, bound, lambda: _say_ready(where, served.plans.ids), drain)
+    web = create_app(served, background=job.background(options, served), drain_seconds=drain)
+    job.run(web, bound, lambda: _say_ready(where, served.plans.ids), drain)
 
 
 def _say_ready(where: str, ids: tuple[str, ...]) -> None:
@@ -90,3 +111,53 @@ def _say_ready(where: str, ids: tuple[str, ...]) -> None:
     for name in ids:
         console.print(f"  {escaped(name)}", soft_wrap=True, highlight=False)
     console.print("[dim]Ctrl-C finishes what was begun and stops[/dim]")
+
+
+@app.command()
+def monitor(
+    log: Annotated[Path, typer.Argument(help="The file that `clampdown serve --audit` writes.")],
+    window: Annotated[str, typer.Option("--window", help="Length of a window: 30s, 15m, 1h, 1d.")] = "1h",
+    plan: Annotated[str | None, typer.Option("--plan", help="This plan only; 'base' is no plan.")] = None,
+    last: Annotated[int, typer.Option("--last", min=0, help="The last windows only; 0 means all.")] = 0,
+    expect: Annotated[
+        list[str] | None, typer.Option("--expect", help="A range instead of the log's: gate=0-0.05, refusal=0.1-0.4.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on: print windows as they end.")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, help="With --follow: seconds between looks.")] = 5.0,
+) -> None:
+    """Rates of gates and refusals over time; exit code 1 when one has left the range it was calibrated for."""
+    from clampdown.commands import monitor as job
+
+    request = job.Request(log, job.duration(window), tuple(expect or ()), plan, last)
+    if follow:
+        _follow(request, every, as_json=as_json)
+    found = job.read(request)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        console.print(job.shown(found.windows) if found.windows else "no requests yet")
+    if found.cut and not as_json:
+        errors.print(f"{found.cut} of {found.lines} lines cannot be read: a server was killed while it wrote")
+    for alarm in found.alarms:
+        errors.print(f"[bold red]alarm:[/bold red] {escaped(alarm)}", soft_wrap=True, highlight=False)
+    if found.alarms:
+        raise typer.Exit(1)
+
+
+def _follow(request: Request, every: float, *, as_json: bool) -> None:
+    """Until interrupted; then exit code 1 if there was an alarm."""
+    from clampdown.commands import monitor as job
+
+    alarms = 0
+    try:
+        for window in job.follow(request, every):
+            alarms += len(window.alarms)
+            if as_json:
+                print(job.as_line(window), flush=True)
+            else:
+                console.print(job.shown([window]))
+            for alarm in window.alarms:
+                errors.print(f"[bold red]alarm:[/bold red] {escaped(window.plan)}: {escaped(alarm)}", soft_wrap=True)
+    except KeyboardInterrupt:
+        raise typer.Exit(1 if alarms else 0) from None

@@ -18,6 +18,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from clampdown.commands.canaries import canaries
 from clampdown.commands.plan import calibration_prompts
 from clampdown.commands.stages import Stages
 from clampdown.config import ORGANISM, embedded_model
@@ -27,8 +28,9 @@ from clampdown.models.loading import LanguageModel, load_model
 from clampdown.organism import PLANS_DIR
 from clampdown.saes.checkpoints import open_sae
 from clampdown.saes.sae import FeatureSource
-from clampdown.serving.app import DRAIN_SECONDS, create_app
+from clampdown.serving.app import DRAIN_SECONDS, Background
 from clampdown.serving.audit import AuditLog, calibrated_for
+from clampdown.serving.canaries import Aviary
 from clampdown.serving.desk import Served
 from clampdown.serving.engine import Engine
 from clampdown.serving.inline import Bounds, InlineEdits
@@ -62,6 +64,8 @@ class Options:
     audit: Path | None = None
     log_prompts: bool = False
     judge_share: float = 1.0
+    canaries: Path | None = None
+    canary_every: float | None = None
 
 
 def open_server(options: Options, stages: Stages) -> Served:
@@ -197,6 +201,9 @@ def run(app: FastAPI, bound: socket.socket, ready: Callable[[], None], drain_sec
         _Server(config, ready).run(sockets=[bound])
 
 
-def serve(served: Served, bound: socket.socket, ready: Callable[[], None], drain_seconds: float) -> None:
-    """Serve the HTTP API on a socket."""
-    run(create_app(served, drain_seconds=drain_seconds), bound, ready, drain_seconds)
+def background(options: Options, served: Served) -> tuple[Background, ...]:
+    """What runs beside the requests: canaries, where there are any. Raises `PromptSetError`."""
+    if options.canary_every is None:
+        return ()
+    birds = canaries(served.lm, options.model, options.canaries)
+    return (Aviary(served, birds, options.canary_every).run,) if birds else ()
