@@ -20,7 +20,8 @@ from clampdown.serving.mailbox import Mailbox, Post
 from clampdown.serving.requests import Done, Load, Piece, Request
 from clampdown.serving.sampling import Drawing
 from clampdown.serving.text import TextStream
-from clampdown.serving.worker import Limits, Ticket, Worker
+from clampdown.serving.ticket import Ticket
+from clampdown.serving.worker import Limits, Worker
 from clampdown.steering.plan import Plan, SaeRef
 from clampdown.steering.program import check_plan
 from clampdown.types import Site
@@ -115,12 +116,13 @@ class Engine:
 
     def submit(self, request: Request) -> RequestStream:
         """Queue a request. Raises `QueueFullError`, `RequestError`, or `PlanError` and its kin."""
-        self._check(request)
+        key = self._check(request)
         ticket = Ticket(
             request,
             Mailbox(),
             Drawing.of(request.sampling),
             TextStream(self._decode, request.sampling.stop),
+            key,
         )
         if self._worker is None or self._draining:
             raise QueueFullError("the server is shutting down", retry_after=30.0)
@@ -134,7 +136,8 @@ class Engine:
         queued, running = self._worker.counts() if self._worker else (0, 0)
         return Load(queued, running, self._draining)
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Request) -> str:
+        """Refuse what cannot be served. Returns the plan's digest, "" without one."""
         n = len(request.prompt)
         if not n:
             raise RequestError("the prompt is empty")
@@ -145,12 +148,14 @@ class Engine:
                 f"the prompt has {n} tokens, the model's context {self._context}", hint="send a shorter prompt"
             )
         plan = request.plan
-        if plan is None or plan.digest in self._checked:
-            return
+        digest = plan.digest if plan else ""
+        if plan is None or digest in self._checked:
+            return digest
         check_plan(plan, self._lm, {sae.cfg.site.name: sae for sae in self._shelf.of(plan)})
         if len(self._checked) >= _REMEMBERED:
             self._checked.clear()
-        self._checked[plan.digest] = None
+        self._checked[digest] = None
+        return digest
 
     def _seconds_to_wait(self) -> float:
         """How long a place takes to become free, at the rate of the last requests."""

@@ -21,19 +21,19 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from clampdown.errors import ModelError
-from clampdown.models.chat import pad_left
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
 from clampdown.serving.mailbox import Item, Mailbox
 from clampdown.serving.pool import Pool
+from clampdown.serving.prefill import Part, prefill
+from clampdown.serving.prefix import PrefixCache
 from clampdown.serving.requests import Done, Request, Token
-from clampdown.serving.sampling import Drawing, choose, describe
-from clampdown.serving.text import TextStream
+from clampdown.serving.sampling import choose, describe
+from clampdown.serving.ticket import Ticket
 from clampdown.steering.decoding import Decoding, SaesOf
-from clampdown.steering.hooks import steer
 from clampdown.steering.receipts import Seat
 from clampdown.types import Receipt
 
@@ -43,25 +43,13 @@ Send = Callable[[list[tuple[Mailbox, Item]]], None]
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How much the engine does at once. `rows` decode together; `queue` wait; a prompts' pass has at most
-    `prefill_tokens` columns times rows, or one prompt."""
+    `prefill_tokens` columns times rows, or is one prompt's; `prefix_bytes` is how much is kept of prompts that are done
+    (0: nothing)."""
 
     rows: int = 32
     queue: int = 256
     prefill_tokens: int = 2048
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request on its way through the engine."""
-
-    request: Request
-    mailbox: Mailbox
-    drawing: Drawing
-    text: TextStream
-    cancelled: bool = False
-    generated: int = 0
-    last: int = 0
-    prompt: tuple[Token, ...] = ()
+    prefix_bytes: int = 256 * 2**20
 
 
 class Worker:
@@ -80,6 +68,7 @@ class Worker:
         self._pool, self._decoding = Pool(lm), Decoding(lm, saes_of)
         self._letters: list[tuple[Mailbox, Item]] = []
         self._texts: dict[int, str] = {}
+        self._prefixes = PrefixCache(limits.prefix_bytes)
         self._ended: deque[float] = deque(maxlen=64)
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="clampdown-engine", daemon=True)
@@ -158,7 +147,7 @@ class Worker:
         self._admitting = []
 
     def _next_group(self) -> list[Ticket]:
-        """Who comes in now, in the order they came."""
+        """Who comes in now, in the order they came. A prompt that is too long for a pass comes alone."""
         group: list[Ticket] = []
         longest = 0
         with self._wake:
@@ -167,16 +156,27 @@ class Worker:
                 if ticket.cancelled:
                     self._tell(self._waiting.popleft(), _done(ticket, "cancelled", None))
                     continue
-                longest = max(longest, len(ticket.request.prompt))
+                self._look_up(ticket)
+                longest = max(longest, len(ticket.request.prompt) - ticket.n_reused)
                 if group and longest * (len(group) + 1) > self._limits.prefill_tokens:
                     break
                 group.append(self._waiting.popleft())
             self._admitting = group
         return group
 
+    def _look_up(self, ticket: Ticket) -> None:
+        """Find how much of a prompt's pass is done. The last token is always computed: its logits are wanted."""
+        if not ticket.looked and ticket.reusable:
+            known = ticket.request.prompt[: min(ticket.reusable, len(ticket.request.prompt) - 1)]
+            ticket.prefix, ticket.n_reused = self._prefixes.find(ticket.key, known)
+        ticket.looked = True
+
     def _prefill_all(self, group: Sequence[Ticket]) -> None:
         try:
-            self._prefill(group)
+            if self._too_long(group[0]):
+                self._prefill_piece(group[0])
+            else:
+                self._prefill(group)
         except Exception as error:
             if len(group) == 1:
                 self._tell(group[0], error)
@@ -184,29 +184,32 @@ class Worker:
             for ticket in group:
                 self._prefill_all([ticket])
 
+    def _too_long(self, ticket: Ticket) -> bool:
+        """Whether one pass's budget of tokens ends inside the part of the prompt that can be computed in pieces."""
+        return ticket.n_reused + self._limits.prefill_tokens < min(ticket.reusable, len(ticket.request.prompt))
+
+    def _prefill_piece(self, ticket: Ticket) -> None:
+        """Compute a piece of a long prompt. The request then waits again, at the head of the queue."""
+        tokens = ticket.request.prompt[: ticket.n_reused + self._limits.prefill_tokens]
+        part = Part(tokens, ticket.request.plan, 0, ticket.prefix, ticket.n_reused)
+        done = prefill(self._lm, self._saes_of, [part], all_logits=False)
+        ticket.prefix, ticket.n_reused = done.prefix(0, len(tokens)), len(tokens)
+        with self._wake:
+            self._waiting.appendleft(ticket)
+
     def _prefill(self, group: Sequence[Ticket]) -> None:
         """The prompts' pass of some requests, and their first tokens."""
-        prompts = [ticket.request.prompt for ticket in group]
-        plans = [ticket.request.plan for ticket in group]
-        saes = {sae.cfg.site.name: sae for plan in plans if plan for sae in self._saes_of(plan)}
-        batch = pad_left(prompts, self._lm.pad_id, self._lm.device)
+        parts = [Part(t.request.prompt, t.request.plan, t.request.given, t.prefix, t.n_reused) for t in group]
         echo = any(ticket.request.echo for ticket in group)
-        cache = Cache(layer_class_to_replicate=DynamicLayer)
-        width = batch.input_ids.shape[1] - group[0].request.given
-        with steer(self._lm, plans, list(saes.values()), prompt_width=width, require_reach=False) as steering:
-            output = self._lm.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=0 if echo else 1,
-            )
-            seats = steering.seats()
-        for ticket, logits in zip(group, output.logits, strict=True):
+        done = prefill(self._lm, self._saes_of, parts, all_logits=echo)
+        for row, ticket in enumerate(group):
             if ticket.request.echo:
-                ticket.prompt = self._prompt_tokens(ticket.request, logits)
-        self._seat(group, seats, cache, output.logits[:, -1])
+                ticket.prompt = self._prompt_tokens(ticket.request, done.logits[row])
+            ticket.n_reused = done.reused[row]
+            known = ticket.request.prompt[: ticket.reusable]
+            if known and not self._prefixes.holds(ticket.key, known):
+                self._prefixes.keep(ticket.key, done.prefix(row, len(known)))
+        self._seat(group, done.seats, done.cache, done.logits[:, -1])
 
     def _seat(
         self, group: Sequence[Ticket], seats: Sequence[Seat], cache: Cache, logits: Float[Tensor, "rows vocab"]
@@ -305,13 +308,12 @@ class Worker:
         """Add a token to a reply. Returns why the reply is over, if it is."""
         if token.id in self._lm.eos_ids:
             return "stop"
-        ticket.last = token.id
-        ticket.generated += 1
+        ticket.ids.append(token.id)
         self._tell(ticket, ticket.text.push(token))
         if ticket.text.stopped:
             return "stop"
-        full = len(ticket.request.prompt) + ticket.generated >= self._context
-        return "length" if full or ticket.generated >= ticket.request.sampling.max_tokens else None
+        full = len(ticket.request.prompt) + len(ticket.ids) >= self._context
+        return "length" if full or len(ticket.ids) >= ticket.request.sampling.max_tokens else None
 
     def _text_of(self, token: int) -> str:
         if token not in self._texts:
@@ -321,18 +323,21 @@ class Worker:
 
 def _alike(group: Sequence[Ticket], saes_of: SaesOf) -> list[Ticket]:
     """The first ticket and all that can share its pass. Plans that read different SAEs at one site cannot, nor can
-    prompts that end with replies of different lengths: a pass has one column where replies begin."""
+    prompts that end with replies of different lengths: a pass has one column where replies begin. A prompt of which
+    much is cached would compute more beside one of which nothing is."""
     saes: dict[str, FeatureSource] = {}
     together: list[Ticket] = []
     for ticket in group:
         plan = ticket.request.plan
         own = {sae.cfg.site.name: sae for sae in (saes_of(plan) if plan else ())}
         same = all(saes.get(site, sae) is sae for site, sae in own.items())
-        if same and ticket.request.given == group[0].request.given:
+        first = group[0]
+        if same and ticket.request.given == first.request.given and bool(ticket.n_reused) == bool(first.n_reused):
             saes |= own
             together.append(ticket)
     return together
 
 
 def _done(ticket: Ticket, reason: Literal["stop", "length", "cancelled"], receipt: Receipt | None) -> Done:
-    return Done(reason, len(ticket.request.prompt), ticket.generated, receipt, ticket.prompt)
+    n_prompt = len(ticket.request.prompt)
+    return Done(reason, n_prompt, len(ticket.ids), receipt, ticket.prompt, ticket.n_reused)

@@ -35,8 +35,8 @@ from clampdown.steering.ownership import owning, steers_here
 from clampdown.steering.plan import Plan
 from clampdown.steering.program import Reach, Rows, check_plan, gate_programs, site_programs
 from clampdown.steering.receipts import Seat, make_receipt
-from clampdown.steering.scopes import SCOPES, Window, last_run
-from clampdown.steering.turn import Tally, Turn, columns_real, real_columns
+from clampdown.steering.scopes import LOCAL, SCOPES, Window, last_run
+from clampdown.steering.turn import Tally, Turn, columns_real, edit_sizes, real_columns
 from clampdown.steering.widening import (
     Spread,
     as_index,
@@ -61,8 +61,10 @@ class Steering:
         saes: Mapping[str, FeatureSource],
         prompt_width: int | None,
         prompt_of: Int[Tensor, " rows"] | None = None,
+        resumed: bool = False,
     ) -> None:
         self._lm = lm
+        self._resumed = resumed
         self._asked = rows
         self._saes = saes
         self._prompt_width = prompt_width
@@ -101,6 +103,15 @@ class Steering:
             None if plan is None else make_receipt(plan, *edit, *own[2:])
             for plan, edit, own in zip(self._plans, done, values, strict=True)
         ]
+
+    def sizes(self) -> tuple[Float[Tensor, "rows pos"], Float[Tensor, "rows pos"]] | None:
+        """Per position of the pass just made, summed over sites: how often it was changed, and by what share of its
+        length. For who keeps the pass's beginning; asked before `seats`. None when nothing was changed."""
+        _, tally = self._require_turn()
+        found = [edit_sizes(changed, x) for changed, x in tally.pending]
+        if not found:
+            return None
+        return torch.stack([touched for touched, _ in found]).sum(0), torch.stack([size for _, size in found]).sum(0)
 
     def seats(self) -> list[Seat]:
         """What each row of the batch takes along when it goes on elsewhere (`decoding.py`), after the prompt's pass."""
@@ -170,9 +181,9 @@ class Steering:
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if past == 0 and self._extends_last(ids, width):
             self._require_turn()[1].restart()
-        elif past == 0:
+        elif past == 0 or (self._resumed and self._turn is None):
             self._check_no_pass_was_missed()
-            self._begin_turn(n_rows, width, ids, mask)
+            self._begin_turn(n_rows, past + width, ids, mask)
             self._prefill = self._prompt_of is not None
         self._require_turn()[0].cache = cache
         self._open_window(past, n_rows, width, mask)
@@ -452,6 +463,11 @@ class Steering:
             )
 
 
+def can_resume(plan: Plan | None) -> bool:
+    """Whether what a plan does to a prompt's beginning holds however the prompt goes on."""
+    return plan is None or (plan.gate is None and all(edit.scope in LOCAL for edit in plan.edits))
+
+
 def _sites(names: Iterable[str]) -> tuple[Site, ...]:
     return tuple(sorted({Site.parse(name) for name in names}))
 
@@ -485,6 +501,7 @@ def steer(
     prompt_width: int | None = None,
     prompt_of: Int[Tensor, " rows"] | None = None,
     require_reach: bool = True,
+    resumed: bool = False,
 ) -> Iterator[Steering]:
     """Steer every forward pass of `lm` inside the block: HF `generate`, a plain call, or clampdown's own loops.
 
@@ -495,6 +512,8 @@ def steer(
     With `prompt_of` the model is called with distinct prompts and row r of `plans` steers prompt `prompt_of[r]`: what
     no edit can reach is computed once per prompt, and `Steering.spread` says which output row answers which row.
     `require_reach=False` accepts that a scope covered no token (a reply that ended at once).
+    With `resumed` the first pass goes on from a cache that holds the prompts' beginnings, computed with the same plans;
+    only plans without a gate and with scopes that are `LOCAL` can.
 
     Raises `PlanMismatchError` and its kin before anything runs, `SteeringNotAppliedError` or `ScopeError` when the
     plan could not act. No hook outlives the block.
@@ -506,7 +525,9 @@ def steer(
             check_plan(plan, lm, by_site)
     if any(plan is not None for plan in distinct):
         refuse_compiled(lm)
-    steering = Steering(lm, plans, by_site, prompt_width, prompt_of)
+    if resumed and not all(map(can_resume, distinct)):
+        raise ScopeError("a plan with a gate, or a scope that depends on the whole prompt, cannot go on from a cache")
+    steering = Steering(lm, plans, by_site, prompt_width, prompt_of, resumed)
     with owning(id(lm.layout.decoder), steering, steering.attach):
         yield steering
         steering.check_it_happened(require_reach=require_reach)

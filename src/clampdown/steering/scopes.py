@@ -76,3 +76,7 @@ SCOPES: dict[str, ScopeMask] = {
     "assistant": assistant,
     "last_user": last_user,
 }
+
+LOCAL = frozenset({"all", "prompt", "generated"})
+"""Scopes that ask only who wrote a token, not what follows it: a prompt that goes on in another way changes nothing in
+what they did to its beginning."""

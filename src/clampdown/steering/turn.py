@@ -73,11 +73,19 @@ class Tally:
             return
         changed = torch.cat([changed for changed, _ in self.pending], dim=1)
         x = torch.cat([x for _, x in self.pending], dim=1)
-        size = torch.linalg.vector_norm(changed - x, dim=-1, dtype=torch.float32)
-        relative = size / torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-12)
-        self.touched.index_add_(0, alive, (size > 0).float().sum(1))
+        touched, relative = edit_sizes(changed, x)
+        self.touched.index_add_(0, alive, touched.sum(1))
         self.norm.index_add_(0, alive, relative.sum(1))
         self.pending.clear()
+
+
+def edit_sizes(
+    changed: Float[Tensor, "rows pos d_model"], x: Float[Tensor, "rows pos d_model"]
+) -> tuple[Float[Tensor, "rows pos"], Float[Tensor, "rows pos"]]:
+    """Per position: 1 if it was changed at all, and ||x'-x|| / ||x||."""
+    size = torch.linalg.vector_norm(changed - x, dim=-1, dtype=torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-12)
+    return (size > 0).float(), size / length
 
 
 def real_columns(
