@@ -64,14 +64,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, items: dict[str, tuple[Promp
     return directory
 
 
-def run_harness(model: Any, tasks: Path) -> dict[str, Any]:
+def run_harness(model: Any, tasks: Path, *names: str) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found: Any = simple_evaluate(
         model,
-        tasks=["local_facts", "local_instructions"],
+        tasks=list(names) or ["local_facts", "local_instructions"],
         task_manager=manager,
         apply_chat_template=True,
         log_samples=True,

@@ -1,0 +1,252 @@
+"""The server's own safety: who may ask, for how much, and a log that survives what the server does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from clampdown.commands.serve import Options, is_local, listen, public_name
+from clampdown.errors import ClampdownError, PlanError, StoreError
+from clampdown.organism import MODEL_DIR, PLANS_DIR
+from clampdown.saes.checkpoints import load_sae
+from clampdown.serving.audit import AuditLog, read_lines
+from clampdown.serving.limits import Keys, Limits
+from clampdown.serving.plans import PlanTable
+from clampdown.serving.worker import Limits as EngineLimits
+from clampdown.steering.plan import read_plan
+from tests.serving.live import Live, running
+
+KEY, OTHER = "k" * 20 + "1", "k" * 20 + "2"
+CHAT = "/v1/chat/completions"
+SAY = {"model": "organism:clamp-352-gated", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+LONG = {**SAY, "max_tokens": 150, "temperature": 30.0, "seed": 1}  # gibberish, which never ends by itself
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A strict server: keys, plans only, small limits."""
+    directory = tmp_path_factory.mktemp("strict")
+    keys = directory / "keys"
+    keys.write_text(f"# who\nalice {KEY}\nbob {OTHER}\n")
+    options = Options(
+        api_keys=keys,
+        allow_base=False,
+        inline=None,
+        limits=Limits(body_bytes=4000, choices=4, concurrent=3),
+        engine=EngineLimits(rows=2, queue=2),
+    )
+    with running(directory, options) as found:
+        yield found
+
+
+def bearer(key: str) -> dict[str, Any]:
+    return {"headers": {"authorization": f"Bearer {key}", "content-type": "application/json"}}
+
+
+def test_a_key_is_needed_everywhere_but_for_health(live: Live) -> None:
+    for path in ("/v1/models", "/metrics"):
+        assert live.get(path).status_code == 401
+        assert live.get(path, **bearer(OTHER)).status_code == 200
+    for headers in ({}, {"authorization": KEY}, {"authorization": "Bearer"}, {"authorization": f"Bearer {KEY}x"}):
+        answer = live.post(CHAT, SAY, headers={"content-type": "application/json", **headers})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert live.get("/healthz").status_code == 200
+    assert live.post(CHAT, SAY, **bearer(KEY)).status_code == 200
+    assert live.lines()[-1]["key"] == "alice" and live.lines()[-2]["key"] is None
+    assert KEY not in live.audit.read_text()
+
+
+def test_what_the_operator_forbids_is_forbidden(live: Live) -> None:
+    for body, code in (
+        ({**SAY, "model": "organism"}, "steering_required"),
+        ({**SAY, "steering": "off"}, "steering_required"),
+        ({**SAY, "steering": {"feature": 1, "strength": 1}}, "inline_steering_disabled"),
+    ):
+        answer = live.post(CHAT, body, **bearer(KEY))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, code)
+    listed = [model["id"] for model in live.get("/v1/models", **bearer(KEY)).json()["data"]]
+    assert "organism" not in listed and len(listed) == 3
+
+
+def test_a_large_body_is_refused_whether_or_not_it_says_how_large_it_is(live: Live) -> None:
+    body = json.dumps({**SAY, "user": "x" * 5000}).encode()
+    stated = live.post(CHAT, None, content=body, **bearer(KEY))
+    chunked = live.post(CHAT, None, content=iter([body[:3000], body[3000:]]), **bearer(KEY))
+    for answer in (stated, chunked):
+        assert answer.status_code == 413
+        assert "4000 bytes" in answer.json()["error"]["message"]
+    assert live.get("/healthz").json()["status"] == "ok"
+
+
+def test_beyond_the_queue_is_429_with_a_time_to_wait(live: Live) -> None:
+    """Two decode, two wait; a request for three more gets nothing, and its place in the queue is given back."""
+    started = [threading.Thread(target=live.post, args=(CHAT, LONG), kwargs=bearer(KEY)) for _ in range(2)]
+    for thread in started:
+        thread.start()
+    wait_until(lambda: live.get("/healthz").json()["running"] == 2)
+    answer = live.post(CHAT, {**SAY, "n": 4}, **bearer(KEY))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert live.lines()[-1]["status"] == 429
+    for thread in started:
+        thread.join()
+    wait_until(lambda: live.get("/healthz").json()["queued"] == 0)
+    assert live.post(CHAT, SAY, **bearer(KEY)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place(live: Live, stream: bool) -> None:
+    before = len(live.lines())
+    if stream:
+        with httpx2.stream("POST", f"{live.url}{CHAT}", json={**LONG, "stream": True}, **bearer(KEY)) as answer:
+            next(answer.iter_bytes())
+    else:
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{live.url}{CHAT}", json=LONG, timeout=0.2, **bearer(KEY))
+    wait_until(lambda: live.get("/healthz").json()["running"] == 0)
+    wait_until(lambda: len(live.lines()) > before)
+    assert live.lines()[-1]["status"] == 499
+
+
+def wait_until(holds: Any, seconds: float = 20.0) -> None:
+    """Ask again until it holds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_log_that_cannot_be_written_stops_the_answers_and_not_the_server(live: Live) -> None:
+    audit = live.served.ledger.audit
+    assert audit is not None
+    kept = audit._file
+    audit._file = os.open("/dev/full", os.O_RDWR)
+    try:
+        assert live.post(CHAT, {**SAY, "n": 99}, **bearer(KEY)).status_code == 400  # its line is lost: noticed
+        answer = live.post(CHAT, SAY, **bearer(KEY))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "audit_failed")
+        assert live.get("/healthz").status_code == 503
+        assert "clampdown_audit_broken 1.0" in live.get("/metrics", **bearer(KEY)).text
+    finally:
+        audit._file = kept
+    assert live.post(CHAT, SAY, **bearer(KEY)).status_code == 200
+    assert live.get("/healthz").status_code == 200
+
+
+@dataclass(frozen=True)
+class Process:
+    """`clampdown serve` in a process of its own."""
+
+    child: subprocess.Popen[str]
+    url: str
+
+    @classmethod
+    def start(cls, *arguments: str) -> Process:
+        command = [sys.executable, "-m", "clampdown", "serve", "--port", "0", "--no-inline", "--canary-every", "never"]
+        child = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("serving "):
+                return cls(child, line.split()[1])
+        raise AssertionError("the server ended before it served")
+
+    def end(self, how: signal.Signals) -> None:
+        self.child.send_signal(how)
+        self.child.wait(60)
+        assert self.child.stdout is not None
+        self.child.stdout.close()
+
+    def ask(self, plan: str) -> Any:
+        body = {**SAY, "model": f"base:{plan}"}
+        return httpx2.post(f"{self.url}/chat/completions", json=body, timeout=60).json()["steering"]["digest"]
+
+
+def test_killed_and_started_again_the_log_is_whole_and_the_plans_are_there(tmp_path: Path) -> None:
+    audit, plans = tmp_path / "audit.jsonl", tmp_path / "plans"
+    plans.mkdir()
+    plan = read_plan(PLANS_DIR / "clamp-352-gated.toml")
+    (plans / "mine.toml").write_text((PLANS_DIR / "clamp-352-gated.toml").read_text())
+    arguments = ("--audit", str(audit), "--plans", str(plans), "--log-prompts")
+    first = Process.start(*arguments)
+    digests = [first.ask("clamp-352-gated") for _ in range(3)]
+    asking = threading.Thread(target=_ask_until_it_dies, args=(first,))
+    asking.start()
+    time.sleep(0.3)
+    first.end(signal.SIGKILL)
+    asking.join()
+    whole = [line.fields for line, _ in read_lines(audit)]
+    assert None not in whole and [line["event"] for line in whole if line][:4] == ["start", *["request"] * 3]
+    with audit.open("ab") as file:
+        file.write(b'{"v": 1, "event": "requ')  # as if the kill had come in the middle of a line
+    second = Process.start(*arguments)
+    assert {second.ask("clamp-352-gated"), *digests} == {plan.digest}
+    second.end(signal.SIGTERM)
+    again = [line.fields for line, _ in read_lines(audit)]
+    assert again[: len(whole)] == whole
+    cut, start, request, stop = again[len(whole) :]
+    assert cut is None and start and request and stop
+    assert (start["event"], request["event"], stop["event"]) == ("start", "request", "stop")
+    assert (request["prompt"], bool(request["reply"])) == ("Hello", True), "told to, it writes prompts"
+
+
+def _ask_until_it_dies(process: Process) -> None:
+    try:
+        while True:
+            process.ask("clamp-352-gated")
+    except httpx2.HTTPError:
+        return
+
+
+def test_a_log_and_keys_of_the_wrong_kind_stop_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StoreError):
+        AuditLog(tmp_path)
+    for text in ("alice", "alice short", f"alice {KEY}\nalice {OTHER}", "", f"a/b {KEY}"):
+        (tmp_path / "keys").write_text(text)
+        with pytest.raises(ClampdownError):
+            Keys.read(tmp_path / "keys")
+    with pytest.raises(ClampdownError):
+        Keys.read(tmp_path / "none")
+    assert (tmp_path / "log").exists() is False
+    AuditLog(tmp_path / "log").close()
+    assert (tmp_path / "log").stat().st_mode & 0o077 == 0, "nobody else reads it"
+
+
+def test_names_of_plans_are_words_and_never_ambiguous() -> None:
+    plan = read_plan(PLANS_DIR / "clamp-352.toml")
+    table = PlanTable("m")
+    assert table.add(plan, "Clamp 352, prompt x2!") == "clamp-352-prompt-x2"
+    assert table.add(plan, "clamp 352 prompt x2") == "clamp-352-prompt-x2", "the same plan again is no conflict"
+    other = read_plan(PLANS_DIR / "clamp-352-gated.toml")
+    for name in ("clamp 352 prompt x2", "off", "Base", "inline"):
+        with pytest.raises(PlanError):
+            table.add(other, name)
+
+
+def test_the_shipped_plans_are_for_the_shipped_weights() -> None:
+    from clampdown.models.loading import directory_revision
+
+    revision, sae = directory_revision(MODEL_DIR), load_sae("organism").revision
+    found = [read_plan(file) for file in sorted(PLANS_DIR.glob("*.toml"))]
+    assert len(found) == 3
+    assert {(plan.model.revision, plan.saes[0].revision) for plan in found} == {(revision, sae)}
+
+
+def test_addresses_and_paths(tmp_path: Path) -> None:
+    assert [is_local(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [1, 1, 1, 0, 0]
+    assert public_name(str(tmp_path)) == tmp_path.name and public_name("organism") == "organism"
+    with listen("127.0.0.1", 0) as bound:
+        bound.listen()
+        with pytest.raises(ClampdownError, match="cannot listen"):
+            listen("127.0.0.1", bound.getsockname()[1])
