@@ -149,6 +149,7 @@ def test_finalists_are_the_best_within_the_budgets_and_differ(tmp_path: Path) ->
     assert all(trial in fair for trial in chosen)
     assert chosen[0].score.refusal == max(trial.score.refusal or 0 for trial in fair)
     assert len({str(trial.setting) for trial in chosen}) == len(chosen) == 6
+    assert {trial.setting.budget for trial in chosen[:2]} == {trial.setting.budget for trial in fair}
 
 
 def test_an_empty_space_is_an_error(tmp_path: Path) -> None:

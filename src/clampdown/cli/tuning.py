@@ -39,7 +39,7 @@ def tune(
     scopes: Annotated[str, typer.Option("--scopes", help="Comma-separated.")] = "all,prompt,assistant",
     gates: Annotated[
         str, typer.Option("--gates", help="Kinds, comma-separated.")
-    ] = "none,probe10,probe40,dense,cosine",
+    ] = "none,probe40,probe100,dense",
     gate_budgets: Annotated[str, typer.Option("--gate-budgets", help="Benign trigger rates.")] = "0.01,0.02,0.05",
     suites: Annotated[
         list[str] | None, typer.Option("--suites", help="Prompts: NAME, NAME=FILE or FILE; repeatable.")

@@ -3,7 +3,7 @@
 1. Features from a file or the default finder; gates fitted and calibrated once; combinations screened by prefills.
 2. `tradeoff.tune` searches on the first validation prompts of each suite, in batches.
 3. The best few are measured on validation prompts that no trial read. A plan may be chosen if the upper confidence
-   bound of every budget holds there; of those, the one that refuses most, then the cheapest.
+   bound of every budget holds there; of those, the one that refuses most (ties: see `in_order`).
 4. The test split is read once: the plan, the same with its gate held open, the unsteered model, a system prompt.
 
 Under --out: `tune.json` (what this run is), `search/` (all that a killed run goes on from), `trials.jsonl`,
@@ -35,6 +35,7 @@ from clampdown.commands.tune_space import (
 from clampdown.config import CODE_VERSION
 from clampdown.errors import NotEnoughDataError
 from clampdown.evaluation import controls, metrics, runner
+from clampdown.evaluation.intervals import wilson
 from clampdown.steering import units
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, write_plan
@@ -56,6 +57,7 @@ from clampdown.tradeoff.tune import NO_GATE, Effort, Trial, TrialLog, finalists,
 from clampdown.types import ArmKind, Interval, Record, Split
 
 TUNED, OPEN = "tuned", "tuned, gate held open"
+ONE_DEVIATION = 0.6827
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +121,34 @@ def choose_tuned(subject: Subject, request: Request, out: Path, stages: Stages) 
         effort = Effort(request.scale.trials, request.scale.batch, subject.seed)
         trials = search(found.space, Trials(bench), effort, TrialLog(out / "trials.jsonl"))
         confirmed = confirm(bench, finalists(trials, request.scale.finalists))
-    ranked = tuple(sorted(confirmed.finalists, key=_preference))
+    ranked = (*in_order([f for f in confirmed.finalists if not f.over]),)
+    ranked += in_order([each for each in confirmed.finalists if each.over])
     write_json(out / "frontier.json", [trial_facts(trial) for trial in pareto(trials)])
     write_json(out / "finalists.json", [_finalist_facts(each) for each in ranked])
     return Chosen(_winner(ranked, confirmed.unsteered, bench), ranked, trials, bench)
 
 
-def _preference(finalist: Finalist) -> tuple[Any, ...]:
-    """Most refusals first, then what uses least of the budgets."""
-    spent = sum(use.spent for use in finalist.uses)
-    return (-finalist.refusal, spent, finalist.trial.setting.multiple, finalist.trial.number)
+def in_order(found: Sequence[Finalist]) -> tuple[Finalist, ...]:
+    """Best first: most refusals; among those within one standard error of the best, the loosest gate first.
+
+    Of two thresholds of a gate the looser fires on all that the other fires on, on attacks of any kind: where refusals
+    cannot tell plans apart and both are within the budgets, it is the better one. Then what uses least of the budgets.
+    """
+    least = _less_one_error(max(found, key=lambda each: each.refusal)) if found else 0.0
+
+    def preference(each: Finalist) -> tuple[Any, ...]:
+        setting, spent = each.trial.setting, sum(use.spent for use in each.uses)
+        if each.refusal >= least:
+            return (0, -setting.looseness, -each.refusal, spent, setting.multiple, each.trial.number)
+        return (1, -each.refusal, spent, setting.multiple, each.trial.number)
+
+    return tuple(sorted(found, key=preference))
+
+
+def _less_one_error(best: Finalist) -> float:
+    """The lower end of Wilson's interval of one standard deviation: it has a width also where all were refused."""
+    n = sum(interval.n for interval in best.refusals.values())
+    return wilson(round(best.refusal * n), n, ONE_DEVIATION).low or 0.0
 
 
 def _winner(ranked: Sequence[Finalist], unsteered: Mapping[str, Interval], bench: Bench) -> Finalist:
@@ -224,7 +244,8 @@ def _extra(chosen: Chosen, plan: Plan, records: Sequence[Record]) -> dict[str, A
             "strength": edit.strengths[0],
             "strength_note": units.other_units(edit),
             "operator": edit.operator,
-            "rule": "most refusals of harmful suites among plans whose budgets hold by their upper bounds",
+            "rule": "most refusals of harmful suites among plans whose budgets hold by their upper bounds; within one "
+            "standard error, the loosest gate",
         },
         "strength_unit": "raw activation",
         "tune": {
@@ -259,7 +280,7 @@ def _trigger_rates(records: Sequence[Record]) -> Mapping[str, Any]:
     for record in records:
         if record.arm == TUNED and record.receipt is not None:
             fired.setdefault(record.suite, []).append(bool(record.receipt.gate_fired))
-    return {suite: metrics.wilson(sum(flags), len(flags)) for suite, flags in fired.items()}
+    return {suite: wilson(sum(flags), len(flags)) for suite, flags in fired.items()}
 
 
 def test_uses(bench: Bench, records: Sequence[Record]) -> tuple[Use, ...]:

@@ -56,7 +56,7 @@ class Choices:
     features_file: Path | None = None
     operators: tuple[str, ...] = ("clamp", "floor", "add")
     scopes: tuple[str, ...] = ("all", "prompt", "assistant")
-    gates: tuple[str, ...] = (NO_GATE, "probe10", "probe40", "dense", "cosine")
+    gates: tuple[str, ...] = (NO_GATE, "probe40", "probe100", "dense")
     gate_budgets: tuple[float, ...] = (0.01, 0.02, 0.05)
     set_size: int = 2
 

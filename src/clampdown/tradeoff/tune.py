@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class Setting:
     multiple: float
     gate: str = NO_GATE
     budget: float | None = None
+
+    @property
+    def looseness(self) -> float:
+        """How often the gate may fire on benign prompts; 1.0 for a plan that always steers."""
+        return 1.0 if self.budget is None else self.budget
 
     def __str__(self) -> str:
         behind = "" if self.gate == NO_GATE else f", {self.gate} gate {self.budget:g}"
@@ -189,21 +195,29 @@ def pareto(trials: Sequence[Trial]) -> tuple[Trial, ...]:
 
 
 def finalists(trials: Sequence[Trial], n: int, *, alike: int = 2) -> tuple[Trial, ...]:
-    """The `n` trials worth confirming: within the budgets by their estimates, most refusals first, then cheapest.
+    """The `n` trials worth confirming: within the budgets by their estimates, most refusals first, then cheapest. When
+    too few are, those least beyond them follow.
 
-    Of one combination and gate at most `alike`; what was asked twice counts once. When too few are within the budgets,
-    those least beyond them follow."""
-    ranked = sorted(
-        (t for t in trials if t.score.refusal is not None),
-        key=lambda t: (max((u.spent for u in t.score.uses), default=0.0) if t.score.over else 0.0,
-                       -(t.score.refusal or 0.0), t.score.cost, t.setting.multiple, t.number),
-    )  # fmt: skip
+    Gate budgets take turns, because bounds on more prompts may turn a loose gate away. Of one combination and gate at
+    most `alike` are taken; what was asked twice counts once.
+    """
+    measured = [trial for trial in trials if trial.score.refusal is not None]
+    turns: dict[float | None, list[Trial]] = {}
+    for trial in sorted((t for t in measured if not t.score.over), key=_rank):
+        turns.setdefault(trial.setting.budget, []).append(trial)
+    fair = [trial for row in zip_longest(*turns.values()) for trial in row if trial is not None]
+    beyond = sorted((t for t in measured if t.score.over), key=lambda t: (max(u.spent for u in t.score.uses), _rank(t)))
     kept: list[Trial] = []
-    for trial in ranked:
+    for trial in [*fair, *beyond]:
         same = [k for k in kept if _family(k.setting) == _family(trial.setting)]
         if len(same) < alike and all(k.setting != trial.setting for k in same) and len(kept) < n:
             kept.append(trial)
     return tuple(kept)
+
+
+def _rank(trial: Trial) -> tuple[float, ...]:
+    """Most refusals, then cheapest, then weakest, then first."""
+    return (-(trial.score.refusal or 0.0), trial.score.cost, trial.setting.multiple, trial.number)
 
 
 def _family(setting: Setting) -> tuple[Any, ...]:
