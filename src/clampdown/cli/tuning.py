@@ -37,9 +37,7 @@ def tune(
     ] = 2,
     operators: Annotated[str, typer.Option("--operators", help="Comma-separated.")] = "clamp,floor,add",
     scopes: Annotated[str, typer.Option("--scopes", help="Comma-separated.")] = "all,prompt,assistant",
-    gates: Annotated[
-        str, typer.Option("--gates", help="Kinds, comma-separated.")
-    ] = "none,probe40,probe100,dense",
+    gates: Annotated[str, typer.Option("--gates", help="Kinds, comma-separated.")] = "none,probe40,probe100,dense",
     gate_budgets: Annotated[str, typer.Option("--gate-budgets", help="Benign trigger rates.")] = "0.01,0.02,0.05",
     suites: Annotated[
         list[str] | None, typer.Option("--suites", help="Prompts: NAME, NAME=FILE or FILE; repeatable.")

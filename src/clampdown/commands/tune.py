@@ -23,6 +23,7 @@ from clampdown.commands.demo import SYSTEM_PROMPT
 from clampdown.commands.estimate import Estimate, duration, estimate
 from clampdown.commands.experiment import Subject
 from clampdown.commands.stages import Stages
+from clampdown.commands.sweep import read_features
 from clampdown.commands.tune_measuring import Bench, Finalist, Trials, changes_of, confirm
 from clampdown.commands.tune_prompts import FULL, PromptSets, Scale, capability, harmful, prompt_sets, prompts_of, safe
 from clampdown.commands.tune_space import (
@@ -43,6 +44,7 @@ from clampdown.store import claim, content_hash, locked, prompts_hash, write_jso
 from clampdown.tradeoff.budgets import (
     BROKEN_HARMFUL,
     CAPABILITY,
+    KL,
     OVER_REFUSAL,
     BenignKl,
     Budgets,
@@ -53,6 +55,7 @@ from clampdown.tradeoff.budgets import (
     weigh,
 )
 from clampdown.tradeoff.explain import held_open
+from clampdown.tradeoff.frontier import write_summary
 from clampdown.tradeoff.tune import NO_GATE, Effort, Trial, TrialLog, finalists, pareto, search, trial_facts
 from clampdown.types import ArmKind, Interval, Record, Split
 
@@ -102,7 +105,17 @@ def run_tune(subject: Subject, request: Request, out: Path, stages: Stages) -> d
     def extra(records: Sequence[Record]) -> dict[str, Any]:
         return _extra(chosen, plan, records)
 
-    return experiment.measure_arms(subject, arms, out, request.scale.test, stages, extra)
+    summary = experiment.measure_arms(subject, arms, out, request.scale.test, stages, extra)
+    summary["tune"]["test"].append(facts(_test_kl(summary, request.budgets)))
+    write_summary(out / "summary.json", summary)
+    return summary
+
+
+def _test_kl(summary: Mapping[str, Any], budgets: Budgets) -> Use:
+    """The tuned arm's KL on benign test prompts, its gate as it is; a mean over tokens, without a bound."""
+    arm = next(arm for arm in summary["arms"] if arm["name"] == TUNED)
+    n = next((rates["refused"]["n"] for name, rates in arm["suites"].items() if name == "benign"), 0)
+    return Use(KL, budgets.kl, arm["kl_benign"], None, n)
 
 
 def choose_tuned(subject: Subject, request: Request, out: Path, stages: Stages) -> Chosen:
@@ -114,6 +127,8 @@ def choose_tuned(subject: Subject, request: Request, out: Path, stages: Stages) 
     request.choices.check()
     sets = prompt_sets(subject, request.scale)
     check_provable(available(sets, request), request.budgets)
+    if request.choices.features_file:
+        read_features(subject, request.choices.features_file)  # says at once that a file is missing or of another SAE
     claim(out / "tune.json", tuning_key(subject, request, sets))
     with locked(out / "search"):
         found = find_candidates(subject, sets, request.scale, request.choices, out / "search", stages)
@@ -248,6 +263,7 @@ def _extra(chosen: Chosen, plan: Plan, records: Sequence[Record]) -> dict[str, A
             "standard error, the loosest gate",
         },
         "strength_unit": "raw activation",
+        "screening": bench.candidates.screening,
         "tune": {
             "setting": str(setting),
             "trials": len(chosen.trials),
@@ -284,7 +300,7 @@ def _trigger_rates(records: Sequence[Record]) -> Mapping[str, Any]:
 
 
 def test_uses(bench: Bench, records: Sequence[Record]) -> tuple[Use, ...]:
-    """The budgets on the test split, from what was generated there alone; KL is in the summary's arms."""
+    """The budgets on the test split, from what was generated there alone; KL is added when it was measured."""
     suites = bench.subject.suites(Split.TEST, bench.scale.test.per_suite)
     found = changes_of(metrics.by_arm_and_suite(records), TUNED, suites)
     uses = weigh(Evidence(found, BenignKl(())), bench.budgets)

@@ -90,11 +90,12 @@ def _kind(name: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The space, each feature's unit, and the gates by (kind, budget)."""
+    """The space, each feature's unit, the gates by (kind, budget), and what screening read of every candidate."""
 
     space: Space
     units: Mapping[int, float]
     gates: Mapping[tuple[str, float], FittedGate]
+    screening: tuple[Mapping[str, Any], ...] = ()
 
     def plan(self, subject: Subject, setting: Setting) -> Plan:
         """What a setting does."""
@@ -150,7 +151,7 @@ def find_candidates(
     fitted = dict.fromkeys(kind for kind, _ in gates)
     open_gate = (NO_GATE,) if NO_GATE in choices.gates else ()
     budgets = tuple(sorted({budget for _, budget in gates}))
-    return Candidates(Space(combinations, (*open_gate, *fitted), budgets), units, gates)
+    return Candidates(Space(combinations, (*open_gate, *fitted), budgets), units, gates, tuple(raw["screening"]))
 
 
 def _features(

@@ -11,8 +11,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from clampdown.tradeoff.budgets import KL
-
 WIDE = 76
 """Columns from which intervals are shown beside the shares."""
 
@@ -41,8 +39,6 @@ def _budgets(summary: Mapping[str, Any]) -> Table:
     for name in ("limit", "seen", "bound", "n", "used", "test"):
         table.add_column(name, justify="right", no_wrap=True)
     test = {use["budget"]: use["estimate"] for use in found["test"]}
-    tuned = next(arm for arm in summary["arms"] if arm["kind"] == "tuned")
-    test[KL] = tuned["kl_benign"]
     for use in found["validation"]["budgets"]:
         used = "" if use["bound"] is None else f"{use['bound'] / use['limit']:.0%}"
         cells = (use["limit"], use["estimate"], use["bound"])

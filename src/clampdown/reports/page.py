@@ -24,6 +24,7 @@ from clampdown.reports.examples import SuiteExamples, examples_of, pair
 from clampdown.reports.figures import frontier_figures, strength_figures
 from clampdown.reports.run import GateResult, RunData, read_run
 from clampdown.reports.tables import EMPTY, Table, arms_table, changes_table, facts, feature_table, screening_table
+from clampdown.reports.tuning import tuning_sentence, tuning_tables
 from clampdown.reports.wording import (
     DASH,
     is_lower,
@@ -99,6 +100,8 @@ def build_page(run: RunData) -> str:
         gate_sentence=None if run.gate is None else gate_sentence(run.gate),
         gate_rows=_gate_rows(run, found),
         gate_facts=() if run.gate is None else _gate_facts(run.gate),
+        tuning_sentence=None if run.tune is None else tuning_sentence(run.tune),
+        tuning=tuning_tables(run),
         changes=changes_table(paired, found) if paired else None,
         examples=_examples(paired, found, run),
         arms=arms_table(run, found, sides),

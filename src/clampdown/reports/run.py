@@ -90,6 +90,7 @@ class RunData:
     """All that a report shows. `prompts` maps (suite, prompt id) -> turns; `notes` says what is missing, by part.
 
     `screening` holds the candidates that were read from prefills, with the reason for each that was not kept.
+    `tune` is how a tuned plan was searched for, as `clampdown tune` writes it.
     `decisions` is how the run chose its plan and matched its controls, as the summary words it.
     """
 
@@ -109,6 +110,7 @@ class RunData:
     plan: Mapping[str, Any] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     screening: tuple[Mapping[str, Any], ...] = ()
+    tune: Mapping[str, Any] | None = None
 
 
 def read_run(directory: Path) -> RunData:
@@ -202,6 +204,7 @@ def _summary_fields(raw: Mapping[str, Any], manifest: Mapping[str, Any] | None) 
         "provenance": provenance,
         "decisions": {key: raw[key] for key in ("chosen", "controls") if isinstance(raw.get(key), Mapping)},
         "screening": tuple(raw.get("screening") or ()),
+        "tune": raw["tune"] if isinstance(raw.get("tune"), Mapping) else None,
         "timings": {str(k): float(v) for k, v in (raw.get("timings") or {}).items() if _is_number(v)},
     }
 

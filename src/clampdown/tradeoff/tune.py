@@ -266,7 +266,8 @@ class TrialLog:
 
 def trial_facts(trial: Trial) -> dict[str, Any]:
     """A trial as plain values; `trial_from_json` reads them back."""
-    return {**to_jsonable(trial), "cost": trial.score.cost, "over": list(trial.score.over)}
+    shown = {"name": str(trial.setting), "cost": trial.score.cost, "over": list(trial.score.over)}
+    return {**to_jsonable(trial), **shown}
 
 
 def trial_from_json(row: Mapping[str, Any]) -> Trial:
