@@ -120,7 +120,7 @@ def show(which: str, model: str, sae: str, request: ShowRequest, stages: Stages)
     with stages.stage("Loading"):
         lm, loaded = load_pair(model, sae)
     sets = _sets_about(loaded, request)
-    prompts = _prompts(request)
+    prompts = prompts_of(request)
     with stages.stage("Reading prompts") as tick:
         return make_card(lm, loaded, int(which), prompts, sets, on_progress=tick)
 
@@ -141,7 +141,7 @@ def _sets_about(sae: Sae, request: ShowRequest) -> list[FeatureSet]:
     return kept
 
 
-def _prompts(request: ShowRequest) -> list[Prompt]:
+def prompts_of(request: ShowRequest) -> list[Prompt]:
     """Prompts of a file, else of the embedded suites' discovery split: looking at cards is part of choosing features,
     so prompts that decide or test must not be on them."""
     if request.prompts is not None:

@@ -156,18 +156,24 @@ def _scaffold_runs(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messag
 
 
 def _content_spans(text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
-    """Where each message's content lies in the rendered text, in characters. Templates may strip contents."""
-    spans, cursor = [], 0
+    """Where the messages' contents lie in the rendered text, in characters."""
+    return [span for span in _spans_by_message(text, messages) if span is not None]
+
+
+def _spans_by_message(text: str, messages: Sequence[Message]) -> list[tuple[int, int] | None]:
+    """Where each message's content lies in the rendered text, in characters; None for a turn that the template drops or
+    moves. Templates may strip contents."""
+    spans: list[tuple[int, int] | None] = []
+    cursor = 0
     for message in messages:
         content = message.content
         begin = text.find(content, cursor)
         if begin < 0:
             content = content.strip()
             begin = text.find(content, cursor)
-        if begin < 0:
-            continue  # the template drops or moves this turn: nothing of it to protect
-        cursor = begin + len(content)
-        spans.append((begin, cursor))
+        if begin >= 0:
+            cursor = begin + len(content)
+        spans.append((begin, cursor) if begin >= 0 else None)
     return spans
 
 
@@ -212,6 +218,19 @@ def token_texts(lm: LanguageModel, messages: Sequence[Message], *, add_generatio
         pieces.append(text[cursor : max(cursor, end)])
         cursor = max(cursor, end)
     return pieces
+
+
+def token_owners(
+    lm: LanguageModel, messages: Sequence[Message], *, add_generation_prompt: bool = True
+) -> list[int | None]:
+    """For each token of `encode`, the index of the message that it is a part of; None for the template's tokens."""
+    text = render(lm.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    spans = _spans_by_message(text, messages)
+    owners: list[int | None] = []
+    for _token, (begin, end) in _encode_with_offsets(lm.tokenizer, text):
+        mine = (i for i, span in enumerate(spans) if span and begin < span[1] and end > span[0])
+        owners.append(next(mine, None))
+    return owners
 
 
 def content_texts(

@@ -1,0 +1,206 @@
+"""What the page's events do, as Gradio calls them: values of components in, values or updates of components out.
+
+Errors that a user can do something about are shown where the result would have been; nothing else is caught.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from clampdown.errors import ClampdownError
+from clampdown.serving.studio import figures, markup
+from clampdown.serving.studio.conversation import Conversation
+from clampdown.serving.studio.handlers import LISTED, Controls, Handlers
+from clampdown.serving.studio.settings import AS_PLANNED, operators_for
+from clampdown.serving.studio.workbench import Tick, Workbench
+from clampdown.steering.plan import Plan
+
+N_LOADED = 8
+"""How many values `Actions.loaded` gives."""
+
+
+class Actions:
+    """The page's events on a workbench."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.handlers = Handlers(bench)
+
+    def threshold_range(self, plan: Plan) -> dict[str, Any]:
+        """The threshold slider for a plan, in numbers that can be read; the plan's own threshold to its step."""
+        low, high = self.handlers.span(plan)
+        own, step = plan.gate.threshold if plan.gate else 0.0, self.handlers.step(plan)
+        rounded = round(math.floor(low / step) * step, 3), round(math.ceil(high / step) * step, 3)
+        return {"minimum": rounded[0], "maximum": rounded[1], "step": step, "value": round(own, 3)}
+
+    def names(self, plan: Plan) -> list[str]:
+        return list(dict.fromkeys((plan.name, *self.bench.plans.names())))
+
+    # ---- the plan -----------------------------------------------------------------------------------
+
+    def say_words(self, plan: Plan, *controls: Any) -> str:
+        return self.handlers.words(plan, Controls(*controls))
+
+    def load_named(self, name: str) -> list[Any]:
+        try:
+            return self.loaded(self.bench.plans.plan(name))
+        except ClampdownError as error:
+            return [gr.skip()] * (N_LOADED - 1) + [markup.notice(error.message, error.hint)]
+
+    def loaded(self, plan: Plan) -> list[Any]:
+        """Everything that shows a plan, for a plan just chosen: the controls go back to neutral."""
+        own = plan.gate.threshold if plan.gate else 0.0
+        controls = Controls(1.0, AS_PLANNED, AS_PLANNED, plan.gate is not None, own)
+        return [
+            plan,
+            1.0,
+            gr.update(choices=list(operators_for(plan)), value=AS_PLANNED),
+            AS_PLANNED,
+            gr.update(value=plan.gate is not None, interactive=plan.gate is not None),
+            gr.update(**self.threshold_range(plan)),
+            gr.update(choices=self.names(plan), value=plan.name),
+            self.handlers.words(plan, controls),
+        ]
+
+    # ---- chat ---------------------------------------------------------------------------------------
+
+    async def ask(self, said: str, talk: Conversation, plan: Plan, *rest: Any) -> AsyncIterator[list[Any]]:
+        """Both answers to what was said, as they come. What went wrong is shown and the words are given back."""
+        *controls, coloured, feature = rest
+        if not said.strip():
+            yield [talk, gr.skip(), gr.skip(), said]
+            return
+        by = int(feature) if coloured and feature is not None else None
+        try:
+            async for shown in self.handlers.ask(said.strip(), talk, plan, Controls(*controls), by):
+                yield [shown.talk, shown.transcript, shown.legend, ""]
+        except ClampdownError as error:
+            before = markup.transcript(talk, starters=self.bench.starters)
+            yield [talk, before, markup.notice(error.message, error.hint), said]
+
+    async def ask_starter(
+        self, event: gr.EventData, said: str, talk: Conversation, plan: Plan, *rest: Any
+    ) -> AsyncIterator[list[Any]]:
+        async for drawn in self.ask(str(getattr(event, "say", "")), talk, plan, *rest):
+            yield drawn
+
+    async def ask_again(self, said: str, talk: Conversation, plan: Plan, *rest: Any) -> AsyncIterator[list[Any]]:
+        """The last question once more, with the controls as they are now, in place of its answers."""
+        if talk.turns:
+            last, earlier = talk.turns[-1].said, Conversation(talk.turns[:-1], talk.system)
+            async for drawn in self.ask(last, earlier, plan, *rest):
+                yield [*drawn[:3], said]
+
+    def start_over(self) -> list[Any]:
+        return [Conversation(), markup.transcript(Conversation(), starters=self.bench.starters), "", ""]
+
+    def recolour(self, talk: Conversation, coloured: bool, feature: float | None) -> list[Any]:
+        try:
+            shown = self.handlers.show(talk, int(feature) if coloured and feature is not None else None)
+        except ClampdownError as error:
+            return [gr.skip(), markup.notice(error.message, error.hint)]
+        return [shown.transcript, shown.legend]
+
+    # ---- features -----------------------------------------------------------------------------------
+
+    def open_features(self, query: str, sort: str | None) -> list[Any]:
+        explorer = self.bench.explorer
+        if explorer is None:
+            return [gr.skip(), '<p class="empty">There is no SAE here. Start with --sae.</p>']
+        scores = list(explorer.scores)
+        chosen = sort if sort in scores else next(iter(scores), None)
+        return [gr.update(choices=scores, value=chosen), self.list_features(query, chosen)]
+
+    def list_features(self, query: str, sort: str | None) -> str:
+        if self.bench.explorer is None:
+            return ""
+        rows = self.bench.explorer.listed(query, sort or "")
+        return markup.feature_list(rows[:LISTED], sort or "index", len(rows))
+
+    def find_features(self, query: str, sort: str | None, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+        if self.bench.explorer is None:
+            return self.open_features(query, sort)
+        try:
+            self.bench.explorer.find(ticking(progress, "Scoring features"))
+        except ClampdownError as error:
+            return [gr.skip(), markup.notice(error.message, error.hint)]
+        return self.open_features(query, None)
+
+    def show_card(self, event: gr.EventData, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+        feature = int(getattr(event, "feature", 0))
+        ready = gr.update(interactive=True)
+        try:
+            assert self.bench.explorer is not None, "without an explorer no feature is listed"
+            card = self.bench.explorer.card(feature, ticking(progress, "Reading prompts"))
+        except ClampdownError as error:
+            return [markup.notice(error.message, error.hint), feature, ready, ready]
+        return [markup.card_frame(card, feature), feature, ready, ready]
+
+    def steer_with(self, feature: int, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+        assert self.bench.explorer is not None, "without an explorer no feature is listed"
+        try:
+            return self.loaded(self.bench.explorer.steer(feature, ticking(progress, "Calibrating")))
+        except ClampdownError as error:
+            return [gr.skip()] * (N_LOADED - 1) + [markup.notice(error.message, error.hint)]
+
+    # ---- frontier -----------------------------------------------------------------------------------
+
+    def open_frontier(self, run: str | None) -> list[Any]:
+        names = [found.name for found in self.bench.runs.runs()]
+        chosen = run if run in names else next(iter(names), None)
+        return [gr.update(choices=names, value=chosen), self.draw_frontier(chosen)]
+
+    def draw_frontier(self, run: str | None, chosen: str = "") -> str:
+        found = next((each for each in self.bench.runs.runs() if each.name == run), None)
+        if found is None:
+            return '<p class="empty">No runs yet. Make one: <code>clampdown demo --out runs/demo</code></p>'
+        return figures.frontier(found, chosen)
+
+    def load_point(self, run: str, event: gr.EventData) -> list[Any]:
+        arm = str(getattr(event, "arm", ""))
+        try:
+            plan = self.bench.runs.plan(run, arm)
+        except ClampdownError as error:
+            return [gr.skip()] * N_LOADED + [markup.notice(error.message, error.hint)]
+        return [*self.loaded(plan), self.draw_frontier(run, arm)]
+
+    # ---- gate and keeping ---------------------------------------------------------------------------
+
+    def draw_gate(self, plan: Plan, threshold: float) -> str:
+        return self.handlers.gate_panel(plan, threshold)
+
+    def read_scores(self, plan: Plan, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+        try:
+            self.handlers.read_scores(plan, ticking(progress, "Reading prompts"))
+        except ClampdownError as error:
+            return [markup.notice(error.message, error.hint), gr.skip()]
+        at = self.threshold_range(plan)
+        return [self.handlers.gate_panel(plan, at["value"]), gr.update(**at)]
+
+    def keep(self, name: str, plan: Plan, *controls: Any) -> list[Any]:
+        try:
+            kept, said = self.handlers.save(name, plan, Controls(*controls))
+        except ClampdownError as error:
+            return [gr.skip()] * N_LOADED + [markup.notice(error.message, error.hint)]
+        return [*self.loaded(kept), f'<p class="done" role="status">{markup.text(said)}</p>']
+
+    def show_code(self, plan: Plan, *rest: Any) -> tuple[str, str]:
+        *controls, talk = rest
+        try:
+            return self.handlers.code(plan, Controls(*controls), talk)
+        except ClampdownError as error:
+            return f"# {error.message}", f"# {error.message}"
+
+
+def ticking(progress: gr.Progress, what: str) -> Tick:
+    """Gradio's progress as the jobs know it."""
+
+    def tick(done: int, total: int) -> None:
+        progress((done, total), desc=what)
+
+    progress(0.0, desc=what)
+    return tick
