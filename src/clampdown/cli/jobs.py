@@ -42,14 +42,13 @@ def compare_methods(
 ) -> None:
     """Both papers' methods, the dense baselines, a tuned plan and random features in one run on the embedded model."""
     from clampdown.commands import compare_methods as job
-    from clampdown.commands import demo as sizes
     from clampdown.commands.experiment import organism_subject
 
     progress = stages()
     with progress.stage("Loading"):
         subject = organism_subject(model, sae, seed=seed)
     request = job.Request(kl=kl, n_random=n_random)
-    summary = job.run_compare_methods(subject, out, sizes.QUICK if quick else sizes.FULL, request, progress)
+    summary = job.run_compare_methods(subject, out, job.QUICK if quick else job.FULL, request, progress)
     show_run(out, progress)
     console.print(job.shown(summary))
 

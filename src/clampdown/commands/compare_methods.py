@@ -20,8 +20,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from clampdown.commands import demo, experiment, methods
-from clampdown.commands.experiment import Subject
+from clampdown.commands import demo, experiment, methods, tuned
+from clampdown.commands.experiment import Sizes, Subject
 from clampdown.commands.methods import Bench, Method, Picked
 from clampdown.commands.stages import Stages
 from clampdown.errors import NotEnoughDataError, StrengthError
@@ -35,6 +35,8 @@ from clampdown.tradeoff.frontier import write_summary
 from clampdown.tradeoff.sweep import candidates
 from clampdown.types import Split
 
+FULL = replace(demo.FULL, validation=40, sizes=Sizes(120, 60))
+QUICK = demo.QUICK
 MATCHED = "at equal KL"
 REVERSED = "signs turned"
 DECIDED_ON = (*demo.HARMFUL, "benign", "borderline", "about_harm")
@@ -137,8 +139,8 @@ def match(arm: Arm, measure: Any, goal: float) -> Arm | str:
     except StrengthError as error:
         return error.message
     name = f"{arm.name} {MATCHED}"
-    closed = Plan.model_validate({**dict(found.plan), "name": name, "gate": plan.gate, "saes": plan.saes})
-    return replace(arm, name=name, plan=closed, strength=closed.edits[0].strengths[0])
+    closed = tuned.at_strengths(plan, found.plan, name)
+    return replace(arm, name=name, plan=closed, strength=found.plan.edits[0].strengths[0])
 
 
 def random_controls(bench: Bench, matched: Mapping[str, Arm | str], matching: Matching) -> list[Arm]:
@@ -173,10 +175,10 @@ def _line(name: str, picked: Picked, matched: Arm | str) -> Line:
 
 
 def _opened(plan: Plan) -> Plan:
-    """The plan without its gate, and without an SAE that only the gate reads."""
-    sites = {edit.site for edit in plan.edits if edit.features}
-    saes = tuple(ref for ref in plan.saes if ref.site in sites)
-    return Plan.model_validate({**dict(plan), "gate": None, "saes": saes})
+    """What the plan does to what it takes for harmful: no gate, and no SAE that only a gate reads."""
+    up = tuned.opened(plan)
+    sites = {edit.site for edit in up.edits if edit.features}
+    return up.model_copy(update={"saes": tuple(ref for ref in plan.saes if ref.site in sites)})
 
 
 def _plan(arm: Arm) -> Plan:

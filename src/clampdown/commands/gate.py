@@ -221,8 +221,9 @@ def trigger_rates(material: Material, first: FittedGate, second: FittedGate | No
 def promise(guarantee: Guarantee) -> str:
     """A guarantee in words."""
     return (
-        f"{guarantee.triggered} of {guarantee.n} benign calibration prompts trigger it: at {guarantee.confidence:.0%} "
-        f"confidence at most {guarantee.bound:.2%} of such prompts do (budget {guarantee.budget:.2%})"
+        f"{guarantee.triggered} of {guarantee.n} {guarantee.on} calibration prompts trigger it: "
+        f"at {guarantee.confidence:.0%} confidence at most {guarantee.bound:.2%} of such prompts do "
+        f"(budget {guarantee.budget:.2%})"
     )
 
 

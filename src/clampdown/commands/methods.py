@@ -5,7 +5,7 @@
                                refined over rounds into a set of at most two
     difference of means        the dense direction added at every token (2406.11717)
     CAST-style                 the same behind a gate on a dense condition vector (2409.05907)
-    tuned                      the causally strongest features clamped behind a calibrated gate, at several budgets
+    tuned                      sets of features clamped behind calibrated gates of one or two sides (`tuned.py`)
 
 The first four are chosen as published: by refusals that they gain, with no regard to what safe prompts and capability
 pay. The tuned plan must also refuse no more safe validation prompts than the unsteered model.
@@ -13,11 +13,10 @@ pay. The tuned plan must also refuse no more safe validation prompts than the un
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from clampdown.commands import demo
+from clampdown.commands import demo, tuned
 from clampdown.commands.experiment import Subject
 from clampdown.commands.stages import Stages
 from clampdown.discovery import causal
@@ -28,18 +27,17 @@ from clampdown.discovery.screening import BenignKl, PrefillRefusal
 from clampdown.errors import NotEnoughDataError
 from clampdown.evaluation.condition import Condition, condition
 from clampdown.steering.arms import Arm
-from clampdown.steering.plan import Edit, Gate, ModelRef, Plan, SaeRef
+from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef
 from clampdown.tradeoff.sweep import Candidate, Rule, choose, sweep_arms
-from clampdown.types import ArmKind, FeatureScore, Point, Prompt, Site, Split
+from clampdown.types import ArmKind, Point, Prompt, Site, Split
 
 FIRST, SECOND, DENSE, CAST, TUNED = (
     "clamp (2411.11296)",
     "score + refine (2511.00029)",
     "difference of means",
     "CAST-style",
-    "tuned",
+    tuned.NAME,
 )
-GATE_BUDGETS = (0.01, 0.02, 0.05)
 REFINED_FEATURES = 2
 SCORED = 4
 
@@ -58,29 +56,29 @@ class Picked:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method's arms at several strengths, and the rule that validation prompts choose by.
-
-    `spares_safe`: only arms that refuse no more safe prompts than the unsteered model may be chosen.
-    """
+    """A method's arms at several strengths, and how validation prompts choose one (None: none gained a refusal)."""
 
     name: str
     kind: ArmKind
     arms: tuple[Arm, ...]
-    rule: Rule
-    spares_safe: bool = False
+    pick: Callable[[Sequence[Candidate], Candidate], Arm | None]
 
     def chosen(self, found: Sequence[Candidate], unsteered: Candidate) -> Picked:
-        """The arm that the rule picks. When none gains a refusal, the arm that is broken least, the strongest of those:
+        """The arm that is picked. When none gains a refusal, the arm that is broken least, the strongest of those:
         a method that fails here belongs in the table. Raises `NotEnoughDataError` without arms."""
-        safe = unsteered.axes.over_refusal or 0.0
-        mine = [c for c in found if not self.spares_safe or (c.axes.over_refusal or 0.0) <= safe]
-        picked = choose(mine, self.rule, baseline=unsteered.axes.refusal or 0.0).chosen
+        picked = self.pick(found, unsteered)
         if picked is not None:
-            return Picked(picked.arm)
+            return Picked(picked)
         if not found:
             raise NotEnoughDataError(f"{self.name}: no arm to choose from")
         least = min(found, key=lambda c: (c.axes.degenerate or 0.0, -abs(c.arm.strength or 0.0)))
         return Picked(least.arm, "no strength gained refusals on validation prompts; the strongest of the least broken")
+
+
+def by_refusals(found: Sequence[Candidate], unsteered: Candidate) -> Arm | None:
+    """As published: by the refusals that are gained, whatever safe prompts and capability pay."""
+    picked = choose(found, Rule(), baseline=unsteered.axes.refusal or 0.0).chosen
+    return picked.arm if picked else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,7 @@ def first_paper(bench: Bench) -> Method:
     best = causal.rank_by_effect(found, causal.clamp_at_multiple(lm, sae, 1.0), measure).features[0]
     unit = best.scores["max_activation"]
     plan = _named(causal.clamp_plan(lm, sae, best.feature, unit), FIRST)
-    return Method(FIRST, ArmKind.FEATURE, sweep_arms(plan, [unit], (1.0, 1.5, 2.0, 2.5, 3.0)), Rule())
+    return Method(FIRST, ArmKind.FEATURE, sweep_arms(plan, [unit], (1.0, 1.5, 2.0, 2.5, 3.0)), by_refusals)
 
 
 def second_paper(bench: Bench) -> Method:
@@ -160,7 +158,7 @@ def second_paper(bench: Bench) -> Method:
     limits = Limits(bench.given.effort.kl, 0.1, REFINED_FEATURES, max_rounds=2, multiples=(0.5, 1.0, 2.0))
     refined = refine(pool, _adding(bench), rescore, limits).best.clamps
     arms = tuple(_times(bench, refined, factor) for factor in (0.5, 0.75, 1.0, 1.25, 1.5))
-    return Method(SECOND, ArmKind.FEATURE, arms, Rule())
+    return Method(SECOND, ArmKind.FEATURE, arms, by_refusals)
 
 
 def _both_signs(features: Sequence[int], units: dict[int, float]) -> list[Clamps]:
@@ -196,7 +194,7 @@ def added_direction(bench: Bench) -> Method:
     """The difference of means added at every token."""
     edit = Edit(site=bench.site, operator="add_direction", strengths=(1.0,), vector="direction", scope="all")
     plan = Plan(name=DENSE, model=bench.model, edits=(edit,), vectors={"direction": bench.dense})
-    return Method(DENSE, ArmKind.DIRECTION, sweep_arms(plan, [1.0], (0.1, 0.2, 0.3, 0.4, 0.5)), Rule())
+    return Method(DENSE, ArmKind.DIRECTION, sweep_arms(plan, [1.0], (0.1, 0.2, 0.3, 0.4, 0.5)), by_refusals)
 
 
 def ablated_direction(bench: Bench) -> Arm:
@@ -209,7 +207,7 @@ def ablated_direction(bench: Bench) -> Arm:
 def cast(bench: Bench, dense: Method) -> Method:
     """The added direction behind the condition's gate."""
     arms = tuple(gated_arm(arm, arm.name.replace(DENSE, CAST), bench.condition) for arm in dense.arms)
-    return Method(CAST, ArmKind.DIRECTION, arms, Rule())
+    return Method(CAST, ArmKind.DIRECTION, arms, by_refusals)
 
 
 def gated_arm(arm: Arm, name: str, found: Condition) -> Arm:
@@ -220,25 +218,10 @@ def gated_arm(arm: Arm, name: str, found: Condition) -> Arm:
 
 
 def tuned_plans(bench: Bench) -> Method:
-    """The clamp finder's best features behind gates of several benign budgets, in both scopes, at three strengths."""
-    probe = demo.gate_probe(bench.subject, bench.scale, demo.GateChoice().max_features)
-    gates = {
-        budget: demo.calibrate(bench.subject, probe, bench.scale, demo.GateChoice(budget)) for budget in GATE_BUDGETS
-    }
-    finalists = run_finder("clamp", bench.given).features[: bench.scale.finalists]
-    arms = [
-        arm
-        for score, scope, (budget, gate) in itertools.product(finalists, demo.SCOPES, gates.items())
-        for arm in _tuned(bench, score, scope, budget, gate)
-    ]
-    return Method(TUNED, ArmKind.TUNED, tuple(arms), Rule(share=1.0), spares_safe=True)
-
-
-def _tuned(bench: Bench, score: FeatureScore, scope: str, budget: float, gate: Gate) -> tuple[Arm, ...]:
-    unit = score.scores["max_activation"]
-    plan = causal.clamp_plan(bench.subject.lm, bench.subject.sae, score.feature, unit, scope)
-    named = plan.model_copy(update={"name": f"{TUNED} {score.feature} {scope} budget {budget:g}", "gate": gate})
-    return sweep_arms(named, [unit], demo.VALIDATION_MULTIPLES[scope])
+    """A set of features around the clamp finder's first, behind gates of one and of two sides (`tuned.py`)."""
+    best = run_finder("clamp", bench.given).features[0]
+    arms = tuned.search(bench.subject, bench.scale, best.feature, best.scores["max_activation"], bench.given.tokens)
+    return Method(TUNED, ArmKind.TUNED, arms, tuned.choose)
 
 
 def _named(plan: Plan, name: str) -> Plan:

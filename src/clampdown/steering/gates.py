@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -54,11 +54,19 @@ class Probe:
         return total
 
 
-def fit_probe(pooled: Pooled, harmful: Bool[np.ndarray, " prompts"], *, max_features: int = 40, seed: int = 0) -> Probe:
+def fit_probe(
+    pooled: Pooled,
+    harmful: Bool[np.ndarray, " prompts"],
+    *,
+    max_features: int = 40,
+    inverse_penalty: float = 10.0,
+    seed: int = 0,
+) -> Probe:
     """A probe on at most `max_features` (feature, pooling) pairs.
 
-    The L1 penalty is relaxed until more pairs would be used; the chosen ones are then refitted with an L2 penalty,
-    because L1 shrinks the weights that it keeps. Raises `NotEnoughDataError` without prompts of both kinds.
+    The L1 penalty is relaxed until more pairs would be used; the chosen ones are then refitted with an L2 penalty
+    (`inverse_penalty` is its C), because L1 shrinks the weights that it keeps. Raises `NotEnoughDataError` without
+    prompts of both kinds.
     """
     if harmful.all() or not harmful.any():
         raise NotEnoughDataError("a gate needs both harmful and harmless prompts to learn from")
@@ -67,7 +75,7 @@ def fit_probe(pooled: Pooled, harmful: Bool[np.ndarray, " prompts"], *, max_feat
     scale = np.maximum(stacked.max(axis=0).toarray().ravel(), 1e-6)
     scaled: Any = csr_array(stacked.multiply(1.0 / scale))  # scipy's stubs do not know indexing by an array
     kept = _lasso_features(scaled, harmful, max_features, seed)
-    model: Any = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000, random_state=seed)
+    model: Any = LogisticRegression(C=inverse_penalty, class_weight="balanced", max_iter=2000, random_state=seed)
     model.fit(scaled[:, kept], harmful)
     coefficients = model.coef_[0]
     return Probe(
@@ -106,10 +114,21 @@ def prompts_needed(budget: float, confidence: float) -> int:
     return math.ceil(math.log(1 - confidence) / math.log(1 - budget))
 
 
+def provable_budget(n: int, confidence: float) -> float:
+    """The smallest budget that n prompts can prove, when none of them triggers."""
+    return 1 - (1 - confidence) ** (1 / n)
+
+
 def choose_threshold(
-    benign_scores: Sequence[float] | np.ndarray, *, budget: float, confidence: float = 0.95
+    benign_scores: Sequence[float] | np.ndarray,
+    *,
+    budget: float,
+    confidence: float = 0.95,
+    on: Literal["benign", "harmful"] = "benign",
 ) -> tuple[float, Guarantee]:
-    """The lowest threshold that keeps benign triggers within `budget`, with its guarantee.
+    """The lowest threshold that keeps triggers within `budget` on prompts like these, with its guarantee.
+
+    They are benign ones (`on`), except for a gate that turns refusals down: that one must spare harmful prompts.
 
     Raises `NotEnoughDataError`, naming the n that would do, when even zero triggers could not prove the budget.
     """
@@ -119,14 +138,18 @@ def choose_threshold(
     allowed = triggers[beta.ppf(confidence, triggers + 1, n - triggers) <= budget]
     if not len(allowed):
         raise NotEnoughDataError(
-            f"{n} benign calibration prompts cannot show a trigger rate within {budget:g} at {confidence:.0%} "
-            "confidence",
+            f"{n} {on} calibration prompts cannot show a trigger rate within {budget:g} at {confidence:.0%} confidence",
             hint=f"use at least {prompts_needed(budget, confidence)} prompts, or a larger budget",
         )
     threshold = float(scores[allowed[-1]])
     triggered = int((scores > threshold).sum())
     return threshold, Guarantee(
-        budget=budget, confidence=confidence, n=n, triggered=triggered, bound=upper_bound(triggered, n, confidence)
+        budget=budget,
+        confidence=confidence,
+        n=n,
+        triggered=triggered,
+        bound=upper_bound(triggered, n, confidence),
+        on=on,
     )
 
 

@@ -144,13 +144,17 @@ class Edit(_Part):
 
 
 class Guarantee(_Part):
-    """What a gate's threshold promises: with `confidence`, at most `budget` of benign prompts trigger it."""
+    """What a gate's threshold promises: with `confidence`, at most `budget` of such prompts trigger it.
+
+    `on` says of which prompts: benign ones, or, for a gate that turns refusals down, harmful ones.
+    """
 
     budget: float
     confidence: float
     n: int
     triggered: int
     bound: float
+    on: Literal["benign", "harmful"] = "benign"
 
 
 class Gate(_Part):
@@ -309,6 +313,8 @@ def _as_of(version: int, data: dict[str, Any]) -> dict[str, Any]:
         for key, neutral in _ADDED_TO_GATES.items():
             if gate.get(key) == neutral:
                 gate.pop(key)
+        if (gate.get("guarantee") or {}).get("on") == "benign":
+            gate["guarantee"].pop("on")
     if data["otherwise"] is None:
         del data["otherwise"]
     return {**data, "schema_version": version}
