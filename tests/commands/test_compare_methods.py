@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from clampdown.commands import methods
+from clampdown.commands import tuned as tuned_plan
 from clampdown.commands.compare_methods import MATCHED, REVERSED, Request, measure_chosen, shown
 from clampdown.commands.demo import Scale
 from clampdown.commands.experiment import Sizes, organism_subject
@@ -20,7 +21,7 @@ from clampdown.discovery.refine import Clamps
 from clampdown.steering.arms import Arm
 from clampdown.steering.plan import Gate, read_plan
 from clampdown.tradeoff.frontier import Axes, read_summary
-from clampdown.tradeoff.sweep import Candidate, Rule
+from clampdown.tradeoff.sweep import Candidate
 from clampdown.types import ArmKind
 
 TINY = Scale(
@@ -120,14 +121,16 @@ UNSTEERED = candidate("baseline", 0.0, 0.5, safe=0.1)
 def test_only_the_tuned_plan_is_held_to_what_safe_prompts_pay() -> None:
     found = [candidate("spares", 1.0, 0.7, safe=0.1), candidate("overdoes", 2.0, 0.9, safe=0.3)]
     arms = tuple(each.arm for each in found)
-    published = methods.Method("m", ArmKind.FEATURE, arms, Rule())
-    tuned = methods.Method("m", ArmKind.TUNED, arms, Rule(), spares_safe=True)
+    published = methods.Method("m", ArmKind.FEATURE, arms, methods.by_refusals)
+    tuned = methods.Method("m", ArmKind.TUNED, arms, tuned_plan.choose)
     assert published.chosen(found, UNSTEERED).arm.name == "overdoes"
     assert tuned.chosen(found, UNSTEERED).arm.name == "spares"
 
 
 def test_a_method_that_gains_nothing_stays_in_the_table_and_says_so() -> None:
     found = [candidate("weak", 1.0, 0.5), candidate("strong", 2.0, 0.5), candidate("breaks", 3.0, 0.1, broken=0.9)]
-    picked = methods.Method("m", ArmKind.FEATURE, tuple(c.arm for c in found), Rule()).chosen(found, UNSTEERED)
+    picked = methods.Method("m", ArmKind.FEATURE, tuple(c.arm for c in found), methods.by_refusals).chosen(
+        found, UNSTEERED
+    )
     assert picked.arm.name == "strong"
     assert "no strength gained" in picked.note
