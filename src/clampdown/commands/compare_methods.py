@@ -33,7 +33,7 @@ from clampdown.store import to_jsonable
 from clampdown.tradeoff.claims import Arms, Claim, claims
 from clampdown.tradeoff.frontier import write_summary
 from clampdown.tradeoff.sweep import candidates
-from clampdown.types import Split
+from clampdown.types import ArmKind, Split
 
 FULL = replace(demo.FULL, validation=40, sizes=Sizes(120, 60))
 QUICK = demo.QUICK
@@ -79,14 +79,32 @@ def run_compare_methods(
     found = methods.all_methods(bench, stages)
     reading = replace(subject, more_saes=(bench.condition.sae,))
     chosen = choose_all(reading, found, scale, out / "validation", stages)
-    return measure_chosen(bench, chosen, out, request, stages)
+    return measure_chosen(bench, chosen, out, request, stages, other_sides(found, chosen))
+
+
+def other_sides(found: Sequence[Method], chosen: Mapping[str, Picked]) -> tuple[Arm, ...]:
+    """The tuned plan with the other number of sides, which was not chosen: what the second branch buys and costs."""
+    picked = _plan(chosen[methods.TUNED].arm)
+    return tuple(
+        replace(arm, name=f"{methods.TUNED}, {'two' if _plan(arm).otherwise else 'one'}-sided", kind=ArmKind.GATED)
+        for method in found
+        for arm in method.arms
+        if method.name == methods.TUNED and _plan(arm).digest != picked.digest
+    )
 
 
 def measure_chosen(
-    bench: Bench, chosen: Mapping[str, Picked], out: Path, request: Request, stages: Stages
+    bench: Bench,
+    chosen: Mapping[str, Picked],
+    out: Path,
+    request: Request,
+    stages: Stages,
+    also: Sequence[Arm] = (),
 ) -> dict[str, Any]:
-    """Read the test split once, with each method's own best, matched arms and controls; returns the summary."""
+    """Read the test split once, with each method's own best, matched arms, controls and what else is to be shown;
+    returns the summary."""
     columns = build_columns(bench, chosen, request, stages)
+    columns = replace(columns, arms=(*columns.arms, *also))
     write_plan(out / "plan.toml", _plan(chosen[methods.TUNED].arm))
     sizes = replace(bench.scale.sizes, likelihood=True)
     reading = replace(bench.subject, more_saes=(bench.condition.sae,))

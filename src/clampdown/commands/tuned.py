@@ -5,8 +5,8 @@
    (`discovery/relapse.py`). Three strengths of each. Validation prompts choose, with no gate: of those that turn as
    many whole replies into refusals as the best, but for `SLACK`, the one with the largest refusal log-odds, because
    known wrappers are turned by many edits and only a margin helps with unknown ones.
-2. Gate: a sparse probe on SAE features, fitted on discovery prompts; its threshold has the largest of several benign
-   budgets that steers at most `SAFE` of the benign validation prompts.
+2. Gate: a sparse probe on SAE features, fitted on discovery prompts; its threshold promises `BUDGET` on benign
+   calibration prompts.
 3. Two-sided or not: asked first, a probe for borderline prompts, behind which the refusal feature is reversed. Its
    threshold is set on harmful calibration prompts: a jailbreak taken for a borderline prompt would be helped.
 4. The arms that are left meet the other methods' on validation prompts. Among those that refuse no more safe prompts
@@ -52,8 +52,7 @@ RELAPSES = 32
 """Failing prompts on which repairs are looked for."""
 HELD = 3
 """How many of the best repairs are held together."""
-BUDGETS = (0.02, 0.015, 0.01)
-SAFE = 0.01
+BUDGET = 0.01
 DOWN_BUDGET = 0.002
 CONFIDENCE = 0.95
 PROBE_FEATURES = 300
@@ -197,10 +196,8 @@ def up_gate(subject: Subject, scale: demo.Scale, read: Discovery) -> Gate:
     """The gate of harmful prompts, at the module's step 2."""
     probe = _probe(subject, read, read.harmful)
     calibration = _scores(subject, probe, subject.prompts(Split.CALIBRATION, 2 * scale.calibration, "benign"))
-    validation = _scores(subject, probe, subject.prompts(Split.VALIDATION, int(MORE * scale.validation), "benign"))
-    found = [choose_threshold(calibration, budget=budget, confidence=CONFIDENCE) for budget in BUDGETS]
-    within = [(at, promise) for at, promise in found if (validation > at).mean() <= SAFE]
-    threshold, guarantee = (within or found[-1:])[0]
+    budget = max(BUDGET, provable_budget(len(calibration), CONFIDENCE))
+    threshold, guarantee = choose_threshold(calibration, budget=budget, confidence=CONFIDENCE)
     return make_gate(subject.sae.cfg.site.name, probe, threshold, guarantee)
 
 
