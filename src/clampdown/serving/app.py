@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -27,7 +28,7 @@ from clampdown.serving.intake import Job
 from clampdown.serving.ledger import Exchange
 from clampdown.serving.limits import BodyLimit
 from clampdown.serving.metrics import CONTENT_TYPE
-from clampdown.serving.plans import described
+from clampdown.serving.plans import BASE, OFF, described
 from clampdown.serving.schemas import ChatRequest, CompletionRequest
 
 log = logging.getLogger(__name__)
@@ -77,10 +78,23 @@ def create_app(
     app.state.served = served
     for kind in (ClampdownError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refused)
+    app.openapi = lambda: _document(app, served)
     _add_answers(app, served)
     _add_facts(app, served)
     app.add_middleware(BodyLimit, limit=served.limits.body_bytes, refuse=faults.response)  # type: ignore[arg-type]
     return app
+
+
+def _document(app: FastAPI, served: Served) -> dict[str, Any]:
+    """The OpenAPI document of this very server: the models and plans that it has now are the ones that may be named."""
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    names = [name for name, _ in served.plans]
+    for body in ("ChatRequest", "CompletionRequest"):
+        properties = document["components"]["schemas"][body]["properties"]
+        properties["model"]["enum"] = [*served.plans.ids, *(f"{BASE}:{name}" for name in names)]
+        by_name = next(way for way in properties["steering"]["anyOf"] if way.get("type") == "string")
+        by_name["enum"] = [*names, OFF]
+    return document
 
 
 def _lifespan(served: Served, background: tuple[Background, ...], drain_seconds: float) -> Any:

@@ -160,7 +160,7 @@ class Intake:
             raise RequestError("max_tokens 0 is for `echo` with `logprobs`", param="max_tokens", code="nothing_to_do")
         positions = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
         room = limits.tokens if positions is None else int(positions) - longest
-        wanted = min(limits.default_tokens, max(room, 1)) if asked is None else asked
+        wanted = min(limits.default_tokens, limits.tokens, max(room, 1)) if asked is None else asked
         if wanted > room:
             raise RequestError(
                 f"the model has {positions} positions: {longest} of the prompt and {wanted} to write do not fit",

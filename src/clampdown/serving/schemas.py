@@ -83,8 +83,15 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None
 
 
+def _closed(schema: dict[str, Any]) -> None:
+    """Say in the OpenAPI document which further fields are taken, and with which values."""
+    neutral = {name: {"enum": [*values, None]} for name, values in _NEUTRAL.items()}
+    schema["properties"] |= {name: {} for name in _NO_EFFECT} | neutral
+    schema["additionalProperties"] = False
+
+
 class _Common(_Body):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, json_schema_extra=_closed)
 
     model: Name = Field(description="The model's name, or NAME:PLAN to steer with a plan.")
     steering: Name | InlineEdit | None = Field(default=None, description='A plan\'s name, "off", or an edit.')
