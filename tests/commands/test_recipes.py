@@ -214,6 +214,11 @@ def test_the_first_papers_pipeline(tmp_path: Path) -> None:
     gated = arms[summary["chosen"]["gated_arm"]]
     assert gated["plan"] == read_plan(tmp_path / "plan.toml").digest
     assert gated["gate_fired"]["benign"]["n"] == gated["suites"]["benign"]["refused"]["n"]
+    (gate,) = gated["gates"]
+    assert gate["guarantee"]["budget"] == recipe.gate.budget  # type: ignore[union-attr]
+    for suite, scores in gate["scores"].items():
+        fired = sum(score > gate["threshold"] for score in scores) / len(scores)
+        assert fired == pytest.approx(gated["gate_fired"][suite]["value"]), suite
     assert len(arms) <= n_arms(recipe)
     attacks = json.loads((tmp_path / "multiturn" / "summary.json").read_text())
     assert len(attacks["arms"]) == 3

@@ -78,6 +78,14 @@ def test_a_chosen_strength_is_said_in_other_units_too(run_of):
     assert note not in said(replace(run, chosen=replace(chosen, strength=1.0)))["Gain"]
 
 
+def test_an_operator_that_does_not_clamp_is_not_said_to(run_of):
+    added = COSTLY | {"operator": "add", "name": "refined"}
+    run = run_of(BASELINE, added)
+    assert "lamp" not in headline_of(run) + "".join(said(run).values())
+    assert headline_of(run) == "Steering trades good answers for refusals"
+    assert said(run)["Gain"].startswith("The arm “refined” raises refusals")
+
+
 def test_no_effect_is_called_no_effect(run_of):
     run = run_of(BASELINE, arm_json("clamp", "feature", rates(0.52, 0.06, 0.94)))
     assert "does not measurably change" in said(run)["Gain"]

@@ -124,7 +124,9 @@ def _complete(by_prompt: Mapping[str, Mapping[str, Record]], names: Sequence[str
 def examples_of(
     paired: Paired, labels: Sequence[str], prompts: Mapping[tuple[str, str], tuple[Turn, ...]]
 ) -> SuiteExamples:
-    """Bucket a suite's prompts by what each steered arm changed; changed ones first, largest bucket first."""
+    """Bucket a suite's prompts by what each steered arm changed; changed ones first, largest bucket first. Every
+    kind of change that any arm made is among those shown, however rare: flips one way must not hide the other way's.
+    """
     buckets: dict[tuple[Change, ...], list[tuple[Record, ...]]] = defaultdict(list)
     for row in paired.rows:
         buckets[tuple(change_between(row[0], after) for after in row[1:])].append(row)
@@ -135,9 +137,21 @@ def examples_of(
             len(buckets[changes]),
             tuple(_example(row, labels, prompts) for row in buckets[changes][:PER_BUCKET]),
         )
-        for changes in order[:BUCKETS_PER_SUITE]
+        for changes in _shown(order)
     )
     return SuiteExamples(paired.suite, len(paired.rows), tuple(labels), tuple(shown))
+
+
+def _shown(order: Sequence[tuple[Change, ...]]) -> list[tuple[Change, ...]]:
+    """The first buckets, and further ones as long as an arm's change is in none of those taken."""
+    taken = list(order[:BUCKETS_PER_SUITE])
+    seen = {made for changes in taken for made in enumerate(changes)}
+    for changes in order[BUCKETS_PER_SUITE:]:
+        fresh = set(enumerate(changes)) - seen
+        if any(change is not Change.SAME for _, change in fresh):
+            taken.append(changes)
+            seen |= fresh
+    return taken
 
 
 def _example(

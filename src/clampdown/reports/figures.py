@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from clampdown.reports.breakdowns import budget_places
 from clampdown.reports.comparison import Headline, Point, Sides, mean, pareto, point, strength_curve
 from clampdown.reports.run import ArmResult, RunData
 from clampdown.reports.wording import KIND_TITLES, full, number, short_name, suite_title
@@ -71,8 +72,10 @@ def frontier_figures(run: RunData, found: Headline, sides: Sides) -> tuple[Figur
     """Every arm by what it refuses rightly, against capability and against refusing wrongly."""
     points = [point(arm, sides) for arm in run.arms]
     curve = strength_curve(run, found.clamp)
-    capability = _frontier_spec(points, curve, found, _FrontierAxis("mean capability", lambda p: p.capability, +1))
-    unanswered = _FrontierAxis("safe prompts refused or broken", lambda p: p.unanswered, -1)
+    allowed = budget_places(run, found, sides)
+    right = _FrontierAxis("mean capability", lambda p: p.capability, +1, allowed.capability)
+    capability = _frontier_spec(points, curve, found, right)
+    unanswered = _FrontierAxis("safe prompts refused or broken", lambda p: p.unanswered, -1, allowed.unanswered)
     over = _frontier_spec(points, curve, found, unanswered)
     both = (
         ("frontier-capability", "Refusal against capability", "up and to the right is better", capability),
@@ -172,18 +175,19 @@ def _percent_axis(title: str = "") -> Spec:
     return {"range": [-0.03, 1.03], "tickformat": ".0%", "dtick": 0.25, "title": {"text": title}}
 
 
-def _vertical(x: float) -> Spec:
+def _vertical(x: float, colour: str = "@ink-soft", dash: str = "dot") -> Spec:
     return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "layer": "below",
-            "line": {"color": "@ink-soft", "width": 1, "dash": "dot"}}  # fmt: skip
+            "line": {"color": colour, "width": 1, "dash": dash}}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class _FrontierAxis:
-    """What the frontier's x axis shows, and whether more of it is better (+1) or worse (-1)."""
+    """What the frontier's x axis shows, whether more of it is better (+1) or worse (-1), and the budget on it."""
 
     title: str
     of: Callable[[Point], Interval]
     sign: int
+    budget: float | None = None
 
 
 def _frontier_spec(points: Sequence[Point], curve: Sequence[ArmResult], found: Headline, axis: _FrontierAxis) -> Spec:
@@ -195,13 +199,27 @@ def _frontier_spec(points: Sequence[Point], curve: Sequence[ArmResult], found: H
         mine = [p for p in known if p.arm.kind is kind]
         if mine:
             traces.append(_kind_trace(kind, mine, found, axis))
-    layout = {
-        "xaxis": _percent_axis(axis.title),
+    layout = frontier_layout(axis.title)
+    layout["annotations"] = _labels([p for p in known if p.arm in found.arms], axis)
+    if axis.budget is not None:
+        layout["shapes"] = [_vertical(axis.budget, "@gated", "dash")]
+        layout["annotations"] += [_budget_word(axis.budget, axis.sign)]
+    return {"data": traces, "layout": layout}
+
+
+def frontier_layout(title: str) -> Spec:
+    """Both axes of a frontier."""
+    return {
+        "xaxis": _percent_axis(title),
         "yaxis": _percent_axis("harmful prompts refused") | {"range": [-0.03, 1.1]},
-        "annotations": _labels([p for p in known if p.arm in found.arms], axis),
         "hovermode": "closest",
     }
-    return {"data": traces, "layout": layout}
+
+
+def _budget_word(x: float, sign: int) -> Spec:
+    """Beside its line, on the side that the budget forbids: the allowed side is where the arms are."""
+    return {"x": x, "y": 0, "yref": "paper", "yanchor": "bottom", "xanchor": "right" if sign > 0 else "left",
+            "text": "budget", "showarrow": False, "font": {"size": 11, "color": "@gated"}}  # fmt: skip
 
 
 def _kind_trace(kind: ArmKind, points: Sequence[Point], found: Headline, axis: _FrontierAxis) -> Spec:
@@ -215,7 +233,7 @@ def _kind_trace(kind: ArmKind, points: Sequence[Point], found: Headline, axis: _
                    "opacity": [1.0 if lead else 0.75 for lead in leading], "line": {"width": 1, "color": "@paper"}},
         "error_x": _error([axis.of(p) if lead else None for p, lead in zip(points, leading, strict=True)], kind),
         "error_y": _error([p.refusal if lead else None for p, lead in zip(points, leading, strict=True)], kind),
-        "text": [_hover(p) for p in points],
+        "text": [hover(p) for p in points],
         "hovertemplate": "%{text}<extra></extra>",
     }  # fmt: skip
 
@@ -232,7 +250,8 @@ def _error(intervals: Sequence[Interval | None], kind: ArmKind) -> Spec:
             "thickness": 1.2, "width": 0}  # fmt: skip
 
 
-def _hover(p: Point) -> str:
+def hover(p: Point) -> str:
+    """What a marker says: its arm, and every number with its interval."""
     lines = [f"<b>{escape(p.arm.name)}</b> ({KIND_TITLES[p.arm.kind]})", f"harmful refused {full(p.refusal)}"]
     if p.over_refusal.value is not None:
         lines.append(f"safe prompts refused {full(p.over_refusal)}")

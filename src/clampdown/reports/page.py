@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,9 +19,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from clampdown.reports.breakdowns import category_tables
 from clampdown.reports.comparison import Headline, Sides, headline, point, sides_of
 from clampdown.reports.examples import SuiteExamples, examples_of, pair
 from clampdown.reports.figures import frontier_figures, strength_figures
+from clampdown.reports.methods_side_by_side import claims_table, method_figures, methods_table
+from clampdown.reports.operating import operating_figures
+from clampdown.reports.origins import files_table, plans_table
 from clampdown.reports.run import GateResult, RunData, read_run
 from clampdown.reports.tables import EMPTY, Table, arms_table, changes_table, facts, feature_table, screening_table
 from clampdown.reports.tuning import tuning_sentence, tuning_tables
@@ -30,6 +34,7 @@ from clampdown.reports.wording import (
     is_lower,
     key_refusal,
     key_refusal_title,
+    number,
     percent,
     sample_sizes,
     short_name,
@@ -86,7 +91,13 @@ def build_page(run: RunData) -> str:
     """The whole report as one HTML document."""
     sides = sides_of(run)
     found = headline(run, sides)
-    figures = {"curves": strength_figures(run, found, sides), "frontiers": frontier_figures(run, found, sides)}
+    gates = gates_of(run, found)
+    figures = {
+        "curves": strength_figures(run, found, sides),
+        "methods": method_figures(run, sides),
+        "frontiers": frontier_figures(run, found, sides),
+        "operating": operating_figures(found, sides),
+    }
     data = json_for_script({figure.id: figure.spec for group in figures.values() for figure in group})
     paired = pair(run, found, sides)
     template = environment().get_template("report.html.j2")
@@ -97,9 +108,14 @@ def build_page(run: RunData) -> str:
         tiles=tiles(found, sides),
         figures=figures,
         figure_data=Markup(data),  # json_for_script leaves no markup
-        gate_sentence=None if run.gate is None else gate_sentence(run.gate),
-        gate_rows=_gate_rows(run, found),
-        gate_facts=() if run.gate is None else _gate_facts(run.gate),
+        gates=[(gate_sentence(gate), _gate_facts(gate)) for gate in gates],
+        gate_rows=_gate_rows(gates[0] if gates else None, found),
+        methods=methods_table(run, sides),
+        claims=claims_table(run),
+        categories=category_tables(found, sides),
+        explanation=None if run.explanation is None else explained(run.explanation),
+        plans=plans_table(run),
+        files=files_table(run),
         tuning_sentence=None if run.tune is None else tuning_sentence(run.tune),
         tuning=tuning_tables(run),
         changes=changes_table(paired, found) if paired else None,
@@ -150,12 +166,19 @@ def _worst_tile(found: Headline) -> Tile | None:
     return _tile(found, f"hardest hit: {suite_title(name)}", "higher", intervals)
 
 
+def gates_of(run: RunData, found: Headline) -> tuple[GateResult, ...]:
+    """The gate that the summary describes, else those of the conditional or of the tuned arm's plan."""
+    if run.gate is not None:
+        return (run.gate,)
+    return next((arm.gates for arm in (found.gated, found.tuned) if arm is not None and arm.gates), ())
+
+
 def gate_sentence(gate: GateResult) -> str:
     """The guarantee in words, with what it rests on; says so when there is none."""
     if gate.bound is None or gate.n_calibration is None or gate.confidence is None:
         return "This gate states no guarantee on how often it fires on benign prompts."
     text = (
-        f"Calibrated on **{gate.n_calibration} benign prompts**: with {percent(gate.confidence)} confidence at most "
+        f"Calibrated on **{gate.n_calibration} {gate.on} prompts**: with {percent(gate.confidence)} confidence at most "
         f"**{percent(gate.bound, digits=2)}** of such prompts trigger it"
     )
     if gate.budget is None:
@@ -164,11 +187,12 @@ def gate_sentence(gate: GateResult) -> str:
     return text + f" (exact binomial bound), {kept} the budget of {percent(gate.budget, digits=2)}."
 
 
-def _gate_rows(run: RunData, found: Headline) -> tuple[TileRow, ...]:
-    """How often the gate fires: as the gate's own figures, else as the conditional arm's receipts say."""
-    rates = run.gate.trigger_rates if run.gate is not None else {}
-    if not rates and found.gated is not None:
-        rates = found.gated.gate_fired
+def _gate_rows(gate: GateResult | None, found: Headline) -> tuple[TileRow, ...]:
+    """How often the gate fires: as the gate's own figures, else as the conditional or tuned arm's receipts say."""
+    rates = gate.trigger_rates if gate is not None else {}
+    for arm in (found.gated, found.tuned):
+        if not rates and arm is not None:
+            rates = arm.gate_fired
     return tuple(TileRow(suite_title(name), "gated", rate) for name, rate in rates.items())
 
 
@@ -180,6 +204,15 @@ def _gate_facts(gate: GateResult) -> list[tuple[str, str]]:
 def _examples(paired: Sequence[Any], found: Headline, run: RunData) -> tuple[SuiteExamples, ...]:
     labels = [short_name(arm) for arm in found.arms]
     return tuple(examples_of(each, labels, run.prompts) for each in paired)
+
+
+def explained(found: Mapping[str, Any]) -> str:
+    """What `explain.json` says in a sentence: whose cost, and how much of it."""
+    cost = found.get("cost") or {}
+    text = f"Why “{found.get('plan', 'the plan')}” costs what it costs, token by token and layer by layer"
+    if cost.get("kl") is not None and cost.get("n_tokens"):
+        text += f": **{number(cost['kl'])} nats** per token of benign text (n = {cost['n_tokens']:,} tokens)"
+    return text + "."
 
 
 def _finder(found: FeatureSet, run: RunData) -> FinderTable:

@@ -16,6 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from clampdown.errors import ClampdownError, StoreError
+from clampdown.reports.optional_parts import (
+    DECISIONS,
+    ClaimLine,
+    FileLine,
+    MethodLine,
+    claim_lines,
+    files_of,
+    method_lines,
+    read_explanation,
+)
 from clampdown.store import SCHEMA, read_feature_set, read_json, read_records
 from clampdown.types import ArmKind, FeatureSet, Interval, Record, Verdict
 
@@ -24,12 +34,43 @@ VERDICTS = frozenset(verdict.value for verdict in Verdict)
 
 
 @dataclass(frozen=True, slots=True)
+class GateResult:
+    """How a gate's threshold was set and how often it fires. Fields that the run did not state are None.
+
+    The guarantee speaks of prompts that are `on` (benign, or harmful for a gate that turns refusals down). `scores` are
+    what the gate scored by suite, lowest first.
+    """
+
+    kind: str
+    features: tuple[int, ...]
+    threshold: float | None
+    budget: float | None
+    confidence: float | None
+    n_calibration: int | None
+    bound: float | None
+    trigger_rates: Mapping[str, Interval] = field(default_factory=dict)
+    on: str = "benign"
+    branch: str = "edits"
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """What one arm did on one category of a suite."""
+
+    refused: Interval | None
+    correct: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
 class ArmResult:
     """One arm of the summary. `suites` maps suite -> verdict -> share; `capability` maps suite -> share correct.
 
     `edit_norm` is the mean of ||x' - x|| / ||x|| over edited tokens; `kl_benign` is in nats per token. `gate_fired` and
     `p_values` (exact McNemar against the baseline) are by suite, as is `changes`: the paired difference to the baseline
-    on the same prompts, of right answers in capability suites and of refusals elsewhere.
+    on the same prompts, of right answers in capability suites and of refusals elsewhere. `gates` are those of the
+    arm's plan, the second for what a two-sided plan does otherwise; `likelihood` is capability by the options'
+    likelihood; `categories` are by suite and category; `plan` is the digest of what steered.
     """
 
     name: str
@@ -46,6 +87,10 @@ class ArmResult:
     gate_fired: Mapping[str, Interval] = field(default_factory=dict)
     p_values: Mapping[str, float | None] = field(default_factory=dict)
     changes: Mapping[str, Interval] = field(default_factory=dict)
+    gates: tuple[GateResult, ...] = ()
+    likelihood: Mapping[str, Interval] = field(default_factory=dict)
+    categories: Mapping[str, Mapping[str, Category]] = field(default_factory=dict)
+    plan: str | None = None
 
     def rate(self, suite: str, verdict: Verdict = Verdict.REFUSED) -> Interval | None:
         return self.suites.get(suite, {}).get(verdict)
@@ -64,20 +109,6 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class GateResult:
-    """How the gate's threshold was set and how often it fires. Fields that the run did not state are None."""
-
-    kind: str
-    features: tuple[int, ...]
-    threshold: float | None
-    budget: float | None
-    confidence: float | None
-    n_calibration: int | None
-    bound: float | None
-    trigger_rates: Mapping[str, Interval]
-
-
-@dataclass(frozen=True, slots=True)
 class Turn:
     """One turn of a prompt, for showing."""
 
@@ -90,8 +121,8 @@ class RunData:
     """All that a report shows. `prompts` maps (suite, prompt id) -> turns; `notes` says what is missing, by part.
 
     `screening` holds the candidates that were read from prefills, with the reason for each that was not kept.
-    `tune` is how a tuned plan was searched for, as `clampdown tune` writes it.
-    `decisions` is how the run chose its plan and matched its controls, as the summary words it.
+    `tune` is how a tuned plan was searched for, as `clampdown tune` writes it. `explanation` is `explain.json`, if it
+    lies there. `decisions` is how the run chose its plan and matched its controls, as the summary words it.
     """
 
     arms: tuple[ArmResult, ...]
@@ -111,6 +142,11 @@ class RunData:
     notes: Mapping[str, str] = field(default_factory=dict)
     screening: tuple[Mapping[str, Any], ...] = ()
     tune: Mapping[str, Any] | None = None
+    methods: tuple[MethodLine, ...] = ()
+    claims: tuple[ClaimLine, ...] = ()
+    matched_kl: float | None = None
+    explanation: Mapping[str, Any] | None = None
+    files: tuple[FileLine, ...] = ()
 
 
 def read_run(directory: Path) -> RunData:
@@ -130,6 +166,8 @@ def read_run(directory: Path) -> RunData:
             prompts=optional.read("prompts.jsonl", _read_prompts, {}),
             feature_sets=optional.feature_sets(),
             plan=optional.read("plan.toml", _read_toml, None),
+            explanation=read_explanation(directory),
+            files=files_of(directory),
             notes=optional.notes,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -202,11 +240,14 @@ def _summary_fields(raw: Mapping[str, Any], manifest: Mapping[str, Any] | None) 
         "strength_unit": raw.get("strength_unit"),
         "harmful_suites": None if harmful is None else tuple(harmful),
         "provenance": provenance,
-        "decisions": {key: raw[key] for key in ("chosen", "controls") if isinstance(raw.get(key), Mapping)},
+        "decisions": {key: raw[key] for key in DECISIONS if isinstance(raw.get(key), Mapping)},
+        "methods": method_lines(raw),
+        "claims": claim_lines(raw),
+        "matched_kl": raw.get("matched_kl"),
         "screening": tuple(raw.get("screening") or ()),
         "tune": raw["tune"] if isinstance(raw.get("tune"), Mapping) else None,
         "timings": {str(k): float(v) for k, v in (raw.get("timings") or {}).items() if _is_number(v)},
-    }
+    }  # fmt: skip
 
 
 def _arm(row: Mapping[str, Any]) -> ArmResult:
@@ -234,7 +275,16 @@ def _arm(row: Mapping[str, Any]) -> ArmResult:
         p_values={suite: pair.get("p_value") for suite, pair in (row.get("against_baseline") or {}).items()},
         changes={suite: _interval({**pair, "value": pair["difference"]})
                  for suite, pair in (row.get("against_baseline") or {}).items() if "low" in pair},
+        gates=tuple(found for found in map(_gate, row.get("gates") or ()) if found is not None),
+        likelihood=_intervals(row.get("capability_by_likelihood")),
+        categories={suite: {name: _category(found) for name, found in rows.items()}
+                    for suite, rows in (row.get("categories") or {}).items()},
+        plan=row.get("plan"),
     )  # fmt: skip
+
+
+def _category(raw: Mapping[str, Any]) -> Category:
+    return Category(_optional_interval(raw.get("refused")), _optional_interval(raw.get("correct")))
 
 
 def _interval(raw: Mapping[str, Any]) -> Interval:
@@ -255,15 +305,19 @@ def _optional_interval(raw: object) -> Interval | None:
 def _gate(raw: Mapping[str, Any] | None) -> GateResult | None:
     if not raw:
         return None
+    promised = raw.get("guarantee") or raw
     return GateResult(
         kind=str(raw.get("kind", "gate")),
         features=tuple(raw.get("features") or ()),
         threshold=raw.get("threshold"),
-        budget=raw.get("budget"),
-        confidence=raw.get("confidence"),
-        n_calibration=raw.get("n_calibration"),
-        bound=raw.get("bound"),
+        budget=promised.get("budget"),
+        confidence=promised.get("confidence"),
+        n_calibration=promised.get("n", raw.get("n_calibration")),
+        bound=promised.get("bound"),
         trigger_rates=_intervals(raw.get("trigger_rates")),
+        on=str(promised.get("on") or raw.get("calibrated_on") or "benign"),
+        branch=str(raw.get("branch") or "edits"),
+        scores={suite: tuple(map(float, scores)) for suite, scores in (raw.get("scores") or {}).items()},
     )
 
 

@@ -30,6 +30,7 @@ DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 CLOSE = 0.02
 MANY_CONTROLS = 4
+CLAMPING = frozenset({"clamp", "clamp_active", "floor"})
 
 SUITE_TITLES = {
     "harmful": "harmful",
@@ -108,7 +109,9 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def short_name(arm: ArmResult) -> str:
     """What the tiles call an arm."""
-    names = {ArmKind.BASELINE: "Baseline", ArmKind.FEATURE: "Clamp", ArmKind.GATED: "Conditional"}
+    names = {ArmKind.BASELINE: "Baseline", ArmKind.GATED: "Conditional"}
+    if arm.kind is ArmKind.FEATURE:
+        return "Clamp" if steering_word(arm) == "Clamping" else "Steered"
     return names.get(arm.kind, "Tuned" if arm.kind is ArmKind.TUNED else arm.name)
 
 
@@ -118,19 +121,25 @@ def title(run: RunData, sides: Sides) -> str:
     if found.baseline is None or found.clamp is None:
         return "What each arm refuses, and what it can still do"
     before, clamp = point(found.baseline, sides), point(found.clamp, sides)
+    what = steering_word(found.clamp)
     if _direction(_key_change(found.clamp, found.baseline, sides)) <= 0:
-        return "Clamping did not measurably raise refusals of attacks"
+        return f"{what} did not measurably raise refusals of attacks"
     if not _is_worse(clamp, before):
-        return "Clamping raises refusals; no cost was measured"
+        return f"{what} raises refusals; no cost was measured"
     resolved = found.tuned or found.gated
     if resolved is None:
-        return "Clamping trades good answers for refusals"
-    return _resolved_title(point(resolved, sides), before)
+        return f"{what} trades good answers for refusals"
+    return _resolved_title(what, point(resolved, sides), before)
 
 
-def _resolved_title(after: Point, before: Point) -> str:
+def steering_word(arm: ArmResult) -> str:
+    """What the arm does, to begin a sentence with: not every operator clamps."""
+    return "Clamping" if arm.operator is None or arm.operator in CLAMPING else "Steering"
+
+
+def _resolved_title(doing: str, after: Point, before: Point) -> str:
     what = "the tuned plan" if after.arm.kind is ArmKind.TUNED else "conditional steering"
-    start = f"Clamping trades good answers for refusals; {what}"
+    start = f"{doing} trades good answers for refusals; {what}"
     if _direction(change(after, before, "refusal")) <= 0:
         return f"{start} loses the gain"
     capability = change(after, before, "capability").value
@@ -183,6 +192,8 @@ def _gain(run: RunData, clamp: ArmResult, baseline: ArmResult, sides: Sides) -> 
 
 
 def _subject(run: RunData, arm: ArmResult) -> str:
+    if steering_word(arm) != "Clamping":
+        return f"The arm “{arm.name}”"
     what = f"feature {arm.feature}" if arm.feature else f"by “{arm.name}”"
     if arm.strength is None:
         return f"Clamping {what} everywhere"

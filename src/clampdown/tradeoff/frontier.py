@@ -21,9 +21,9 @@ from clampdown.evaluation import metrics
 from clampdown.evaluation.intervals import wilson
 from clampdown.evaluation.utility import Cost, option_accuracy
 from clampdown.steering.arms import Arm
-from clampdown.steering.plan import write_plan
+from clampdown.steering.plan import Plan, write_plan
 from clampdown.store import read_json, to_jsonable, write_json
-from clampdown.types import ArmKind, Interval, OptionChoice, Provenance, Record, Suite, SuiteKind, Verdict
+from clampdown.types import BRANCHES, ArmKind, Interval, OptionChoice, Provenance, Record, Suite, SuiteKind, Verdict
 
 SCHEMA = 1
 
@@ -106,6 +106,7 @@ def summarise(
                 **_costs(experiment.costs.get(arm.name)),
                 "frontier": {**to_jsonable(point), "pareto": on_front},
                 "gate_fired": _gate_fired(by_suite),
+                "gates": _gates(arm.plan, by_suite),
                 "against_baseline": _against(grouped.get(baseline or "", {}), by_suite),
             }
         )
@@ -138,6 +139,35 @@ def _identity(arm: Arm) -> dict[str, Any]:
             for e in edits
         ],
     }
+
+
+def _gates(plan: Plan | None, by_suite: BySuite) -> list[dict[str, Any]]:
+    """Each gate of a plan: what it reads, where it fires, what was promised, and what it scored by suite."""
+    gates = zip(BRANCHES, plan.gates if plan else (), strict=False)
+    return [
+        {
+            "branch": branch,
+            "kind": gate.kind,
+            "site": gate.site or None,
+            "features": list(gate.features) or None,
+            "threshold": gate.threshold,
+            "guarantee": gate.guarantee.model_dump(mode="json") if gate.guarantee else None,
+            "scores": _scores(branch, by_suite),
+        }
+        for branch, gate in gates
+    ]
+
+
+def _scores(branch: str, by_suite: BySuite) -> dict[str, list[float]]:
+    """By suite, what a branch's gate scored, lowest first: how it would have fired at any other threshold."""
+    scores = {
+        name: [
+            r.receipt.gate_score if branch == BRANCHES[0] else r.receipt.otherwise_score for r in records if r.receipt
+        ]
+        for name, records in by_suite.items()
+    }
+    known = {name: [score for score in found if score is not None] for name, found in scores.items()}
+    return {name: sorted(float(f"{score:.5g}") for score in found) for name, found in known.items() if found}
 
 
 def _rates(by_suite: BySuite, suites: Sequence[Suite]) -> dict[str, Any]:
