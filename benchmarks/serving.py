@@ -19,20 +19,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from _servers import clampdown_serve, cpu_seconds, free_port, running
 
 from clampdown.config import embedded_model
 from clampdown.models.loading import load_model
@@ -43,7 +40,6 @@ from clampdown.types import Split
 
 CLIENTS = 16
 MAX_TOKENS = 48
-START_SECONDS = 180
 TINY = 1e-3
 
 
@@ -54,10 +50,6 @@ class Server:
     pid: int
     url: str
     models: tuple[str, ...]
-
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,39 +81,6 @@ def write_plans(folder: Path) -> list[str]:
     return names
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def running(command: Sequence[str], port: int, log: Path) -> Iterator[int]:
-    """A server process that answers, until the block ends. Yields its pid."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    try:
-        wait_until_up(process, port, log)
-        yield process.pid
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def wait_until_up(process: subprocess.Popen[Any], port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise RuntimeError(f"the server did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
-
-
 async def ask_all(server: Server, prompts: Sequence[str]) -> list[str]:
     """16 clients share the prompts, each with one request at a time."""
     replies = [""] * len(prompts)
@@ -144,9 +103,9 @@ async def ask_all(server: Server, prompts: Sequence[str]) -> list[str]:
 
 
 def timed(server: Server, prompts: Sequence[str]) -> Round:
-    cpu, wall = server.cpu_seconds(), time.perf_counter()
+    cpu, wall = cpu_seconds(server.pid), time.perf_counter()
     replies = asyncio.run(ask_all(server, prompts))
-    return Round(tuple(replies), server.cpu_seconds() - cpu, time.perf_counter() - wall)
+    return Round(tuple(replies), cpu_seconds(server.pid) - cpu, time.perf_counter() - wall)
 
 
 def measure(arms: dict[str, Server], rounds: int, per_client: int) -> dict[str, list[Round]]:
@@ -193,11 +152,6 @@ def report(found: dict[str, list[Round]]) -> dict[str, Any]:
     }
 
 
-def our_command(port: int, plans: Path) -> list[str]:
-    serve = [sys.executable, "-m", "clampdown", "serve", "--port", str(port), "--plans", str(plans)]
-    return [*serve, "--judge-share", "0", "--canary-every", "never"]
-
-
 def their_command(port: int, weights: Path) -> list[str]:
     """Without these limits its cache takes most of the machine's memory."""
     program = str(Path(sys.executable).with_name("transformers"))
@@ -217,7 +171,7 @@ def main() -> None:
         folder = Path(name)
         (folder / "plans").mkdir()
         plans = write_plans(folder / "plans")
-        with running(our_command(ports[0], folder / "plans"), ports[0], folder / "ours.log") as pid:
+        with running(clampdown_serve(ports[0], folder / "plans"), ports[0], folder / "ours.log") as pid:
             url = f"http://127.0.0.1:{ports[0]}"
             arms = {
                 "unsteered": Server(pid, url, ("organism",)),
