@@ -154,17 +154,16 @@ class Watch:
         event = fields.get("event")
         if event == "start" and isinstance(fields.get("plans"), dict):
             self._ranges = {plan: _ranges(about) for plan, about in fields["plans"].items()}
-        if event not in ("request", "canary"):
-            return
         plan = str(fields.get("plan") or BASE)
-        if "id" not in fields and event == "request":
+        if event == "request" and "id" not in fields:
             plan = ERRORS  # what got no further than an error has no plan
-        if self._only in (None, plan):
-            tally = self._open.setdefault(plan, _Tally())
-            if event == "request":
-                tally.add(fields)
-            elif fields.get("alarm"):
-                tally.canaries.append(str(fields.get("detail") or "a canary that passed at first fails now"))
+        if self._only not in (None, plan):
+            return
+        if event == "request":
+            self._open.setdefault(plan, _Tally()).add(fields)
+        elif event == "canary" and fields.get("alarm"):
+            said = str(fields.get("detail") or "a canary that passed at first fails now")
+            self._open.setdefault(plan, _Tally()).canaries.append(said)
 
     def _window(self, begin: datetime, plan: str, tally: _Tally) -> Window:
         rates, alarms = {}, list(tally.canaries)
@@ -228,7 +227,7 @@ def _percent(interval: Interval) -> str:
 
 def _ranges(about: Any) -> dict[str, Range]:
     found = about.get("ranges", {}) if isinstance(about, dict) else {}
-    return {str(name): (bounds[0], bounds[1]) for name, bounds in found.items()}
+    return {str(name): (bounds[0], bounds[1]) for name, bounds in found.items() if len(bounds) == 2}
 
 
 def _moment(text: Any) -> datetime | None:
