@@ -17,7 +17,7 @@ from clampdown.cli.main import app
 from clampdown.commands import experiment, tune
 from clampdown.commands.experiment import Sizes, Subject, organism_subject
 from clampdown.commands.stages import Stages
-from clampdown.commands.tune_measuring import Bench, changes_of, confirm
+from clampdown.commands.tune_measuring import Bench, Finalist, changes_of, confirm
 from clampdown.commands.tune_prompts import (
     Scale,
     Sources,
@@ -36,10 +36,10 @@ from clampdown.evaluation.suites import write_suites
 from clampdown.steering.arms import BASELINE
 from clampdown.steering.plan import read_plan
 from clampdown.store import read_records, write_feature_set
-from clampdown.tradeoff.budgets import BROKEN_SAFE, CAPABILITY, OVER_REFUSAL, Budgets
+from clampdown.tradeoff.budgets import BROKEN_SAFE, CAPABILITY, OVER_REFUSAL, Budgets, Use
 from clampdown.tradeoff.frontier import read_summary
 from clampdown.tradeoff.tune import NO_GATE, Combination, Score, Setting, Trial
-from clampdown.types import FeatureScore, FeatureSet, Message, Prompt, Split, Suite, SuiteKind
+from clampdown.types import FeatureScore, FeatureSet, Interval, Message, Prompt, Split, Suite, SuiteKind
 
 SCALE = Scale(
     discovery=24,
@@ -173,6 +173,23 @@ def test_rows_that_no_gate_fired_on_are_the_unsteered_models(
     for name in (OVER_REFUSAL, BROKEN_SAFE, CAPABILITY):
         net = sum(c.worse - c.better for c in changes[name])
         assert (uses[name].n, round((uses[name].estimate or 0) * uses[name].n)) == (len(changes[name]), net)
+
+
+def test_refusals_decide_and_where_they_cannot_the_looser_gate_does() -> None:
+    def finalist(refused: int, budget: float | None, spent: float = 0.0) -> Finalist:
+        setting = Setting(Combination((1,), "clamp", "all"), 1.0, NO_GATE if budget is None else "dense", budget)
+        use = Use(OVER_REFUSAL, 0.02, 0.02 * spent, 0.01, 100)
+        trial = Trial(0, setting, Score(1.0, {}, ()))
+        return Finalist(trial, BASELINE, {"harmful": Interval.of_rate(refused, 200)}, (use,))
+
+    best, looser, cheaper, always, worse = (
+        finalist(200, 0.01),
+        finalist(199, 0.05, spent=0.5),
+        finalist(199, 0.05),
+        finalist(200, None),
+        finalist(180, 0.2),
+    )
+    assert tune.in_order([worse, always, best, looser, cheaper]) == (cheaper, looser, best, always, worse)
 
 
 def test_budgets_that_the_prompts_cannot_prove_stop_before_the_search(subject: Subject, tmp_path: Path) -> None:

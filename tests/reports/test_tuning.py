@@ -45,7 +45,7 @@ def test_the_page_shows_bounds_finalists_and_what_turned_them_away(run_of: Calla
     assert shown == ["over-refusal", "0.02", "0.005", "0.015", "400", "75%", "0.005"]
     assert [row.strong for row in finalists.rows] == [True, False]
     assert finalists.rows[1].cells[-1].text == "capability loss"
-    assert frontier.rows[0].cells[0].text == "3"
+    assert frontier.rows[0].cells[1].text == "3"
     assert "**capability loss (1)**" in tuning_sentence(TUNE)
     page = build_page(run)
     assert "How the plan was tuned" in page and "clamp 1 &lt;b&gt;" in page and "clamp 1 <b>" not in page

@@ -25,7 +25,7 @@ def tune(
     max_capability_loss: Annotated[
         float, typer.Option("--max-capability-loss", help="Budget: right answers lost, a share of prompts.")
     ] = 0.02,
-    max_broken: Annotated[float, typer.Option("--max-broken", help="Budget: replies newly broken, a share.")] = 0.02,
+    max_broken: Annotated[float, typer.Option("--max-broken", help="Budget: replies newly broken, a share.")] = 0.015,
     max_kl: Annotated[float, typer.Option("--max-kl", help="Budget: benign KL, nats per token.")] = 0.05,
     confidence: Annotated[float, typer.Option("--confidence", help="Of the budgets' upper bounds.")] = 0.95,
     features: Annotated[

@@ -56,11 +56,12 @@ from clampdown.tradeoff.budgets import (
 )
 from clampdown.tradeoff.explain import held_open
 from clampdown.tradeoff.frontier import write_summary
-from clampdown.tradeoff.tune import NO_GATE, Effort, Trial, TrialLog, finalists, pareto, search, trial_facts
+from clampdown.tradeoff.tune import NO_GATE, Effort, Trial, TrialLog, finalists, frontier, search, trial_facts
 from clampdown.types import ArmKind, Interval, Record, Split
 
 TUNED, OPEN = "tuned", "tuned, gate held open"
-ONE_DEVIATION = 0.6827
+ONE_ERROR = 0.8427
+"""Confidence of an interval of sqrt(2) standard deviations: one standard error of a difference of two such rates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,34 +137,36 @@ def choose_tuned(subject: Subject, request: Request, out: Path, stages: Stages) 
         effort = Effort(request.scale.trials, request.scale.batch, subject.seed)
         trials = search(found.space, Trials(bench), effort, TrialLog(out / "trials.jsonl"))
         confirmed = confirm(bench, finalists(trials, request.scale.finalists))
-    ranked = (*in_order([f for f in confirmed.finalists if not f.over]),)
-    ranked += in_order([each for each in confirmed.finalists if each.over])
-    write_json(out / "frontier.json", [trial_facts(trial) for trial in pareto(trials)])
+    holding = [each for each in confirmed.finalists if not each.over]
+    ranked = (*in_order(holding), *in_order([each for each in confirmed.finalists if each.over]))
+    write_json(out / "frontier.json", [trial_facts(trial) for trial in frontier(trials)])
     write_json(out / "finalists.json", [_finalist_facts(each) for each in ranked])
     return Chosen(_winner(ranked, confirmed.unsteered, bench), ranked, trials, bench)
 
 
 def in_order(found: Sequence[Finalist]) -> tuple[Finalist, ...]:
-    """Best first: most refusals; among those within one standard error of the best, the loosest gate first.
+    """Best first: most refusals; among those within one standard error (of a difference) of the best, the loosest gate
+    first.
 
     Of two thresholds of a gate the looser fires on all that the other fires on, on attacks of any kind: where refusals
-    cannot tell plans apart and both are within the budgets, it is the better one. Then what uses least of the budgets.
+    cannot tell plans apart and both are within the budgets, it is the better one. A plan that always steers comes last
+    of them: what it does to every prompt is not seen in refusals. Then what uses least of the budgets.
     """
     least = _less_one_error(max(found, key=lambda each: each.refusal)) if found else 0.0
 
-    def preference(each: Finalist) -> tuple[Any, ...]:
+    def preference(each: Finalist) -> tuple[float, ...]:
         setting, spent = each.trial.setting, sum(use.spent for use in each.uses)
-        if each.refusal >= least:
-            return (0, -setting.looseness, -each.refusal, spent, setting.multiple, each.trial.number)
-        return (1, -each.refusal, spent, setting.multiple, each.trial.number)
+        alike = each.refusal >= least
+        tie = (-(setting.budget or 0.0), spent, -each.refusal) if alike else (-each.refusal, spent, 0.0)
+        return (not alike, *tie, setting.multiple, each.trial.number)
 
     return tuple(sorted(found, key=preference))
 
 
 def _less_one_error(best: Finalist) -> float:
-    """The lower end of Wilson's interval of one standard deviation: it has a width also where all were refused."""
+    """The lower end of Wilson's interval, which has a width also where all were refused."""
     n = sum(interval.n for interval in best.refusals.values())
-    return wilson(round(best.refusal * n), n, ONE_DEVIATION).low or 0.0
+    return wilson(round(best.refusal * n), n, ONE_ERROR).low or 0.0
 
 
 def _winner(ranked: Sequence[Finalist], unsteered: Mapping[str, Interval], bench: Bench) -> Finalist:
@@ -270,7 +273,7 @@ def _extra(chosen: Chosen, plan: Plan, records: Sequence[Record]) -> dict[str, A
             "confidence": bench.budgets.confidence,
             "validation": _finalist_facts(chosen.winner),
             "finalists": [_finalist_facts(each) for each in chosen.finalists],
-            "frontier": [trial_facts(trial) for trial in pareto(chosen.trials)],
+            "frontier": [trial_facts(trial) for trial in frontier(chosen.trials)],
             "binding": binding(chosen),
             "test": [facts(use) for use in test_uses(bench, records)],
         },

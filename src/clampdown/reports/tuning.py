@@ -86,15 +86,16 @@ def _finalist_row(each: Mapping[str, Any], suites: Sequence[str], *, chosen: boo
 
 def trials_table(tune: Mapping[str, Any]) -> Table:
     caption = (
-        "The frontier of the search: trials that no other beats on both objectives, on the few validation prompts that "
-        "trials read. Cost is the mean share of the budgets that the estimates use."
+        "The frontiers of the search, on the few validation prompts that trials read: trials that no other beats on "
+        "both objectives, then those that no other plan without a gate beats. Cost is the mean share of the budgets "
+        "that the estimates use; above 1 they are overdrawn."
     )
-    columns = (Column("trial"), Column("plan", kind="text"), Column("refused"), Column("cost"))
+    columns = (Column("plan", kind="text"), Column("trial"), Column("refused"), Column("cost"))
     rows = tuple(
         Row(
             (
-                Cell(str(each["number"]), float(each["number"])),
                 Cell(each["name"], each["name"]),
+                Cell(str(each["number"]), float(each["number"])),
                 Cell(percent(each["score"]["refusal"]), each["score"]["refusal"]),
                 Cell(number(each["cost"]), each["cost"]),
             )

@@ -46,7 +46,7 @@ class Budgets:
 
     over_refusal: float = 0.02
     capability: float = 0.02
-    broken: float = 0.02
+    broken: float = 0.015
     kl: float = 0.05
     confidence: float = 0.95
 

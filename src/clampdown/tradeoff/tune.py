@@ -49,11 +49,6 @@ class Setting:
     gate: str = NO_GATE
     budget: float | None = None
 
-    @property
-    def looseness(self) -> float:
-        """How often the gate may fire on benign prompts; 1.0 for a plan that always steers."""
-        return 1.0 if self.budget is None else self.budget
-
     def __str__(self) -> str:
         behind = "" if self.gate == NO_GATE else f", {self.gate} gate {self.budget:g}"
         return f"{self.combination.operator} {'+'.join(map(str, self.combination.features))} x{self.multiple:g} " + (
@@ -192,6 +187,13 @@ def pareto(trials: Sequence[Trial]) -> tuple[Trial, ...]:
         if not found or (trial.score.refusal or 0.0) > (found[-1].score.refusal or 0.0):
             found.append(trial)
     return tuple(found)
+
+
+def frontier(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """The trials that no other beats, and those that no other of the plans that always steer beats: what gates buy is
+    the distance between the two."""
+    always = pareto([trial for trial in trials if trial.setting.gate == NO_GATE])
+    return (*(best := pareto(trials)), *(trial for trial in always if trial not in best))
 
 
 def finalists(trials: Sequence[Trial], n: int, *, alike: int = 2) -> tuple[Trial, ...]:
