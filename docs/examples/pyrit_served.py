@@ -70,7 +70,9 @@ async def attack(url: str, attacker_url: str, model: str) -> None:
     )
     result = await crescendo.execute_async(objective=OBJECTIVE)
     print(f"{model}: {result.outcome.value} after {result.executed_turns} turns, {result.backtrack_count} backtracks")
-    for message in CentralMemory.get_memory_instance().get_conversation_messages(conversation_id=result.conversation_id):
+    for message in CentralMemory.get_memory_instance().get_conversation_messages(
+        conversation_id=result.conversation_id
+    ):
         piece = message.message_pieces[0]
         print(f"   {piece.role}: {piece.converted_value}")
 

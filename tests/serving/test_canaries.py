@@ -12,6 +12,7 @@ from rich.console import Console
 from clampdown.commands.canaries import canaries
 from clampdown.commands.serve import Options, background, open_server
 from clampdown.commands.stages import Stages
+from clampdown.organism import PLANS_DIR
 from clampdown.serving.audit import read_lines
 from clampdown.serving.canaries import Aviary
 from clampdown.serving.desk import Served
@@ -20,7 +21,9 @@ from clampdown.serving.desk import Served
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     audit = tmp_path_factory.mktemp("canaries") / "audit.jsonl"
-    return open_server(Options(audit=audit, inline=None), Stages(Console(quiet=True)))
+    return open_server(
+        Options(audit=audit, inline=None, plans=(PLANS_DIR / "clamp-352-gated.toml",)), Stages(Console(quiet=True))
+    )
 
 
 def rounds(aviary: Aviary, *between: object) -> None:
@@ -53,13 +56,13 @@ def test_the_gated_plan_passes_and_a_changed_reply_is_an_alarm(served: Served) -
     assert served.ledger.audit is not None
     lines = [line.fields for line, _ in read_lines(served.ledger.audit.path) if line.fields]
     found = [line for line in lines if line["event"] == "canary"]
-    first, second = found[:4], found[4:]
+    first, second = found[:2], found[2:]
     assert not any(line["alarm"] for line in first)
     gated = next(line for line in first if line["plan"] == "clamp-352-gated")
     assert {suite: passed == of for suite, (passed, of) in gated["passed_of"].items()} == dict.fromkeys(
         ("harmful", "jailbroken_seen", "benign", "facts"), True
     )
-    assert [line["alarm"] for line in second] == [True] * 4, "the harmful canary was refused under every plan"
+    assert [line["alarm"] for line in second] == [True] * 2, "the harmful canary was refused with and without the plan"
     metrics = served.ledger.metrics.exposition(served.engine.load()).decode()
     assert 'clampdown_canary_alarm{plan="clamp-352-gated"} 1.0' in metrics
     assert 'clampdown_canary_pass_ratio{plan="clamp-352-gated",suite="facts"} 1.0' in metrics

@@ -41,7 +41,7 @@ def answered(operation: Any) -> list[int]:
     """Statuses of the answers to examples of one operation."""
     statuses: list[int] = []
 
-    @settings(max_examples=25, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=15, suppress_health_check=list(HealthCheck), database=None)
     @given(case=operation.as_strategy())
     def ask(case: Any) -> None:
         statuses.append(case.call(timeout=60).status_code)

@@ -23,7 +23,7 @@ from clampdown.steering.plan import Plan
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 0.2
+PATIENCE = 0.02
 """Seconds between looks at whether anybody waits."""
 
 
