@@ -19,7 +19,6 @@ from typing import Any
 
 from clampdown.commands import experiment
 from clampdown.commands.experiment import Sizes, Subject
-from clampdown.commands.methods import Method
 from clampdown.commands.recipes.schema import ContrastRefine, Recipe, SinglePromptClamp
 from clampdown.commands.stages import Stages
 from clampdown.discovery import causal
@@ -34,9 +33,11 @@ from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef
 from clampdown.steering.units import Strength, Unit
 from clampdown.tradeoff.sweep import Rule, candidates
+from clampdown.tradeoff.sweep import choose as pick_by_rule
 from clampdown.types import ArmKind, FeatureScore, FeatureSet, Prompt, ScoreSource, Split
 
 HARMFUL, BENIGN = "harmful", "benign"
+NO_GAIN = "no strength gained refusals on validation prompts; the strongest of the least broken is shown"
 _UNITS = {Unit.RAW: None, Unit.MAX: "max_activation", Unit.P99: "p99_activation"}
 
 
@@ -91,7 +92,7 @@ def single_prompt_clamp(bench: Bench, method: SinglePromptClamp) -> Proposal:
     finalists = found.features[: method.finalists]
     plan_of = _clamper(bench, method)
     arms = [_arm(plan_of(score, method.value), f"clamp {score.feature}") for score in finalists]
-    chosen, note = choose(bench, "clamp", arms, Rule(share=1.0))
+    chosen, note = choose(bench, arms, Rule(share=1.0))
     best = next(score for score in finalists if score.feature == _plan(chosen).edits[0].features[0])
     curve = [_arm(plan_of(best, text), f"clamp {best.feature} at {text}", "clamp") for text in method.clamps]
     own = curve[method.clamps.index(method.value)]
@@ -147,7 +148,7 @@ def contrast_refine(bench: Bench, method: ContrastRefine) -> Proposal:
         refined = _refined(bench, method, found, units, table)
     clamps = refined.clamps if refined else pool[0].scaled(method.sizes[0])
     arms = [_added(bench, method, clamps.scaled(factor), f"refined x{factor:g}") for factor in method.factors]
-    chosen, note = choose(bench, "refined", arms, Rule())
+    chosen, note = choose(bench, arms, Rule())
     chosen = replace(chosen, name="refined", group="refined", plan=_plan(chosen).model_copy(update={"name": "refined"}))
     if refined is None:
         note = "no feature at any multiple gained within the KL budget; the best-scored one is shown"
@@ -230,16 +231,21 @@ def _turned(arm: Arm) -> Arm:
 # --- both ---------------------------------------------------------------------------------------------------------
 
 
-def choose(bench: Bench, name: str, arms: Sequence[Arm], rule: Rule) -> tuple[Arm, str]:
-    """The arm that validation prompts choose by generated, judged replies, and what is to be said about it."""
+def choose(bench: Bench, arms: Sequence[Arm], rule: Rule) -> tuple[Arm, str]:
+    """The arm that validation prompts choose by generated, judged replies, and what is to be said about it. When none
+    gains a refusal: the arm that is broken least, the strongest of those."""
     suites = [s for s in bench.subject.suites(Split.VALIDATION, None) if s.name == HARMFUL]
     every = [BASELINE, *arms]
     records = experiment.generate_records(
         bench.subject, every, suites, bench.directory, bench.sizes, bench.stages, "Choosing on validation"
     )
     (unsteered,) = candidates([BASELINE], records, suites)
-    picked = Method(name, ArmKind.FEATURE, tuple(arms), rule).chosen(candidates(arms, records, suites), unsteered)
-    return picked.arm, picked.note
+    found = candidates(arms, records, suites)
+    picked = pick_by_rule(found, rule, baseline=unsteered.axes.refusal or 0.0).chosen
+    if picked is not None:
+        return picked.arm, ""
+    least = min(found, key=lambda c: (c.axes.degenerate or 0.0, -abs(c.arm.strength or 0.0)))
+    return least.arm, NO_GAIN
 
 
 def _arm(plan: Plan, name: str, group: str = "") -> Arm:
