@@ -40,7 +40,7 @@ from clampdown.types import Split
 
 CLIENTS = 16
 MAX_TOKENS = 48
-TINY = 1e-3
+TINY = 1e-3  # of activations that reach tens
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def write_plans(folder: Path) -> list[str]:
     """Eight plans of different features, operators and scopes, too weak to change a reply."""
     lm, sae = load_model("organism"), open_sae("organism")
     site = sae.cfg.site.name
-    others = (("floor", "generated"), ("scale", "all"), ("clamp_active", "all"), ("floor", "prompt"))
+    others = (("floor", "generated"), ("scale", "all"), ("add", "generated"), ("floor", "prompt"))
     names = []
     for i in range(8):
         operator, scope = others[i % 4]

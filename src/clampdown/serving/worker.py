@@ -42,7 +42,8 @@ Send = Callable[[list[tuple[Mailbox, Item]]], None]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much the engine does at once. `rows` decode together; `queue` wait; a prompts' pass has at most
+    """How much the engine does at once. `rows` decode together; `queue` wait, at most `gather_seconds` of that for
+    company in a prompts' pass while others decode; such a pass has at most
     `prefill_tokens` columns times rows, or is one prompt's; `prefix_bytes` is how much is kept of prompts that are done
     (0: nothing)."""
 
@@ -50,6 +51,7 @@ class Limits:
     queue: int = 256
     prefill_tokens: int = 2048
     prefix_bytes: int = 256 * 2**20
+    gather_seconds: float = 0.02
 
 
 class Worker:
@@ -71,6 +73,7 @@ class Worker:
         self._prefixes = PrefixCache(limits.prefix_bytes)
         self._ended: deque[float] = deque(maxlen=64)
         self._closing = False
+        self._gathering: float | None = None
         self._thread = threading.Thread(target=self._run, name="clampdown-engine", daemon=True)
 
     # ---- from any thread -------------------------------------------------------------------------------------
@@ -135,11 +138,24 @@ class Worker:
         if item is not None:
             self._letters.append((ticket.mailbox, item))
 
+    def _due(self) -> bool:
+        """Whether those who wait come in now. A pass for one prompt takes nearly as long as one for several, and
+        everybody else waits for it: so while others decode, the first to come is given a moment for more to come."""
+        waiting, room = len(self._waiting), self._limits.rows - len(self._rows)
+        if not waiting or room < 1:
+            return False
+        if not self._rows or waiting >= min(room, max(1, len(self._rows) // 4)):
+            return True
+        now = time.monotonic()
+        self._gathering = now if self._gathering is None else self._gathering
+        return now - self._gathering >= self._limits.gather_seconds
+
     # ---- admission -------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         """Bring in those who come next. Those that cannot share a pass come in passes of their own."""
-        group = self._next_group()
+        group = self._next_group() if self._due() else []
+        self._gathering = None if group else self._gathering
         while group:
             together = _alike(group, self._saes_of)
             self._prefill_all(together)
@@ -260,8 +276,7 @@ class Worker:
 
     def _somebody_waits(self) -> bool:
         """Somebody to let in or out, looked at without the lock: what is missed now is seen after the next step."""
-        room = self._waiting and len(self._rows) < self._limits.rows
-        return bool(room) or self._closing or any(ticket.cancelled for ticket in self._rows)
+        return self._due() or self._closing or any(ticket.cancelled for ticket in self._rows)
 
     def _leave_cancelled(self) -> None:
         gone = {i for i, ticket in enumerate(self._rows) if ticket.cancelled}
