@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -53,17 +54,19 @@ def user(text: str) -> Prompt:
     return Prompt("one", (Message("user", text),), "asked")
 
 
-@pytest.mark.parametrize("name", [None, GATED, CLAMPED, EVERYWHERE])
-def test_a_reply_is_the_one_in_process_with_the_same_receipt(live: Live, prompts: Any, name: str | None) -> None:
-    plan = live.served.plans[name] if name else None
-    for prompt in prompts:
-        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        model = f"organism:{name}" if name else "organism"
-        found = live.post(CHAT, {"model": model, "messages": messages, "max_tokens": 24}).json()
-        own, receipt = alone(live, plan, prompt), found["steering"]
-        assert found["choices"][0]["message"]["content"] == own.text
+def test_replies_are_those_in_process_with_the_same_receipts_though_all_are_asked_at_once(
+    live: Live, prompts: tuple[Prompt, ...]
+) -> None:
+    """Every prompt under every plan and none: rows of one batch that come and go do not mix."""
+    asked = [(name, prompt) for prompt in prompts for name in (None, GATED, CLAMPED, EVERYWHERE)]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        found = list(threads.map(lambda pair: through(live, *pair), asked))
+    for (name, prompt), answer in zip(asked, found, strict=True):
+        plan = live.served.plans[name] if name else None
+        own, receipt = alone(live, plan, prompt), answer["steering"]
+        assert answer["choices"][0]["message"]["content"] == own.text
         assert (receipt["plan"], receipt["digest"]) == (name, plan and plan.digest)
-        assert receipt == found["choices"][0]["steering"]
+        assert receipt == answer["choices"][0]["steering"]
         if own.receipt is None:
             assert receipt["tokens_touched"] == 0 and receipt["branch"] == "none"
             continue
@@ -72,6 +75,13 @@ def test_a_reply_is_the_one_in_process_with_the_same_receipt(live: Live, prompts
         assert receipt["edit_norm"] == pytest.approx(own.receipt.edit_norm, rel=1e-4)
         if own.receipt.gate_score is not None:
             assert receipt["gate_score"] == pytest.approx(own.receipt.gate_score, abs=1e-3)
+
+
+def through(live: Live, name: str | None, prompt: Prompt) -> Any:
+    """The answer through the server."""
+    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+    model = f"organism:{name}" if name else "organism"
+    return live.post(CHAT, {"model": model, "messages": messages, "max_tokens": 24}).json()
 
 
 def test_every_way_of_choosing_a_plan_means_the_same(live: Live) -> None:
