@@ -89,7 +89,9 @@ def test_kl_behind_a_gate_is_its_rate_times_the_kl_with_the_gate_open() -> None:
     assert always.estimate == pytest.approx(mean)
     assert None not in (shut.bound, seldom.bound, always.bound)
     assert 0 < (shut.bound or 0) < (seldom.bound or 0) < (always.bound or 0)
-    assert (always.bound or 0) >= mean
+    assert (always.bound or 0) > mean
+    spread = used([], BenignKl(tuple(mean + 10 * (v - mean) for v in values), 3, 300))[KL]
+    assert (spread.bound or 0) > (seldom.bound or 0)
 
 
 def test_too_little_is_no_bound_and_holds_no_budget() -> None:
