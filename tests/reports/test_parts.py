@@ -20,7 +20,7 @@ from clampdown.reports.comparison import headline, point, sides_of
 from clampdown.reports.examples import BUCKETS_PER_SUITE, Change, Paired, change_between, examples_of
 from clampdown.reports.figures import frontier_figures
 from clampdown.reports.methods_side_by_side import claims_table, method_figures, methods_table
-from clampdown.reports.operating import Curve, curves, guarantee, operating_figures
+from clampdown.reports.operating import ArmGate, Curve, curves, gates_of, guarantee, operating_figure
 from clampdown.reports.origins import files_table, plans_table
 from clampdown.reports.page import build_page, gate_sentence
 from clampdown.reports.run import read_run
@@ -57,7 +57,9 @@ def test_at_its_own_threshold_a_curve_is_the_rate_at_which_the_gate_fired(run):
 
 
 def test_the_operating_figure_shows_threshold_budget_and_guarantee(run):
-    (figure,) = operating_figures(headline(run, sides_of(run)), sides_of(run))
+    (gate,) = gates_of(run, headline(run, sides_of(run)))
+    figure = operating_figure(gate, sides_of(run), 0)
+    assert figure is not None
     go.Figure(resolved(figure.spec))
     (promise,) = [trace for trace in figure.spec["data"] if trace["name"].startswith("guaranteed")]
     assert (promise["x"], promise["y"]) == ([THRESHOLD], [0.0075])
@@ -77,14 +79,33 @@ def test_a_guarantee_says_on_which_prompts_it_holds(run):
     assert guarantee(replace(gate, bound=None)) == ""
 
 
-def test_a_two_sided_plan_has_a_figure_for_each_gate(run):
+def test_each_gate_of_a_two_sided_plan_has_its_own_rates(run):
+    """`gate_fired` of such an arm is true when either branch acted: it must not stand for either gate."""
     found = headline(run, sides_of(run))
     (gate,) = found.gated.gates
-    two = replace(found, gated=replace(found.gated, gates=(gate, replace(gate, branch="otherwise", budget=None))))
-    first, second = operating_figures(two, sides_of(run))
-    assert first.id != second.id
-    assert "second gate" in second.title
-    assert len(second.spec["layout"]["shapes"]) == 1
+    second = replace(gate, branch="otherwise", budget=None, threshold=THRESHOLD + 1)
+    two = replace(found, gated=replace(found.gated, gates=(gate, second)))
+    gates = gates_of(run, two)
+    assert [each.title.split(" of ")[0] for each in gates] == ["The gate", "The second gate"]
+    for each in gates:
+        for suite, rate in each.rates.items():
+            scores = each.gate.scores[suite]
+            assert rate.value == sum(score > each.gate.threshold for score in scores) / len(scores)
+    fired = {suite: rate.value for suite, rate in found.gated.gate_fired.items()}
+    assert {suite: rate.value for suite, rate in gates[0].rates.items()} == fired
+    figure = operating_figure(gates[1], sides_of(run), 1)
+    assert figure is not None
+    assert len(figure.spec["layout"]["shapes"]) == 1
+
+
+def test_a_run_that_keeps_no_gates_with_its_arms_shows_the_summarys(run):
+    found = headline(run, sides_of(run))
+    bare = replace(found, gated=replace(found.gated, gates=()))
+    (only,) = gates_of(run, bare)
+    assert only.gate is run.gate
+    assert only.rates == found.gated.gate_fired
+    assert operating_figure(only, sides_of(run), 0) is None
+    assert ArmGate(None, run.gate).rates == {}
 
 
 # --- methods ------------------------------------------------------------------------------------------------------

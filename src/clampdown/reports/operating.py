@@ -15,7 +15,7 @@ from typing import Any
 
 from clampdown.reports.comparison import Headline, Sides
 from clampdown.reports.figures import SERIES_DASHES, SERIES_SYMBOLS, Figure
-from clampdown.reports.run import ArmResult, GateResult
+from clampdown.reports.run import ArmResult, GateResult, RunData
 from clampdown.reports.wording import full, number, percent, suite_title
 from clampdown.types import BRANCHES, Interval
 
@@ -40,16 +40,46 @@ class Curve:
         return (len(self.scores) - bisect_right(self.scores, threshold)) / len(self.scores)
 
 
-def operating_figures(found: Headline, sides: Sides) -> tuple[Figure, ...]:
-    """One figure for each gate of a headline arm whose scores are known."""
-    gates = [(arm, gate) for arm in (found.gated, found.tuned) if arm is not None for gate in arm.gates if gate.scores]
-    return tuple(_figure(arm, gate, sides, index) for index, (arm, gate) in enumerate(gates))
+@dataclass(frozen=True, slots=True)
+class ArmGate:
+    """A gate of one of the headline arms. `arm` is None for a gate that only the summary describes."""
+
+    arm: ArmResult | None
+    gate: GateResult
+
+    @property
+    def title(self) -> str:
+        which = "The gate" if self.gate.branch == BRANCHES[0] else "The second gate"
+        return which if self.arm is None else f"{which} of “{self.arm.name}”"
+
+    @property
+    def rates(self) -> dict[str, Interval]:
+        """How often it fires by suite: its scores above its threshold, else what the run or its receipts say."""
+        if not self.gate.scores or self.gate.threshold is None:
+            return dict(self.gate.trigger_rates) or (dict(self.arm.gate_fired) if self.arm else {})
+        threshold = self.gate.threshold
+        return {
+            suite: Interval.of_rate(len(scores) - bisect_right(scores, threshold), len(scores))
+            for suite, scores in self.gate.scores.items()
+            if scores
+        }
 
 
-def _figure(arm: ArmResult, gate: GateResult, sides: Sides, index: int) -> Figure:
-    which = "gate" if gate.branch == BRANCHES[0] else "second gate"
+def gates_of(run: RunData, found: Headline) -> tuple[ArmGate, ...]:
+    """Every gate of the tuned and the conditional arm; for runs that keep none with their arms, the summary's."""
+    arms = [arm for arm in (found.tuned, found.gated) if arm is not None]
+    gates = tuple(ArmGate(arm, gate) for arm in arms for gate in arm.gates)
+    if gates or run.gate is None:
+        return gates
+    return (ArmGate(arms[0] if len(arms) == 1 else None, run.gate),)
+
+
+def operating_figure(found: ArmGate, sides: Sides, index: int) -> Figure | None:
+    """The curve of one gate; None when its scores are not known."""
+    if not found.gate.scores:
+        return None
     caption = "share of test prompts above each threshold; left of the dotted line more would fire, right of it fewer"
-    return Figure(f"gate-operating-{index}", f"Where the {which} of “{arm.name}” fires", caption, _spec(gate, sides))
+    return Figure(f"gate-operating-{index}", f"{found.title} at any threshold", caption, _spec(found.gate, sides))
 
 
 def curves(gate: GateResult, sides: Sides) -> list[Curve]:

@@ -22,9 +22,9 @@ from markupsafe import Markup, escape
 from clampdown.reports.breakdowns import category_tables
 from clampdown.reports.comparison import Headline, Sides, headline, point, sides_of
 from clampdown.reports.examples import SuiteExamples, examples_of, pair
-from clampdown.reports.figures import frontier_figures, strength_figures
+from clampdown.reports.figures import Figure, frontier_figures, strength_figures
 from clampdown.reports.methods_side_by_side import claims_table, method_figures, methods_table
-from clampdown.reports.operating import operating_figures
+from clampdown.reports.operating import ArmGate, gates_of, operating_figure
 from clampdown.reports.origins import files_table, plans_table
 from clampdown.reports.run import GateResult, RunData, read_run
 from clampdown.reports.tables import EMPTY, Table, arms_table, changes_table, facts, feature_table, screening_table
@@ -80,6 +80,17 @@ class FinderTable:
     settings: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class GateBlock:
+    """One gate: what it promises, its curve, what it reads, and how often it fires by suite."""
+
+    title: str
+    sentence: str
+    figure: Figure | None
+    facts: tuple[tuple[str, str], ...]
+    rows: tuple[TileRow, ...]
+
+
 def write_report(run_dir: Path) -> Path:
     """Read a run directory and write `report.html` into it. Raises `StoreError` without a readable summary."""
     path = run_dir / REPORT_NAME
@@ -92,11 +103,12 @@ def build_page(run: RunData) -> str:
     sides = sides_of(run)
     found = headline(run, sides)
     gates = gates_of(run, found)
+    operating = [operating_figure(gate, sides, index) for index, gate in enumerate(gates)]
     figures = {
         "curves": strength_figures(run, found, sides),
         "methods": method_figures(run, sides),
         "frontiers": frontier_figures(run, found, sides),
-        "operating": operating_figures(found, sides),
+        "operating": tuple(figure for figure in operating if figure is not None),
     }
     data = json_for_script({figure.id: figure.spec for group in figures.values() for figure in group})
     paired = pair(run, found, sides)
@@ -108,8 +120,7 @@ def build_page(run: RunData) -> str:
         tiles=tiles(found, sides),
         figures=figures,
         figure_data=Markup(data),  # json_for_script leaves no markup
-        gates=[(gate_sentence(gate), _gate_facts(gate)) for gate in gates],
-        gate_rows=_gate_rows(gates[0] if gates else None, found),
+        gates=[_gate_block(gate, figure, sides) for gate, figure in zip(gates, operating, strict=True)],
         methods=methods_table(run, sides),
         claims=claims_table(run),
         categories=category_tables(found, sides),
@@ -166,13 +177,6 @@ def _worst_tile(found: Headline) -> Tile | None:
     return _tile(found, f"hardest hit: {suite_title(name)}", "higher", intervals)
 
 
-def gates_of(run: RunData, found: Headline) -> tuple[GateResult, ...]:
-    """The gate that the summary describes, else those of the conditional or of the tuned arm's plan."""
-    if run.gate is not None:
-        return (run.gate,)
-    return next((arm.gates for arm in (found.gated, found.tuned) if arm is not None and arm.gates), ())
-
-
 def gate_sentence(gate: GateResult) -> str:
     """The guarantee in words, with what it rests on; says so when there is none."""
     if gate.bound is None or gate.n_calibration is None or gate.confidence is None:
@@ -187,13 +191,11 @@ def gate_sentence(gate: GateResult) -> str:
     return text + f" (exact binomial bound), {kept} the budget of {percent(gate.budget, digits=2)}."
 
 
-def _gate_rows(gate: GateResult | None, found: Headline) -> tuple[TileRow, ...]:
-    """How often the gate fires: as the gate's own figures, else as the conditional or tuned arm's receipts say."""
-    rates = gate.trigger_rates if gate is not None else {}
-    for arm in (found.gated, found.tuned):
-        if not rates and arm is not None:
-            rates = arm.gate_fired
-    return tuple(TileRow(suite_title(name), "gated", rate) for name, rate in rates.items())
+def _gate_block(found: ArmGate, figure: Figure | None, sides: Sides) -> GateBlock:
+    order = [*sides.harmful, *sides.answerable, *sides.capability]
+    named = sorted(found.rates.items(), key=lambda rate: order.index(rate[0]) if rate[0] in order else len(order))
+    rows = tuple(TileRow(suite_title(name), "gated", rate) for name, rate in named)
+    return GateBlock(found.title, gate_sentence(found.gate), figure, tuple(_gate_facts(found.gate)), rows)
 
 
 def _gate_facts(gate: GateResult) -> list[tuple[str, str]]:
