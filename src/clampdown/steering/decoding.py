@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,24 +26,16 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.fused import Step, decoding_step
 from clampdown.steering.ownership import owning, steers_here
-from clampdown.steering.plan import Plan
+from clampdown.steering.plan import CHECK_IN_STEER, NOT_CHECKED_AGAIN, Plan
 from clampdown.steering.program import Reach, SiteProgram, site_programs
 from clampdown.steering.receipts import Seat
-from clampdown.steering.scopes import SCOPES, Window
+from clampdown.steering.scopes import covers_generated
 from clampdown.steering.turn import Tally
 from clampdown.types import Receipt, Site
 
 FLUSH_EVERY = 32
 _REMEMBERED = 1024  # plans whose digests are kept
 SaesOf = Callable[[Plan], Sequence[FeatureSource]]
-
-
-@cache
-def covers_generated(scope: str) -> bool:
-    """Whether a scope holds the tokens that a reply adds: asked of the scope itself, for one such column."""
-    nothing = torch.zeros(1, 1, dtype=torch.bool)
-    window = Window(torch.tensor([1]), ~nothing, prompt_width=1, assistant_start=0, last_user=nothing)
-    return bool(SCOPES[scope](window).any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +76,9 @@ class Decoding:
     # ---- rows that come and go -------------------------------------------------------------------------------
 
     def join(self, seats: Sequence[Seat]) -> None:
-        """These rows follow the ones that are there."""
+        """These rows follow the ones that are there. Raises `PlanError` for a gate that reads replies: here none is."""
+        if any(seat.plan is not None and seat.plan.rechecks for seat in seats):
+            raise PlanError(NOT_CHECKED_AGAIN, hint=CHECK_IN_STEER)
         kept = self._counted()
         self._seats += seats
         self._tally = Tally.empty(len(self._seats), self._lm.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Int
@@ -76,6 +77,15 @@ SCOPES: dict[str, ScopeMask] = {
     "assistant": assistant,
     "last_user": last_user,
 }
+
+
+@cache
+def covers_generated(scope: str) -> bool:
+    """Whether a scope holds the tokens that a reply adds: asked of the scope itself, for one such column."""
+    nothing = torch.zeros(1, 1, dtype=torch.bool)
+    window = Window(torch.tensor([1]), ~nothing, prompt_width=1, assistant_start=0, last_user=nothing)
+    return bool(SCOPES[scope](window).any())
+
 
 LOCAL = frozenset({"all", "prompt", "generated"})
 """Scopes that ask only who wrote a token, not what follows it: a prompt that goes on in another way changes nothing in
