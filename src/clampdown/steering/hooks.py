@@ -181,8 +181,9 @@ class Steering:
         """Whether the running context steers with this object. Another block's is skipped; none at all is an error."""
         return steers_here(self._key, self)
 
-    def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._mine():
+    def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        # torch leaves `kwargs` out when another thread's block ends, and takes its hooks off, during this pass.
+        if kwargs is None or not self._mine():
             return
         ids: Tensor | None = kwargs.get("input_ids", args[0] if args else None)
         inputs: Tensor = kwargs["inputs_embeds"] if ids is None else ids
@@ -413,9 +414,9 @@ class Steering:
         read = all(not gate.site or gate.site in self._gates_read for gate in plan.gates)
         return read and not plan.rechecks
 
-    def _widen_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _widen_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Blocks above: masks and position embeddings of the prefill, which the decoder made for prompts."""
-        if not self._mine() or not self._prefill:
+        if kwargs is None or not self._mine() or not self._prefill:
             return None
         turn, _ = self._require_turn()
         rest = widen_arguments(args[1:], turn.n_prompts, turn.prompt_of)
