@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -44,6 +45,20 @@ def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
     single = [choose(step[3:4], [alone])[0] for step in logits]
     together = [choose(step, [*others[:3], crowd, *others[3:]])[3] for step in logits]
     assert single == together and len(set(single)) > 5
+
+
+def test_seeds_of_either_sign_are_different_draws() -> None:
+    """n choices of seed -1 draw with -1, 0, 1, ..."""
+    first = {Drawing.of(Sampling(1, temperature=1.0, seed=seed)).generator.random() for seed in range(-3, 4)}
+    assert len(first) == 7
+    assert Drawing.of(Sampling(1, seed=7)).generator.random() == random.Random(7).random()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-307, 5e-324])
+def test_the_coldest_temperatures_are_greedy_and_spare_the_batch(temperature: float) -> None:
+    rows = torch.stack([LOGITS * 20, LOGITS])
+    found = choose(rows, [Drawing.of(Sampling(1, temperature=temperature)), Drawing.of(Sampling(1))])
+    assert found == [0, 0]
 
 
 def test_greedy_is_the_likeliest_and_no_number_is_no_token() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from clampdown.serving.requests import Piece, Token
 from clampdown.serving.text import TextStream
@@ -53,6 +54,24 @@ def test_what_may_become_a_stop_string_waits_and_comes_when_it_does_not() -> Non
     assert joined([p for p in first if p]) == "a"
     after = made.push(Token(ord("x"), ""))
     assert after is not None and after.text == "ENx" and len(after.tokens) == 3
+
+
+@given(st.text(alphabet="aက😀é", min_size=1, max_size=30))
+def test_a_run_of_fallen_back_bytes_is_never_entered_in_the_middle(text: str) -> None:
+    """Gemma's and Llama 2's kind of tokenizer: one missing byte turns a whole run of byte tokens into U+FFFD."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    made = TextStream(lambda ids: tokenizer.decode(list(ids)))
+    pieces = [made.push(Token(byte, "")) for byte in text.encode()]
+    assert joined([piece for piece in (*pieces, made.finish()) if piece]) == text
+
+
+def test_a_stop_string_before_a_character_that_is_never_completed_is_met_at_the_end() -> None:
+    made = TextStream(lambda ids: b"".join([b"a", b"END\xe2"][i] for i in ids).decode(errors="replace"), ("END",))
+    first, second = made.push(Token(0, "")), made.push(Token(1, ""))
+    assert first is not None and first.text == "a" and second is None
+    assert made.finish() is None and made.stopped
 
 
 def test_bytes_that_never_become_a_character_come_at_the_end() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from clampdown.serving.requests import Sampling, Token
 
 TokenText = Callable[[int], str]
+_COLDEST = 1e-9  # logits divided by less than this leave the range of a float, and would end the whole batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Drawing:
 
     @classmethod
     def of(cls, sampling: Sampling) -> Drawing:
-        return cls(sampling, random.Random(sampling.seed))
+        seed = sampling.seed  # Python's generator drops an integer's sign: -1 and 1 must not be the same draw
+        return cls(sampling, random.Random(seed if seed is None else seed % 2**65))
 
 
 def choose(logits: Float[Tensor, "rows vocab"], drawings: Sequence[Drawing]) -> list[int | None]:
@@ -53,7 +55,7 @@ def _draw(logits: Float[Tensor, "rows vocab"], drawings: Sequence[Drawing]) -> l
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-    scaled = logits.double() / column([d.sampling.temperature for d in drawings])
+    scaled = logits.double() / column([max(d.sampling.temperature, _COLDEST) for d in drawings])
     weights, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = weights.cumsum(-1) - weights
     kept = weights * (before < column([d.sampling.top_p for d in drawings]))

@@ -1,7 +1,8 @@
 """From tokens to text that will not be taken back.
 
 1. Text is decoded from a short window of tokens, so that a token costs the same however long the reply is. A window
-   that ends inside a character (U+FFFD at its end) waits for the rest of it.
+   that ends inside a character (U+FFFD at its end) waits for the rest of it, and none begins inside one: tokenizers
+   that fall back to bytes decode a run of them to nothing but U+FFFD when its first bytes are missing.
 2. The longest end of the text that could begin a stop string is held back until it does, or does not.
 3. A token is given out with the text that ends it. A stop string and what follows it are never given out.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from clampdown.serving.requests import Piece, Token
 
 Decode = Callable[[Sequence[int]], str]
-_WINDOW = 8  # tokens of context that a new window starts with; it is renewed when it holds twice as many
+_WINDOW = 8  # tokens of context that a new window has at least; it is renewed when it holds twice as many
 _CUT = "\ufffd"
 
 
@@ -24,6 +25,7 @@ class TextStream:
         self._decode = decode
         self._stop = tuple(s for s in stop if s)
         self._window: list[int] = []
+        self._whole: list[int] = []  # after how many of the window's tokens its last character was complete
         self._before = 0  # characters of the window that have become text already
         self._text = ""  # text that was not given out yet
         self._given = 0  # characters that were
@@ -39,20 +41,33 @@ class TextStream:
         if window.endswith(_CUT):
             return None
         self._complete(window)
-        if len(self._window) >= 2 * _WINDOW:
-            self._window = self._window[-_WINDOW:]
-            self._before = len(self._decode(self._window))
-        found = [at for at in map(self._text.find, self._stop) if at >= 0]
-        if found:
-            self._text, self.stopped = self._text[: min(found)], True
+        self._renew()
+        self._look_for_stop()
         return self._give(len(self._text) - (0 if self.stopped else self._held()))
 
     def finish(self) -> Piece | None:
-        """What was held back, when the reply has ended without a stop string."""
+        """What was held back, when the reply has ended without a stop string. One may still stand before an incomplete
+        character: then `stopped` is True afterwards."""
         if self.stopped:
             return None
         self._complete(self._decode(self._window))
+        self._look_for_stop()
         return self._give(len(self._text))
+
+    def _renew(self) -> None:
+        """Forget what the window needs no more; it must hold whole characters now."""
+        self._whole.append(len(self._window))
+        if len(self._window) < 2 * _WINDOW:
+            return
+        cut = max((n for n in self._whole if n <= len(self._window) - _WINDOW), default=0)
+        if cut:
+            self._window, self._whole = self._window[cut:], [n - cut for n in self._whole if n > cut]
+            self._before = len(self._decode(self._window))
+
+    def _look_for_stop(self) -> None:
+        found = [at for at in map(self._text.find, self._stop) if at >= 0]
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
 
     def _complete(self, window: str) -> None:
         self._text += window[self._before :]

@@ -316,7 +316,7 @@ class Worker:
                 going_on.append(i)
             else:
                 self._tell(ticket, ticket.text.finish())
-                self._tell(ticket, _done(ticket, reason, receipt_of(i)))
+                self._tell(ticket, _done(ticket, "stop" if ticket.text.stopped else reason, receipt_of(i)))
         return going_on
 
     def _take(self, ticket: Ticket, token: Token) -> Literal["stop", "length"] | None:
