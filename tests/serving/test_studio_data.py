@@ -270,7 +270,7 @@ def test_a_saved_plan_is_on_disk_and_served_and_its_name_is_taken(
     kept = PlanFolder(table, tmp_path / "plans", lm, saes)
     assert kept.save("My Plan", PLAIN) == "plans/my-plan.toml"
     assert read_plan(tmp_path / "plans" / "my-plan.toml").digest == PLAIN.digest
-    assert kept.offered(PLAIN.digest) == "my-plan" and table.choose("organism:my-plan", None).plan == PLAIN
+    assert kept.offered(PLAIN) == "my-plan" and table.choose("organism:my-plan", None).plan == PLAIN
     with pytest.raises(PlanError, match=r"two plans|another plan"):
         kept.save("my plan", GATED)
     assert read_plan(tmp_path / "plans" / "my-plan.toml").digest == PLAIN.digest

@@ -79,8 +79,10 @@ class PlanFolder:
                 return plan
         raise PlanError(f"there is no plan '{name}' here")
 
-    def offered(self, digest: str) -> str | None:
-        return next((key for key, plan in self.table if plan.digest == digest), None)
+    def offered(self, plan: Plan) -> str | None:
+        """Its own name, where that is what the server calls it; else that of a plan which does the same."""
+        same = [key for key, each in self.table if each.digest == plan.digest]
+        return next((key for key in same if key == slug(plan.name)), next(iter(same), None))
 
     def save(self, name: str, plan: Plan) -> str:
         """Try the plan, write it, and offer it; returns the file's name. A name is never given to a second plan."""

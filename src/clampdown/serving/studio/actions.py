@@ -96,7 +96,7 @@ class Actions:
                 yield [*drawn[:3], said]
 
     def start_over(self) -> list[Any]:
-        return [Conversation(), markup.transcript(Conversation(), starters=self.bench.starters), "", ""]
+        return [Conversation(), markup.transcript(Conversation(), starters=self.bench.starters), ""]
 
     def recolour(self, talk: Conversation, coloured: bool, feature: float | None) -> list[Any]:
         try:

@@ -171,10 +171,10 @@ class Handlers:
     def code(self, plan: Plan, controls: Controls, talk: Conversation) -> tuple[str, str]:
         """curl and Python for what the controls make. Raises `PlanError`."""
         steering = self.steering(plan, controls)
-        offered = self.bench.plans.offered(steering.digest)
+        offered = self.bench.plans.offered(steering)
         same_gate = steering.gate is not None and plan.gate == steering.gate
         target = snippets.Target(
-            self.bench.url, self.bench.model, offered, self.bench.plans.offered(plan.digest) if same_gate else None
+            self.bench.url, self.bench.model, offered, self.bench.plans.offered(plan) if same_gate else None
         )
         asked = talk.turns[-1].said if talk.turns else (self.bench.starters or ("Hello.",))[0]
         return snippets.curl(target, steering, asked), snippets.python(target, steering, asked)

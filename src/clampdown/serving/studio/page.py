@@ -198,7 +198,7 @@ class Page:
         gr.on([self.said.submit, self.send.click], self.act.ask, given, drawn, concurrency_limit=None, **QUIET)
         self.transcript.click(self.act.ask_starter, given, drawn, concurrency_limit=None, **QUIET)
         self.again.click(self.act.ask_again, given, drawn, concurrency_limit=None, **QUIET)
-        self.new.click(self.act.start_over, None, drawn, **QUIET)
+        self.new.click(self.act.start_over, None, drawn[:3], **QUIET)
         for control in (self.coloured.change, self.feature.change):
             control(self.act.recolour, [self.talk, self.coloured, self.feature], drawn[1:3], **QUIET)
 

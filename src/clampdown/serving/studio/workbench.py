@@ -57,7 +57,7 @@ class KeepsPlans(Protocol):
 
     def plan(self, name: str) -> Plan: ...
 
-    def offered(self, digest: str) -> str | None:
+    def offered(self, plan: Plan) -> str | None:
         """Under which name the server answers with this plan, if it does."""
         ...
 
