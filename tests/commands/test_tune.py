@@ -36,7 +36,7 @@ from clampdown.evaluation.suites import write_suites
 from clampdown.steering.arms import BASELINE
 from clampdown.steering.plan import read_plan
 from clampdown.store import read_records, write_feature_set
-from clampdown.tradeoff.budgets import BROKEN_SAFE, CAPABILITY, OVER_REFUSAL, Budgets, Use
+from clampdown.tradeoff.budgets import BROKEN_HARMFUL, BROKEN_SAFE, CAPABILITY, KL, OVER_REFUSAL, Budgets, Use
 from clampdown.tradeoff.frontier import read_summary
 from clampdown.tradeoff.tune import NO_GATE, Combination, Score, Setting, Trial
 from clampdown.types import FeatureScore, FeatureSet, Interval, Message, Prompt, Split, Suite, SuiteKind
@@ -153,13 +153,16 @@ def test_other_settings_in_the_same_directory_are_an_error(
         tune.run_tune(subject, other, finished, quiet())
 
 
-def test_rows_that_no_gate_fired_on_are_the_unsteered_models(
-    finished: Path, subject: Subject, request_: tune.Request, tmp_path: Path
-) -> None:
-    """The short way (gates read, few rows generated) against the long one: every fresh prompt answered."""
+@pytest.fixture
+def bench(finished: Path, subject: Subject, request_: tune.Request, tmp_path: Path) -> Bench:
     sets = prompt_sets(subject, SCALE)
     found = find_candidates(subject, sets, SCALE, request_.choices, finished / "search", quiet())
-    bench = Bench(subject, sets, SCALE, BUDGETS, found, tmp_path, quiet())
+    return Bench(subject, sets, SCALE, BUDGETS, found, tmp_path, quiet())
+
+
+def test_rows_that_no_gate_fired_on_are_the_unsteered_models(bench: Bench, subject: Subject, tmp_path: Path) -> None:
+    """The short way (gates read, few rows generated) against the long one: every fresh prompt answered."""
+    sets = bench.sets
     trial = Trial(0, Setting(Combination((352,), "clamp", "prompt"), 1.5, "dense", 0.1), Score(1.0, {}, ()))
     (short,) = confirm(bench, [trial]).finalists
     arm = bench.arm(trial.setting, "trial 0")
@@ -190,6 +193,22 @@ def test_refusals_decide_and_where_they_cannot_the_looser_gate_does() -> None:
         finalist(180, 0.2),
     )
     assert tune.in_order([worse, always, best, looser, cheaper]) == (cheaper, looser, best, always, worse)
+
+
+def test_a_looser_gate_that_gains_nothing_does_not_hide_the_plan_that_does(bench: Bench) -> None:
+    def finalist(refused: int, budget: float) -> Finalist:
+        setting = Setting(Combination((1,), "clamp", "all"), 1.0, "dense", budget)
+        use = Use(OVER_REFUSAL, 0.02, 0.0, 0.01, 100)
+        rate = Interval.of_rate(refused, 200)
+        return Finalist(Trial(0, setting, Score(1.0, {}, ())), BASELINE, {"harmful": rate}, (use,))
+
+    gains, loose = finalist(199, 0.01), finalist(198, 0.05)
+    ranked, unsteered = tune.in_order([gains, loose]), {"harmful": Interval.of_rate(198, 200)}
+    assert ranked == (loose, gains)
+    assert tune._winner(ranked, unsteered, bench) == gains
+    with pytest.raises(NotEnoughDataError, match="refuses more"):
+        tune._winner([loose], unsteered, bench)
+    assert tune.unchecked(gains, BUDGETS) == [CAPABILITY, BROKEN_HARMFUL, BROKEN_SAFE, KL]
 
 
 def test_budgets_that_the_prompts_cannot_prove_stop_before_the_search(subject: Subject, tmp_path: Path) -> None:
@@ -234,6 +253,11 @@ def test_the_table_says_what_was_chosen_and_fits_a_terminal(finished: Path) -> N
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert all(len(line) <= 80 for line in text.splitlines())
+    assert "Not checked" not in text
+    summary = summary_of(finished)
+    summary["tune"]["unchecked"] = [CAPABILITY]
+    console.print(shown(summary, 80))
+    assert "Not checked, because there are no prompts for it: capability loss." in console.file.getvalue()
     for word in ("chosen: clamp", "over-refusal", "capability loss", "benign KL", "jailbroken_unseen", "facts, right"):
         assert word in text
 

@@ -47,6 +47,8 @@ def test_the_page_shows_bounds_finalists_and_what_turned_them_away(run_of: Calla
     assert finalists.rows[1].cells[-1].text == "capability loss"
     assert frontier.rows[0].cells[1].text == "3"
     assert "**capability loss (1)**" in tuning_sentence(TUNE)
+    assert "Not checked" not in tuning_sentence(TUNE)
+    assert "**capability loss**." in tuning_sentence({**TUNE, "unchecked": ["capability loss"]})
     page = build_page(run)
     assert "How the plan was tuned" in page and "clamp 1 &lt;b&gt;" in page and "clamp 1 <b>" not in page
 

@@ -180,12 +180,13 @@ def _winner(ranked: Sequence[Finalist], unsteered: Mapping[str, Interval], bench
             hint="larger budgets, more --trials, other --features or --gates; every trial is in trials.jsonl",
         )
     before = metrics.mean_of(unsteered.values()) or 0.0
-    if holding[0].refusal <= before:
+    gaining = [each for each in holding if each.refusal > before]
+    if not gaining:
         raise NotEnoughDataError(
             f"no plan within the budgets refuses more harmful prompts than the unsteered model ({before:.2f})",
             hint="larger budgets, more --trials, other --features or --gates; every trial is in trials.jsonl",
         )
-    return holding[0]
+    return gaining[0]
 
 
 def _excess(use: Use) -> float:
@@ -252,6 +253,12 @@ def binding(chosen: Chosen) -> dict[str, int]:
     return dict(counts)
 
 
+def unchecked(winner: Finalist, budgets: Budgets) -> list[str]:
+    """Budgets of which nothing is known, because no fresh prompt counts for them: they kept no plan out."""
+    weighed = {use.budget for use in winner.uses}
+    return [name for name in budgets.limits if name not in weighed]
+
+
 def _extra(chosen: Chosen, plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
     """Further keys of the summary: the choice, the gate, and the budgets on validation and test prompts."""
     edit, setting, bench = plan.edits[0], chosen.winner.trial.setting, chosen.bench
@@ -275,6 +282,7 @@ def _extra(chosen: Chosen, plan: Plan, records: Sequence[Record]) -> dict[str, A
             "finalists": [_finalist_facts(each) for each in chosen.finalists],
             "frontier": [trial_facts(trial) for trial in frontier(chosen.trials)],
             "binding": binding(chosen),
+            "unchecked": unchecked(chosen.winner, bench.budgets),
             "test": [facts(use) for use in test_uses(bench, records)],
         },
     }

@@ -19,7 +19,15 @@ def shown(summary: Mapping[str, Any], width: int) -> RenderableType:
     """The choice, its budgets, its refusals."""
     found = summary["tune"]
     lines = [Text.assemble(("chosen: ", "bold"), found["setting"]), Text(_searched(found), style="dim")]
-    parts = [*lines, Text(), _budgets(summary), Text(_binding(found)), Text(), _refusals(summary, width)]
+    parts = [
+        *lines,
+        Text(),
+        _budgets(summary),
+        Text(_binding(found)),
+        *_unchecked(found),
+        Text(),
+        _refusals(summary, width),
+    ]
     return Padding(Group(*parts), (1, 0))
 
 
@@ -56,6 +64,12 @@ def _binding(found: Mapping[str, Any]) -> str:
         return "No budget binds: no plan that was tried refuses more."
     each = ", ".join(f"{name} ({count})" for name, count in sorted(found["binding"].items(), key=lambda row: -row[1]))
     return f"Binding, with the number of plans kept out that refuse more: {each}."
+
+
+def _unchecked(found: Mapping[str, Any]) -> list[Text]:
+    """A budget that no prompt was there for must not pass for one that holds."""
+    names = found.get("unchecked")
+    return [Text(f"Not checked, because there are no prompts for it: {', '.join(names)}.", "yellow")] if names else []
 
 
 def _refusals(summary: Mapping[str, Any], width: int) -> Table:

@@ -32,8 +32,13 @@ def tuning_sentence(tune: Mapping[str, Any]) -> str:
     )
     return (
         f"Chosen: **{tune['setting']}**, of {tune['trials']} trials. {len(finalists)} finalists were measured again on "
-        f"prompts that no trial read, and {away} turned away by a bound. {stood}"
+        f"prompts that no trial read, and {away} turned away by a bound. {stood}{_unchecked(tune)}"
     )
+
+
+def _unchecked(tune: Mapping[str, Any]) -> str:
+    names = ", ".join(tune.get("unchecked") or ())
+    return f" Not checked, because there were no prompts for it: **{names}**." if names else ""
 
 
 def budgets_table(tune: Mapping[str, Any]) -> Table:
