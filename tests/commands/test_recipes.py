@@ -17,7 +17,7 @@ from clampdown.commands.recipes.run import run_recipe
 from clampdown.commands.recipes.schema import ContrastRefine, Recipe, SinglePromptClamp, parse_recipe, read_recipe
 from clampdown.commands.recipes.sources import Source
 from clampdown.commands.stages import Stages
-from clampdown.errors import ClampdownError, PromptSetError, RecipeError
+from clampdown.errors import ClampdownError, PromptSetError, RecipeError, StoreError
 from clampdown.steering.plan import read_plan
 from clampdown.tradeoff.frontier import read_summary
 
@@ -222,6 +222,10 @@ def test_the_first_papers_pipeline(tmp_path: Path) -> None:
     assert len(arms) <= n_arms(recipe)
     attacks = json.loads((tmp_path / "multiturn" / "summary.json").read_text())
     assert len(attacks["arms"]) == 3
+    assert read_recipe(tmp_path / "recipe.toml") == recipe
+    # Other settings in the same directory leave the file that says what was measured alone.
+    with pytest.raises(StoreError, match="another recipe"):
+        run_recipe(recipe.model_copy(update={"seed": 1}), tmp_path, Stages(Console(file=io.StringIO())))
     assert read_recipe(tmp_path / "recipe.toml") == recipe
 
 

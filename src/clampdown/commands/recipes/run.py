@@ -22,12 +22,12 @@ from clampdown.commands.judging import judge_named
 from clampdown.commands.recipes import sources
 from clampdown.commands.recipes.dry_run import dry_run
 from clampdown.commands.recipes.pipelines import BENIGN, HARMFUL, Bench, Proposal, propose
-from clampdown.commands.recipes.schema import GatePart, MultiturnPart, Recipe, SinglePromptClamp
+from clampdown.commands.recipes.schema import GatePart, MultiturnPart, Recipe, SinglePromptClamp, read_recipe
 from clampdown.commands.stages import Stages
 from clampdown.discovery.contrast import ContrastSettings
 from clampdown.discovery.directions import direction_between
 from clampdown.discovery.finders import Material
-from clampdown.errors import RecipeError
+from clampdown.errors import RecipeError, StoreError
 from clampdown.evaluation import control_arms, utility
 from clampdown.evaluation.controls import FeatureTable
 from clampdown.evaluation.judges.interface import check_not_under_test
@@ -57,12 +57,26 @@ def run_recipe(recipe: Recipe, out: Path, stages: Stages) -> Ran:
     dry_run(recipe).raise_if_wrong()
     if recipe.sae.id is None:
         raise RecipeError(f"sae.id is to be given: {recipe.sae.to_be_given}", hint="--set sae.id=DIRECTORY")
-    write_atomic(out / "recipe.toml", tomli_w.dumps(recipe.model_dump(mode="json", by_alias=True, exclude_none=True)))
+    _write_down(recipe, out)
     summary = _measure(recipe, out, stages)
     part = recipe.multiturn
     if part is None or part.attacker is None:
         return Ran(summary, None)
     return Ran(summary, attacks.run_multiturn(_attack(recipe, part, out), out / "multiturn", stages))
+
+
+def _write_down(recipe: Recipe, out: Path) -> None:
+    """Beside what will be measured. Raises `StoreError` where another recipe has been measured: its file must go on
+    saying what was. An attacker may be given later."""
+    path = out / "recipe.toml"
+    if path.exists() and (out / "validation" / "manifest.json").exists():
+        held = read_recipe(path).model_copy(update={"multiturn": None})
+        if held != recipe.model_copy(update={"multiturn": None}):
+            raise StoreError(
+                f"{out} holds a run of another recipe, or of this one with other settings",
+                hint="choose an empty --out directory, or repeat the exact command to resume",
+            )
+    write_atomic(path, tomli_w.dumps(recipe.model_dump(mode="json", by_alias=True, exclude_none=True)))
 
 
 def _attack(recipe: Recipe, part: MultiturnPart, out: Path) -> attacks.Request:
