@@ -235,3 +235,21 @@ def test_both_gates_of_a_two_sided_plan_are_held_open(plan: Plan) -> None:
     gate = Gate(site=SITE.name, features=(1,), weights=(1.0,), bias=0.0, threshold=1.0, poolings=("max",))
     sided = Plan.model_validate({**dict(plan), "gate": gate, "otherwise": Branch(gate=gate, edits=plan.edits)})
     assert held_open(sided) == plan
+
+
+def test_what_the_second_branch_does_is_not_counted_as_paid(lm: LanguageModel, sae: Sae, plan: Plan) -> None:
+    """Only the first branch is explained, so only where it acts is its cost paid."""
+    prompts = [Prompt(f"p{i}", (Message("user", f"w{i} w2"),), "benign") for i in range(3)]
+    never, always = (
+        Gate(site=SITE.name, features=(1,), weights=(1.0,), bias=bias, threshold=0.0, poolings=("max",))
+        for bias in (-1e6, 1e6)
+    )
+
+    def fired(first: Gate, second: Gate) -> float | None:
+        sided = {**dict(plan), "gate": first, "otherwise": Branch(gate=second, edits=plan.edits)}
+        found = job.gate_fired(lm, [sae], Plan.model_validate(sided), prompts)
+        return found and found.value
+
+    assert fired(never, always) == 0.0
+    assert fired(always, never) == 1.0
+    assert fired(never, never) == 0.0

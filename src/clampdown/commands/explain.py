@@ -28,7 +28,7 @@ from clampdown.steering.program import check_plan
 from clampdown.steering.units import in_words
 from clampdown.store import prompts_hash
 from clampdown.tradeoff import damage, explain
-from clampdown.types import Interval, Prompt, Provenance, Site, Split
+from clampdown.types import BRANCHES, Interval, Prompt, Provenance, Receipt, Site, Split
 
 DATA_NAME, PAGE_NAME = "explain.json", "explain.html"
 GATE_ROWS = 16
@@ -121,7 +121,8 @@ def explain_plan(
 
 
 def gate_fired(lm: LanguageModel, saes: Sequence[Sae], plan: Plan, prompts: Sequence[Prompt]) -> Interval | None:
-    """On how many of the prompts the plan's own gate fires; None for a plan without one."""
+    """On how many of the prompts the edits that are explained act: the plan's own, not those of its second branch. None
+    for a plan without a gate."""
     if plan.gate is None:
         return None
     fired = 0
@@ -130,8 +131,12 @@ def gate_fired(lm: LanguageModel, saes: Sequence[Sae], plan: Plan, prompts: Sequ
         chunk = ids[start : start + GATE_ROWS]
         with steer(lm, [plan] * len(chunk), list(saes), require_reach=False) as steering:
             next_token_logits(lm, chunk)
-            fired += sum(bool(receipt and receipt.gate_fired) for receipt in steering.receipts())
+            fired += sum(receipt is not None and _own_branch(receipt) for receipt in steering.receipts())
     return wilson(fired, len(ids))
+
+
+def _own_branch(receipt: Receipt) -> bool:
+    return bool(receipt.gate_fired) if receipt.branch is None else receipt.branch == BRANCHES[0]
 
 
 def _provenance(lm: LanguageModel, saes: Sequence[Sae], prompts: Sequence[Prompt], request: Request) -> Provenance:

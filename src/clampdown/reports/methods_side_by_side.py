@@ -92,7 +92,7 @@ def _whiskers(intervals: Sequence[Interval], without: int, colour: str) -> Spec:
 
 
 def methods_table(run: RunData, sides: Sides) -> Table | None:
-    """A row per arm of each method, and the mean of the random features; None for runs without methods."""
+    """A row per arm of each method; None for runs without methods. Controls stand in the table of all arms."""
     if not run.methods:
         return None
     by_name = {arm.name: arm for arm in run.arms}
