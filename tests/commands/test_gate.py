@@ -19,8 +19,11 @@ from clampdown.commands.experiment import organism_subject
 from clampdown.commands.stages import Stages
 from clampdown.config import ORGANISM
 from clampdown.errors import NotEnoughDataError, PlanError, PromptSetError
+from clampdown.models.chat import encode
+from clampdown.models.generation import next_token_logits
 from clampdown.steering.gate_fitting import Pooled, fit_gate, gate_reading
 from clampdown.steering.gates import choose_threshold
+from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, read_plan, write_plan
 from clampdown.types import Split
 
@@ -65,11 +68,31 @@ def test_the_command_writes_a_two_sided_plan_and_says_how_often_it_acts(plans: P
     assert f"written: {out}" in shown.output
 
 
-def test_rates_are_those_of_the_steered_model(plans: Path, tmp_path: Path) -> None:
-    from clampdown.models.chat import encode
-    from clampdown.models.generation import next_token_logits
-    from clampdown.steering.hooks import steer
+def test_down_first_spares_harmful_prompts_and_asks_the_harm_gate_next(plans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "down.toml"
+    arguments = [str(plans / "up.toml"), "--otherwise", str(plans / "down.toml"), "--out", str(out)]
+    sizes = ["--budget", "0.1", "--n", "60", "--limit", "24", "--features", "12", "--inverse-penalty", "0.3"]
+    sides = ["--first", "down", "--down-budget", "0.05"]
+    shown = CliRunner().invoke(app, ["gate", "calibrate", *arguments, *sizes, *sides], terminal_width=200)
+    assert shown.exit_code == 0, shown.output
+    plan = read_plan(out)
+    assert plan.gate and plan.otherwise
+    assert plan.edits == read_plan(plans / "down.toml").edits
+    assert plan.otherwise.edits == read_plan(plans / "up.toml").edits
+    first, second = plan.gate.guarantee, plan.otherwise.gate.guarantee
+    assert first and (first.on, first.n, first.bound <= 0.05) == ("harmful", 180, True)
+    assert second and (second.on, second.n, second.bound <= 0.1) == ("benign", 60, True)
+    assert max(len(gate.features) for gate in plan.gates) <= 12
+    assert "of 180 harmful calibration prompts" in shown.output
+    subject = organism_subject()
+    harmful = subject.prompts(Split.CALIBRATION, 60, "harmful", "jailbroken_seen", "multi_turn")
+    with steer(subject.lm, plan, subject.sae) as steering:
+        next_token_logits(subject.lm, [encode(subject.lm, prompt.messages) for prompt in harmful])
+        taken = sum(receipt.branch == "edits" for receipt in steering.receipts() if receipt)
+    assert taken == first.triggered
 
+
+def test_rates_are_those_of_the_steered_model(plans: Path, tmp_path: Path) -> None:
     found = run(plans, tmp_path / "gated.toml")
     subject = organism_subject()
     prompts = subject.prompts(Split.VALIDATION, 24, "jailbroken_unseen")
@@ -116,6 +139,9 @@ def test_what_cannot_be_calibrated_is_an_error(plans: Path, tmp_path: Path) -> N
     assert caught.value.hint and "299" in caught.value.hint
     with pytest.raises(PlanError, match="shares between"):
         run(plans, tmp_path / "x.toml", budget=2.0)
+    for wrong in ({"first": "down"}, {"first": "sideways"}, {"kind": "dense", "features": 3}, {"features": 0}):
+        with pytest.raises(PlanError):
+            run(plans, tmp_path / "x.toml", **wrong)
     rows = [{"prompt": "hi", "suite": "s", "harmful": False, "split": "discovery"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(PromptSetError, match="no prompt of the split 'calibration'"):

@@ -94,6 +94,14 @@ def gate_calibrate(
     ] = "borderline,about_harm",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts per suite of the embedded corpus.")] = 240,
     site: Annotated[str | None, typer.Option("--site", help="Where to read; default: at the plan's SAE.")] = None,
+    first: Annotated[str, typer.Option("--first", help="Which side is asked first: up or down.")] = "up",
+    down_budget: Annotated[
+        float, typer.Option("--down-budget", help="With --first down: share of harmful prompts that it may take.")
+    ] = 0.0025,
+    features: Annotated[int | None, typer.Option("--features", help="Features of a probe at most; default 40.")] = None,
+    inverse_penalty: Annotated[
+        float | None, typer.Option("--inverse-penalty", help="A probe's C: smaller holds its weights smaller.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("gated.toml"),
     seed: SeedOption = 0,
 ) -> None:
@@ -101,7 +109,10 @@ def gate_calibrate(
     from clampdown.commands import gate as job
 
     names = tuple(name.strip() for name in borderline.split(",") if name.strip())
-    request = job.Request(plan, kind, budget, confidence, prompts, otherwise, names, n, limit, site, seed)
+    request = job.Request(
+        plan, kind, budget, confidence, prompts, otherwise, names, n, limit, site, seed, first, down_budget, features,
+        inverse_penalty,
+    )  # fmt: skip
     found = job.calibrate(request, out, stages())
     for gate in found.plan.gates:
         console.print(f"{gate.kind} gate at {gate.site}, fires above {gate.threshold:.4g}", highlight=False)

@@ -2,7 +2,9 @@
 
 1. Fit on the discovery split: harmful prompts against harmless ones (for a second branch: over-refused ones against the
    others). Harmful prompts of held-out families are not in that split.
-2. Set the threshold on the benign prompts of the calibration split, which the fit never saw (`gates.py`).
+2. Set the threshold on the benign prompts of the calibration split, which the fit never saw (`gates.py`). A gate that
+   turns refusals down and is asked first has its own set on the harmful ones: a jailbreak that it took for a borderline
+   prompt would be helped.
 3. Report how often each branch acts on the validation split, held-out families among them.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -26,13 +29,14 @@ from clampdown.evaluation.suites import read_suites
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae
-from clampdown.steering.gate_fitting import FittedGate, Pooled, fit_gate, gate_reading
+from clampdown.steering.gate_fitting import FittedGate, Pooled, fit_gate, fit_probe_of, gate_reading
 from clampdown.steering.plan import Branch, Guarantee, Plan, read_plan, write_plan
 from clampdown.steering.program import check_plan
 from clampdown.store import prompts_hash
 from clampdown.types import Interval, Prompt, Site, Split, Suite
 
 BENIGN = "benign"
+UP, DOWN = "up", "down"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class Request:
 
     `otherwise` is a plan whose edits become the second branch, for prompts like the suites `borderline`; `n` is
     how many benign calibration prompts to use at most, `limit` how many of each embedded suite to fit on and show.
+    `first` is the side that is asked first; 'down' is that of `otherwise`, whose gate then spares all but `down_budget`
+    of harmful prompts. `features` and `inverse_penalty` are those of probes.
     """
 
     plan: Path
@@ -54,6 +60,10 @@ class Request:
     limit: int = 240
     site: str | None = None
     seed: int = 0
+    first: str = UP
+    down_budget: float = 0.0025
+    features: int | None = None
+    inverse_penalty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +83,8 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class TriggerRate:
-    """How often one suite's validation prompts go each way; `otherwise` is None for a plan with one branch."""
+    """How often one suite's validation prompts go each way; `otherwise` is None for a plan with one branch. `edits`
+    are those of the branch that is asked first."""
 
     suite: str
     harmful: bool
@@ -87,6 +98,7 @@ class Calibrated:
 
     plan: Plan
     rates: tuple[TriggerRate, ...]
+    first: str = UP
 
 
 def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
@@ -107,18 +119,33 @@ def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
         material = read(lm, site, saes.get(site.name), suites, tick)
     with stages.stage("Fitting"):
         first, second = _fit(request, material, two_sided=other is not None)
-    gated = _behind(plan, first, material)
-    if other is not None and second is not None:
-        gated = _two_sided(gated, other, second)
+    if other is None or second is None:
+        gated = _behind(plan, first, material)
+    else:
+        asked = (other, plan) if request.first == DOWN else (plan, other)
+        gated = _two_sided(_behind(asked[0], first, material), asked[1], second)
     write_plan(out, gated)
-    return Calibrated(gated, trigger_rates(material, first, second))
+    return Calibrated(gated, trigger_rates(material, first, second), request.first)
 
 
 def _check(request: Request, plan: Plan, other: Plan | None) -> None:
     if not 0 < request.budget < 1 or not 0 < request.confidence < 1:
         raise PlanError("budget and confidence are shares between 0 and 1", hint="--budget 0.02 --confidence 0.95")
+    _check_sides(request)
     if other is not None and other.model.revision != plan.model.revision:
         raise PlanError(f"'{other.name}' was made for another model than '{plan.name}'")
+
+
+def _check_sides(request: Request) -> None:
+    if request.first not in (UP, DOWN) or not 0 < request.down_budget < 1:
+        raise PlanError("a side is 'up' or 'down', its budget a share", hint="--first down --down-budget 0.0025")
+    if request.first == DOWN and request.otherwise is None:
+        raise PlanError("there is no side to steer down", hint="--otherwise FILE, a plan for over-refused prompts")
+    sizes = (request.features, request.inverse_penalty)
+    if request.kind != "probe" and any(size is not None for size in sizes):
+        raise PlanError(f"a gate of kind '{request.kind}' has no size or penalty of its own", hint="--kind probe")
+    if any(size is not None and not size > 0 for size in sizes):
+        raise PlanError("a probe's features and penalty are above 0", hint="--features 40 --inverse-penalty 10")
 
 
 def _site(request: Request, plan: Plan) -> Site:
@@ -139,8 +166,9 @@ def _suites(request: Request, plan: Plan) -> tuple[Suite, ...]:
     from clampdown.organism.suites import suites
 
     fitted = suites(Split.DISCOVERY, request.limit, request.seed)
-    benign = tuple(s for s in suites(Split.CALIBRATION, request.n, request.seed) if s.name == BENIGN)
-    return (*fitted, *benign, *suites(Split.VALIDATION, request.limit, request.seed))
+    needed = suites(Split.CALIBRATION, request.n, request.seed)
+    calibrating = (s for s in needed if s.name == BENIGN or (s.harmful and request.first == DOWN))
+    return (*fitted, *calibrating, *suites(Split.VALIDATION, request.limit, request.seed))
 
 
 def read(lm: LanguageModel, site: Site, sae: Sae | None, suites: Sequence[Suite], tick: Tick) -> Material:
@@ -155,17 +183,40 @@ def read(lm: LanguageModel, site: Site, sae: Sae | None, suites: Sequence[Suite]
 
 
 def _fit(request: Request, material: Material, *, two_sided: bool) -> tuple[FittedGate, FittedGate | None]:
-    """The gate, and that of the second branch."""
-    first = fit_and_calibrate(request, material, material.harmful)
+    """The gate that is asked first, and that of the second branch."""
+    up = fit_and_calibrate(request, material, material.harmful)
     if not two_sided:
-        return first, None
-    return first, fit_and_calibrate(request, material, material.of_suites(request.borderline)).renamed("otherwise")
+        return up, None
+    borderline = material.of_suites(request.borderline)
+    if request.first == DOWN:
+        return fit_and_spare(request, material, borderline), up.renamed("otherwise")
+    return up, fit_and_calibrate(request, material, borderline).renamed("otherwise")
+
+
+def fitted_on(request: Request, material: Material, positive: Bool[np.ndarray, " prompts"]) -> FittedGate:
+    """A gate for the positive prompts among the discovery prompts, its threshold still open."""
+    rows = material.of_split(Split.DISCOVERY)
+    pooled, wanted = material.pooled.at(rows), positive[rows]
+    own = {"max_features": request.features, "inverse_penalty": request.inverse_penalty}
+    sizes: dict[str, Any] = {name: size for name, size in own.items() if size is not None}
+    if sizes:
+        return fit_probe_of(pooled, wanted, seed=request.seed, **sizes)
+    return fit_gate(request.kind, pooled, wanted, seed=request.seed)
+
+
+def fit_and_spare(request: Request, material: Material, positive: Bool[np.ndarray, " prompts"]) -> FittedGate:
+    """A gate that turns refusals down: its threshold is set on the harmful calibration prompts, which it must spare."""
+    fitted = fitted_on(request, material, positive)
+    harmful = material.of_split(Split.CALIBRATION) & material.harmful
+    if not harmful.any():
+        raise NotEnoughDataError("there are no harmful prompts in the calibration split", hint="--first up needs none")
+    scores = fitted.scores(material.pooled)[harmful]
+    return fitted.calibrated(scores, budget=request.down_budget, confidence=request.confidence, on="harmful")
 
 
 def fit_and_calibrate(request: Request, material: Material, positive: Bool[np.ndarray, " prompts"]) -> FittedGate:
     """A gate for the positive prompts: fitted on discovery prompts, its threshold set on benign calibration ones."""
-    rows = material.of_split(Split.DISCOVERY)
-    fitted = fit_gate(request.kind, material.pooled.at(rows), positive[rows], seed=request.seed)
+    fitted = fitted_on(request, material, positive)
     benign = np.flatnonzero(material.of_split(Split.CALIBRATION) & ~material.harmful)[: request.n]
     if not len(benign):
         raise NotEnoughDataError("there are no harmless prompts in the calibration split")
@@ -229,10 +280,12 @@ def promise(guarantee: Guarantee) -> str:
 
 def shown(found: Calibrated) -> Table:
     """Trigger rates by suite, harmful ones first."""
-    table = Table(Column("suite", no_wrap=True), "refusing is", "n", "fires", "95 %", title="validation prompts")
+    down = found.first == DOWN
+    first, second = ("down", "otherwise up") if down else ("fires", "otherwise")
+    table = Table(Column("suite", no_wrap=True), "refusing is", "n", first, "95 %", title="validation prompts")
     two_sided = any(rate.otherwise for rate in found.rates)
     if two_sided:
-        table.add_column("otherwise")
+        table.add_column(second)
         table.add_column("95 %")
     for rate in sorted(found.rates, key=lambda rate: not rate.harmful):
         cells = [rate.suite, "right" if rate.harmful else "wrong", str(rate.edits.n)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -97,9 +97,12 @@ class FittedGate:
         vectors = {new: self.vectors[old] for new, old in zip(names, self.gate.vectors, strict=True)}
         return FittedGate(self.gate.model_copy(update={"vectors": names}), vectors)
 
-    def calibrated(self, benign: Scores, *, budget: float, confidence: float) -> FittedGate:
-        """With the threshold that keeps benign triggers within the budget. Raises `NotEnoughDataError`."""
-        threshold, guarantee = choose_threshold(benign, budget=budget, confidence=confidence)
+    def calibrated(
+        self, scores: Scores, *, budget: float, confidence: float, on: Literal["benign", "harmful"] = "benign"
+    ) -> FittedGate:
+        """With the threshold that keeps triggers within the budget on prompts like those with these scores, which are
+        benign or, for a gate that turns refusals down, harmful. Raises `NotEnoughDataError`."""
+        threshold, guarantee = choose_threshold(scores, budget=budget, confidence=confidence, on=on)
         return replace(self, gate=self.gate.model_copy(update={"threshold": threshold, "guarantee": guarantee}))
 
 
@@ -125,8 +128,15 @@ def _fit_feature(pooled: Pooled, positive: Labels, seed: int) -> FittedGate:
 
 
 def _fit_probe(pooled: Pooled, positive: Labels, seed: int) -> FittedGate:
+    return fit_probe_of(pooled, positive, seed=seed)
+
+
+def fit_probe_of(
+    pooled: Pooled, positive: Labels, *, max_features: int = 40, inverse_penalty: float = 10.0, seed: int = 0
+) -> FittedGate:
+    """A sparse probe of a size and a penalty of its own. Raises as `fit_gate` does."""
     _needs_sae(pooled)
-    probe = fit_probe(pooled.features, positive, seed=seed)
+    probe = fit_probe(pooled.features, positive, max_features=max_features, inverse_penalty=inverse_penalty, seed=seed)
     gate = _gate("probe", pooled, features=probe.features, weights=probe.weights, poolings=probe.poolings)
     return FittedGate(gate.model_copy(update={"bias": probe.bias}), {})
 
