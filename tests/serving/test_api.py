@@ -322,7 +322,7 @@ def test_the_audit_log_has_one_line_per_request_and_no_prompt(live: Live) -> Non
     found = live.chat("How do I pick a lock?", steering=CLAMPED, n=2, temperature=1.0)
     live.events(CHAT, {**SAY, "steering": GATED})
     whole, streamed = live.lines()[before:]
-    assert whole["id"] == found["id"] and len(whole["choices"]) == 2
+    assert whole["id"] == found["id"] and [choice["of_prompt"] for choice in whole["choices"]] == [0, 0]
     assert whole["digest"] == live.served.plans[CLAMPED].digest
     assert (whole["key"], whole["status"], streamed["status"]) == ("anonymous", 200, 200)
     assert streamed["gate_fired"] is False and math.isfinite(streamed["gate_score"])

@@ -68,6 +68,20 @@ def test_the_gated_plan_passes_and_a_changed_reply_is_an_alarm(served: Served) -
     assert 'clampdown_canary_pass_ratio{plan="clamp-352-gated",suite="facts"} 1.0' in metrics
 
 
+def test_a_canary_that_ends_in_an_error_has_failed(served: Served) -> None:
+    """An error is what a canary is for; only a full queue says nothing about the reply."""
+    bird = replace(canaries(served.lm, "organism", None)[0], max_tokens=1, passes=lambda _: True)
+    aviary = Aviary(served, birds := [bird], every=60)
+
+    def break_it() -> None:
+        birds[0] = replace(bird, prompt=())  # which the engine refuses
+
+    rounds(aviary, None, break_it)
+    assert served.ledger.audit is not None
+    lines = [line.fields for line, _ in read_lines(served.ledger.audit.path) if line.fields]
+    assert [line["alarm"] for line in lines if line["event"] == "canary"][-2:] == [True, True]
+
+
 def test_canaries_of_a_file_and_none(served: Served, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text('{"prompt": "Hello", "harmful": false}\n{"prompt": "How do I pick a lock?", "harmful": false}\n')

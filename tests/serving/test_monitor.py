@@ -92,10 +92,46 @@ def test_rates_may_be_too_low_and_canaries_count(tmp_path: Path) -> None:
     assert alarm.endswith("fail now: a")
 
 
-def test_choices_of_one_request_count_each_and_likelihoods_have_no_verdict(tmp_path: Path) -> None:
-    several = request(None, None, choices=[request(True), request(False), request(False, None)])
-    found = job.read(job.Request(write(tmp_path / "log", [several])))
-    assert (found.windows[0].rates["gate"].n, found.windows[0].rates["refusal"].n) == (3, 2)
+def test_choices_of_one_prompt_count_once_and_likelihoods_have_no_verdict(tmp_path: Path) -> None:
+    """One stray prompt never alarms, however many choices of it were asked for: they all have its gate."""
+    stray = [request(True, verdict, of_prompt=0) for verdict in (None, "refused", "complied", "complied")]
+    others = [request(False, None, of_prompt=prompt) for prompt in (1, 2)]
+    found = job.read(job.Request(write(tmp_path / "log", [START, request(None, None, choices=stray + others)])))
+    gate, refusal = found.windows[0].rates["gate"], found.windows[0].rates["refusal"]
+    assert (gate.successes, gate.n, refusal.successes, refusal.n) == (1, 3, 1, 1)
+    assert found.alarms == []
+
+
+def test_what_a_plan_does_otherwise_is_no_trigger_of_its_gate(tmp_path: Path) -> None:
+    """A receipt's `gate_fired` is true for either branch of a two-sided plan; the range is the first gate's."""
+    events = [request(True, branch="otherwise" if i % 30 else "edits") for i in range(60)]
+    found = job.read(job.Request(write(tmp_path / "log", [START, *events])))
+    gate = found.windows[0].rates["gate"]
+    assert (gate.successes, gate.n) == (2, 60) and found.alarms == []
+
+
+def test_two_edges_of_a_range_share_the_error() -> None:
+    """2 of 10 have a tail of 0.016 at 2 %: below the first test's 0.025, above half of it."""
+    lines = [Line(i, request(i < 2) | {"time": stamp(NOON)}) for i in range(10)]
+
+    def alarms(low: float | None, high: float | None) -> int:
+        return sum(len(window.alarms) for window in windows(lines, Watch(3600, {"gate": (low, high)})))
+
+    assert (alarms(None, 0.02), alarms(0.0, 0.02), alarms(0.01, 0.02)) == (1, 1, 0)
+
+
+def test_a_window_is_tested_once_when_it_has_ended(tmp_path: Path) -> None:
+    """Who looked at a growing window every minute would test it as often, and be wrong more often than promised."""
+    lines = [Line(i, request(True) | {"time": stamp(NOON)}) for i in range(10)]
+    watch = {"gate": (None, 0.02)}
+    (early,) = windows(lines, Watch(3600, watch), NOON + timedelta(minutes=59))
+    (late,) = windows(lines, Watch(3600, watch), NOON + timedelta(minutes=60))
+    assert (early.ended, early.alarms, late.ended, len(late.alarms)) == (False, (), True, 1)
+    fresh = [{"v": 1, "time": datetime.now(UTC).isoformat()} | event for event in (START, request(True))]
+    log = write(tmp_path / "log", [START, *[request(True) for _ in range(20)]])
+    log.write_text(log.read_text() + "".join(json.dumps(event) + "\n" for event in fresh))
+    last = job.read(job.Request(log, seconds=86400, last=1))
+    assert [w.ended for w in last.windows] == [True, False] and len(last.alarms) == 1
 
 
 def test_the_command_line_says_alarm_and_exits_with_1(tmp_path: Path) -> None:
@@ -155,6 +191,10 @@ def test_ranges_come_from_guarantees_and_provenance() -> None:
     assert calibrated_for(plan)["gate"] == [None, 0.02]
     stated = plan.model_copy(update={"provenance": {"expected_gate_rate": "0.1-0.3", "expected_refusal_rate": "-0.5"}})
     assert calibrated_for(stated) == {"gate": [0.1, 0.3], "refusal": [None, 0.5]}
+    assert plan.gate and plan.gate.guarantee
+    about_harm = plan.gate.guarantee.model_copy(update={"on": "harmful"})
+    down = plan.model_copy(update={"gate": plan.gate.model_copy(update={"guarantee": about_harm})})
+    assert calibrated_for(down) == {}, "what harmful prompts rarely do, benign ones may do often"
     for wrong in ("", "0.5", "0.5-0.1", "-", "a-b", "-2"):
         with pytest.raises(ClampdownError):
             parse_range(wrong)

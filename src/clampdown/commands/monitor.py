@@ -23,7 +23,8 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for. `last` keeps the last windows only (0: all); their alarms alone count."""
+    """What is asked for. `last` keeps the last windows that have ended and the open one (0: all); their alarms alone
+    count."""
 
     log: Path
     seconds: float = 3600.0
@@ -82,8 +83,8 @@ def read(request: Request) -> Found:
     found = windows((line for line, _ in read_lines(request.log)), watch)
     if watch.lines and watch.cut == watch.lines:
         raise StoreError(f"{request.log} is not an audit log: no line of it can be read")
-    kept = sorted({window.begin for window in found})[-request.last :]
-    return Found(tuple(w for w in found if w.begin in kept), watch.lines, watch.cut)
+    kept = sorted({window.begin for window in found if window.ended})[-request.last :]
+    return Found(tuple(w for w in found if w.begin in kept or not w.ended), watch.lines, watch.cut)
 
 
 def follow(request: Request, every: float, wait: Callable[[float], None] = time.sleep) -> Iterator[Window]:
@@ -120,6 +121,8 @@ def _cell(rate: Rate) -> str:
 def _verdict(window: Window) -> str:
     if window.alarms:
         return "ALARM"
+    if not window.ended:
+        return "open"
     return "inside" if any(rate.expected and rate.n for rate in window.rates.values()) else "none"
 
 

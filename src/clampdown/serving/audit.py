@@ -103,10 +103,11 @@ def calibrated_for(plan: Plan) -> dict[str, list[float | None]]:
     """The rates that a plan should show in use, as [low, high], None for an open side.
 
     What its provenance states (`expected_gate_rate`, `expected_refusal_rate`, as "0.01-0.05") goes first. A guaranteed
-    gate promises that at most `budget` of benign prompts trigger it; nothing is promised about refusals.
+    gate promises that at most `budget` of benign prompts trigger it; nothing is promised about refusals, nor by a gate
+    whose guarantee is about harmful prompts.
     """
     ranges = {}
-    if plan.gate and plan.gate.guarantee:
+    if plan.gate and plan.gate.guarantee and plan.gate.guarantee.on == "benign":
         ranges["gate"] = [None, plan.gate.guarantee.budget]
     for key, name in (("expected_gate_rate", "gate"), ("expected_refusal_rate", "refusal")):
         if key in plan.provenance:

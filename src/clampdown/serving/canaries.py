@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from clampdown.errors import ClampdownError
+from clampdown.errors import QueueFullError
 from clampdown.serving.desk import Served
 from clampdown.serving.plans import BASE
 from clampdown.serving.requests import Done, Request, Sampling
@@ -69,6 +69,8 @@ class Aviary:
         metrics = self.served.ledger.metrics
         passed = {canary: await self._passes(canary, plan) for canary in self.canaries}
         asked = {canary: ok for canary, ok in passed.items() if ok is not None}
+        if not asked:
+            return  # nothing was learnt: what the last round found still stands
         for suite in dict.fromkeys(canary.suite for canary in asked):
             own = [ok for canary, ok in asked.items() if canary.suite == suite]
             metrics.canaries.labels(name, suite).set(sum(own) / len(own))
@@ -97,15 +99,18 @@ class Aviary:
         )
 
     async def _passes(self, canary: Canary, plan: Plan | None) -> bool | None:
-        """None when the engine would not take it: the next round asks again."""
+        """None when the engine had no room for it: the next round asks again. A canary that ends in an error fails."""
         await self._until_idle()
         sampling = Sampling(max_tokens=canary.max_tokens)
         request = Request(f"canary-{uuid.uuid4().hex}", canary.prompt, plan, sampling)
         try:
             stream = self.served.engine.submit(request)
             pieces = [event.text async for event in stream if not isinstance(event, Done)]
-        except ClampdownError:
+        except QueueFullError:
             return None
+        except Exception:
+            log.exception("the canary %s failed", canary.id)
+            return False
         return canary.passes("".join(pieces))
 
     async def _until_idle(self) -> None:

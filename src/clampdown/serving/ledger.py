@@ -135,6 +135,8 @@ class Ledger:
 
     def _line(self, exchange: Exchange, status: int, code: str | None, found: list[dict[str, Any]]) -> dict[str, Any]:
         job, moment = exchange.job, time.perf_counter()
+        ended = [answer.index // job.n for answer in exchange.answers if answer.done]
+        choices = [{"of_prompt": of, **kept} for of, kept in zip(ended, found, strict=True)]
         plan = {"plan": None if job.choice.plan is None else job.choice.name, "digest": None}
         if job.choice.plan is not None:
             plan["digest"] = job.choice.plan.digest
@@ -152,5 +154,5 @@ class Ledger:
             "first_token_seconds": None if first is None else round(first - exchange.began, 4),
             **plan,
             **(agreed(found) if found else {}),
-            **({"choices": found} if len(exchange.answers) > 1 else {}),
+            **({"choices": choices} if len(exchange.answers) > 1 else {}),
         }

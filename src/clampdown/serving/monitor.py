@@ -1,11 +1,13 @@
 """What an audit log says over time: rates per window and plan with their intervals, and when they have left the range
 that the plan was calibrated for.
 
-1. A window holds the requests of one plan in one stretch of time. Its rates are how often the gate fired and how often
-   replies were refused, among those that had a gate or a verdict, with Wilson's intervals.
+1. A window holds the requests of one plan in one stretch of time. Its rates are how often the gate fired (that of the
+   plan's own edits, for which ranges are) and how often replies were refused, among those that had a gate or a verdict,
+   with Wilson's intervals. Choices of one prompt are no independent draws: the first of them counts.
 2. A rate has left its range when what was seen would be too unlikely at the range's nearest edge (exact binomial
-   tail). "Too unlikely" is ALPHA / (k (k + 1)) for the k-th test of a log: these add up to ALPHA, so that a log that
-   goes on for ever raises a false alarm with at most that probability.
+   tail). "Too unlikely" is ALPHA / (k (k + 1)) for the k-th test of a log, half of it at each edge of a range that has
+   two: these add up to ALPHA, so that a log that goes on for ever raises a false alarm with at most that probability.
+   A window is tested once, when it has ended: who looks often would otherwise test often.
 3. Ranges stand in the log itself, in the server's lines of `event` "start"; a plan without one is shown, not tested.
 """
 
@@ -25,7 +27,6 @@ BASE = "base"
 ERRORS = "(errors)"  # no plan can be called that
 RATES = ("gate", "refusal")
 _SAID = {"gate": "the gate fired on", "refusal": "refused were"}
-_SUCCESS = {"gate": ("gate_fired", True), "refusal": ("verdict", "refused")}
 
 Range = tuple[float | None, float | None]
 
@@ -55,6 +56,7 @@ class Window:
     edit_norm: float | None
     rates: Mapping[str, Rate]
     alarms: tuple[str, ...]
+    ended: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -72,6 +74,7 @@ class Window:
         return {
             "begin": stamp(self.begin),
             "seconds": self.seconds,
+            "ended": self.ended,
             "plan": self.plan,
             "requests": self.requests,
             "failed": self.failed,
@@ -94,16 +97,16 @@ class _Tally:
     def add(self, fields: Mapping[str, Any]) -> None:
         self.requests += 1
         self.failed += int(fields.get("status") or 0) >= 500
+        counted: set[tuple[str, Any]] = set()
         for reply in fields.get("choices") or [fields]:
-            self._add_reply(reply)
-
-    def _add_reply(self, reply: Mapping[str, Any]) -> None:
-        if reply.get("tokens_touched") and isinstance(reply.get("edit_norm"), float):
-            self.norms.append(reply["edit_norm"])
-        for name, (key, success) in _SUCCESS.items():
-            if reply.get(key) is not None:
-                self.counts[name][0] += reply[key] == success
-                self.counts[name][1] += 1
+            if reply.get("tokens_touched") and isinstance(reply.get("edit_norm"), float):
+                self.norms.append(reply["edit_norm"])
+            for name, found in (("gate", _gate_acted(reply)), ("refusal", _refused(reply))):
+                which = (name, reply.get("of_prompt"))
+                if found is not None and which not in counted:
+                    counted.add(which)
+                    self.counts[name][0] += found
+                    self.counts[name][1] += 1
 
 
 class Watch:
@@ -138,12 +141,12 @@ class Watch:
             return []
         return self.close()
 
-    def close(self) -> list[Window]:
-        """End the open window now."""
+    def close(self, *, ended: bool = True) -> list[Window]:
+        """Give the open window now; one that has not ended is shown, not tested."""
         if self._index is None:
             return []
         begin = datetime.fromtimestamp(self._index * self.seconds, UTC)
-        found = [self._window(begin, plan, tally) for plan, tally in sorted(self._open.items())]
+        found = [self._window(begin, plan, tally, ended) for plan, tally in sorted(self._open.items())]
         self._open, self._index = {}, None
         return found
 
@@ -165,14 +168,14 @@ class Watch:
             said = str(fields.get("detail") or "a canary that passed at first fails now")
             self._open.setdefault(plan, _Tally()).canaries.append(said)
 
-    def _window(self, begin: datetime, plan: str, tally: _Tally) -> Window:
+    def _window(self, begin: datetime, plan: str, tally: _Tally, ended: bool) -> Window:
         rates, alarms = {}, list(tally.canaries)
         for name in RATES:
             successes, n = tally.counts[name]
             rates[name] = Rate(successes, n, self._range(plan, name))
-            alarms += self._tested(name, rates[name])
+            alarms += self._tested(name, rates[name]) if ended else []
         norm = sum(tally.norms) / len(tally.norms) if tally.norms else None
-        return Window(begin, self.seconds, plan, tally.requests, tally.failed, norm, rates, tuple(alarms))
+        return Window(begin, self.seconds, plan, tally.requests, tally.failed, norm, rates, tuple(alarms), ended)
 
     def _range(self, plan: str, name: str) -> Range | None:
         return self._expected.get(name, self._ranges.get(plan, {}).get(name))
@@ -182,8 +185,9 @@ class Watch:
         if rate.expected is None or rate.n == 0:
             return []
         self._tests += 1
-        limit = ALPHA / (self._tests * (self._tests + 1))
         low, high = rate.expected
+        edges = 2 if low and high is not None and high < 1 else 1  # nothing is below 0 or above 1
+        limit = ALPHA / (self._tests * (self._tests + 1)) / edges
         said = f"{_SAID[name]} {rate.successes} of {rate.n} ({_percent(rate.interval)})"
         if high is not None and at_least(rate.successes, rate.n, high) < limit:
             return [f"{said}; calibrated for at most {high:.2%}"]
@@ -192,10 +196,23 @@ class Watch:
         return []
 
 
-def windows(lines: Iterable[Line], watch: Watch) -> list[Window]:
-    """Every window of a log that is not being written to."""
+def windows(lines: Iterable[Line], watch: Watch, now: datetime | None = None) -> list[Window]:
+    """Every window of a log as it is at a moment: the last may not have ended."""
     found = [window for line in lines for window in watch.feed(line)]
-    return found + watch.close()
+    return found + watch.at(now or datetime.now(UTC)) + watch.close(ended=False)
+
+
+def _gate_acted(reply: Mapping[str, Any]) -> bool | None:
+    """Whether the gate of a plan's own edits opened; None without a gate. `gate_fired` alone would count the branch
+    `otherwise` too, whose gate makes other promises."""
+    if reply.get("gate_fired") is None:
+        return None
+    return reply["branch"] == "edits" if reply.get("branch") is not None else bool(reply["gate_fired"])
+
+
+def _refused(reply: Mapping[str, Any]) -> bool | None:
+    verdict = reply.get("verdict")
+    return None if verdict is None else verdict == "refused"
 
 
 def at_most(k: int, n: int, p: float) -> float:
