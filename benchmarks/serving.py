@@ -11,7 +11,7 @@
 Time is the server's CPU time (all its threads), which other work on the machine does not stretch as it does wall time;
 replies per second of wall time are in the file as well. Medians over rounds.
 
-    python benchmarks/serving.py [--rounds 5] [--per-client 3] [--json FILE]
+    python benchmarks/serving.py [--rounds 6] [--per-client 3] [--json FILE]
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def report(found: dict[str, list[Round]]) -> dict[str, Any]:
             "replies_per_cpu_s": statistics.median(len(r.replies) / r.cpu for r in rounds),
             "replies_per_s": statistics.median(len(r.replies) / r.wall for r in rounds),
             "same_replies": same_replies(found, name, "unsteered"),
+            "cpu_s_by_round": [round_.cpu for round_ in rounds],
         }
         for name, rounds in found.items()
     }
@@ -161,7 +162,7 @@ def their_command(port: int, weights: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6, help="best a multiple of three: every arm is first as often")
     parser.add_argument("--per-client", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
