@@ -12,7 +12,8 @@
 4. The arms that are left meet the other methods' on validation prompts. Among those that refuse no more safe prompts
    than the unsteered model and are within `SLACK` of the best refusal, the one with the least over-refusal is chosen.
 
-No step sees a prompt of a held-out wrapper family, on any split.
+No step sees a harmful prompt of a held-out wrapper family, on any split. Benign requests in those wrappers are among
+the benign prompts of every split. Whoever set the constants below had such harmful validation prompts in view.
 """
 
 from __future__ import annotations
