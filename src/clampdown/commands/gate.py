@@ -280,13 +280,12 @@ def promise(guarantee: Guarantee) -> str:
 
 def shown(found: Calibrated) -> Table:
     """Trigger rates by suite, harmful ones first."""
-    down = found.first == DOWN
-    first, second = ("down", "otherwise up") if down else ("fires", "otherwise")
-    table = Table(Column("suite", no_wrap=True), "refusing is", "n", first, "95 %", title="validation prompts")
     two_sided = any(rate.otherwise for rate in found.rates)
-    if two_sided:
-        table.add_column(second)
-        table.add_column("95 %")
+    sides = ((DOWN, UP) if found.first == DOWN else (UP, DOWN)) if two_sided else ("fires",)
+    table = Table(Column("suite", no_wrap=True), "refusing is", "n", title="validation prompts", pad_edge=False)
+    for side in sides:
+        table.add_column(side, no_wrap=True)
+        table.add_column("95 %", no_wrap=True)
     for rate in sorted(found.rates, key=lambda rate: not rate.harmful):
         cells = [rate.suite, "right" if rate.harmful else "wrong", str(rate.edits.n)]
         for interval in (rate.edits, rate.otherwise) if two_sided else (rate.edits,):
