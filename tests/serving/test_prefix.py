@@ -105,6 +105,7 @@ def test_long_prompts_come_in_pieces_that_change_nothing() -> None:
     pieces = served(lm, asked, Limits(prefix_bytes=0, prefill_tokens=16), together=True)
     for found, expected in zip(pieces, whole, strict=True):
         assert_same(found, expected)
+        assert found.done.n_reused == 0, "a prompt's own pieces were not found in the cache"
 
 
 def test_only_what_holds_for_every_ending_is_reused() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,14 +18,18 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.requests import Request
 
-from clampdown.commands.serve import Options, is_local, listen, public_name
+from clampdown.commands.serve import Options, is_local, listen, open_server, public_name
+from clampdown.commands.stages import Stages
 from clampdown.errors import ClampdownError, PlanError, StoreError
 from clampdown.organism import MODEL_DIR, PLANS_DIR
 from clampdown.saes.checkpoints import load_sae
 from clampdown.serving.audit import AuditLog, read_lines
+from clampdown.serving.desk import Desk
 from clampdown.serving.limits import Keys, Limits
 from clampdown.serving.plans import PlanTable
+from clampdown.serving.schemas import ChatRequest
 from clampdown.serving.worker import Limits as EngineLimits
 from clampdown.steering.plan import read_plan
 from tests.serving.live import Live, running
@@ -56,7 +62,7 @@ def bearer(key: str) -> dict[str, Any]:
 
 
 def test_a_key_is_needed_everywhere_but_for_health(live: Live) -> None:
-    for path in ("/v1/models", "/metrics"):
+    for path in ("/v1/models", "/metrics", "/openapi.json"):
         assert live.get(path).status_code == 401
         assert live.get(path, **bearer(OTHER)).status_code == 200
     for headers in ({}, {"authorization": KEY}, {"authorization": "Bearer"}, {"authorization": f"Bearer {KEY}x"}):
@@ -134,7 +140,8 @@ def test_a_log_that_cannot_be_written_stops_the_answers_and_not_the_server(live:
     kept = audit._file
     audit._file = os.open("/dev/full", os.O_RDWR)
     try:
-        assert live.post(CHAT, {**SAY, "n": 99}, **bearer(KEY)).status_code == 400  # its line is lost: noticed
+        unlogged = live.post(CHAT, SAY, **bearer(KEY))
+        assert (unlogged.status_code, unlogged.json()["error"]["code"]) == (503, "audit_failed")
         answer = live.post(CHAT, SAY, **bearer(KEY))
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "audit_failed")
         assert live.get("/healthz").status_code == 503
@@ -143,6 +150,49 @@ def test_a_log_that_cannot_be_written_stops_the_answers_and_not_the_server(live:
         audit._file = kept
     assert live.post(CHAT, SAY, **bearer(KEY)).status_code == 200
     assert live.get("/healthz").status_code == 200
+
+
+def test_a_line_that_a_full_disk_cut_spoils_no_other(tmp_path: Path) -> None:
+    """A limit of the file's size is as a full disk: some bytes are written, and then none."""
+    log = AuditLog(tmp_path / "log")
+    log.write("first", {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, hard))
+    try:
+        log.write("second", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert log.broken
+    log.write("third", {})
+    log.close()
+    assert [line.fields and line.fields["event"] for line, _ in read_lines(log.path)] == ["first", None, "third"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_the_server_s_end_cuts_off_has_its_line(tmp_path: Path, stream: bool) -> None:
+    """When the time to drain is over, tasks are cancelled wherever they are: here before the first token."""
+    from rich.console import Console
+
+    served = open_server(Options(audit=tmp_path / "log", inline=None), Stages(Console(quiet=True)))
+    body = ChatRequest.model_validate({**SAY, "stream": stream})
+
+    async def main() -> None:
+        await served.engine.start()
+
+        async def receive() -> Any:
+            await asyncio.sleep(60)
+
+        http = Request({"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive)
+        task = asyncio.create_task(Desk(served).answer(served.intake.chat(body), http, "alice"))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await served.engine.stop(drain_seconds=0)
+
+    asyncio.run(main())
+    last = [line.fields for line, _ in read_lines(tmp_path / "log") if line.fields][-1]
+    assert (last["event"], last["status"], last["code"], last["key"]) == ("request", 503, "server_stopped", "alice")
 
 
 @dataclass(frozen=True)

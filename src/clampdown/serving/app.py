@@ -72,13 +72,13 @@ def create_app(
         version=CODE_VERSION,
         description="A steered model behind an OpenAI-compatible API.",
         lifespan=_lifespan(served, background, drain_seconds),
+        openapi_url=None,  # it names the plans: it is asked for with a key, below
         docs_url=None,  # both pages fetch scripts from elsewhere
         redoc_url=None,
     )
     app.state.served = served
     for kind in (ClampdownError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refused)
-    app.openapi = lambda: _document(app, served)
     _add_answers(app, served)
     _add_facts(app, served)
     app.add_middleware(BodyLimit, limit=served.limits.body_bytes, refuse=faults.response)  # type: ignore[arg-type]
@@ -177,6 +177,11 @@ def _add_facts(app: FastAPI, served: Served) -> None:
     async def model(model: str) -> Response:
         """One of them."""
         return Json(entry(model))
+
+    @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(_key)])
+    async def document() -> Response:
+        """What can be asked of this server, and how."""
+        return Json(_document(app, served))
 
     @app.get("/healthz", responses=_ERRORS, response_class=Json)
     async def healthz() -> Response:

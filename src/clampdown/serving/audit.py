@@ -47,6 +47,8 @@ class AuditLog:
         line = json.dumps({"v": SCHEMA, "event": event, "time": now(), **fields}) + "\n"
         data = line.encode()
         try:
+            if self.broken:
+                self._end_cut_line()  # there may have been no room for that either
             if os.write(self._file, data) < len(data):
                 self._end_cut_line()
                 raise OSError("the disk is full")

@@ -99,7 +99,14 @@ class Desk:
         """Raises what refuses the request. After that the answer, or the stream, is on its way."""
         self._check_open()
         exchange = http.state.exchange = self._exchange(job, key)
-        headers = {"X-Request-Id": exchange.form.id}
+        try:
+            return await self._answered(exchange, http)
+        except asyncio.CancelledError:  # the server's time to stop is over; what it began has its line too
+            self.served.ledger.close(exchange, 503, "server_stopped")
+            raise
+
+    async def _answered(self, exchange: Exchange, http: HttpRequest) -> Response:
+        job, headers = exchange.job, {"X-Request-Id": exchange.form.id}
         feed = Feed(await self._submitted(exchange))
         self._open += 1
         if not job.stream:
@@ -175,6 +182,7 @@ class Desk:
                 task.cancel()
             await self._leave(feed)
         self.served.ledger.close(exchange, 200)
+        self.served.ledger.check_written()
         return Json(exchange.form.whole(exchange.answers), headers=headers)
 
     async def _collect(self, exchange: Exchange, feed: Feed) -> None:

@@ -63,12 +63,16 @@ class Ledger:
         """A server that was told to keep a log does not answer without one. Raises `RequestError` (503)."""
         if self.audit is not None and self.audit.broken:
             self.write("retry", {})
-            if self.audit.broken:
-                raise RequestError(
-                    f"the audit log cannot be written ({self.audit.broken}), and nothing is answered without it",
-                    status=503,
-                    code="audit_failed",
-                )
+            self.check_written()
+
+    def check_written(self) -> None:
+        """Raises `RequestError` (503) when the last line could not be written."""
+        if self.audit is not None and self.audit.broken:
+            raise RequestError(
+                f"the audit log cannot be written ({self.audit.broken}), and nothing is answered without it",
+                status=503,
+                code="audit_failed",
+            )
 
     def write(self, event: str, fields: dict[str, Any]) -> None:
         """A line of the audit log, if there is one."""

@@ -14,7 +14,8 @@ from clampdown.serving.text import TextStream
 @dataclass(eq=False)
 class Ticket:
     """A request, and what has become of it. Of its prompt the first `n_reused` tokens are in `prefix`, computed with
-    the plan whose digest is `key`; `looked` says whether that has been looked for."""
+    the plan whose digest is `key`; `looked` says whether that has been looked for, `n_found` how many of them others
+    had left there (a long prompt's own pieces are in `prefix` too)."""
 
     request: Request
     mailbox: Mailbox
@@ -27,6 +28,7 @@ class Ticket:
     prefix: Prefix = NOTHING
     looked: bool = False
     n_reused: int = 0
+    n_found: int = 0
 
     @property
     def last(self) -> int:

@@ -92,7 +92,8 @@ class Worker:
 
     def counts(self) -> tuple[int, int]:
         """How many wait and how many run."""
-        return len(self._waiting), len(self._rows) + len(self._admitting)
+        with self._wake:  # between queue and batch a request is in neither: a server that drains would leave it behind
+            return len(self._waiting), len(self._rows) + len(self._admitting)
 
     def rate(self) -> float:
         """Requests that ended per second, of late."""
@@ -185,6 +186,7 @@ class Worker:
         if not ticket.looked and ticket.reusable:
             known = ticket.request.prompt[: min(ticket.reusable, len(ticket.request.prompt) - 1)]
             ticket.prefix, ticket.n_reused = self._prefixes.find(ticket.key, known)
+            ticket.n_found = ticket.n_reused
         ticket.looked = True
 
     def _prefill_all(self, group: Sequence[Ticket]) -> None:
@@ -355,4 +357,4 @@ def _alike(group: Sequence[Ticket], saes_of: SaesOf) -> list[Ticket]:
 
 def _done(ticket: Ticket, reason: Literal["stop", "length", "cancelled"], receipt: Receipt | None) -> Done:
     n_prompt = len(ticket.request.prompt)
-    return Done(reason, n_prompt, len(ticket.ids), receipt, ticket.prompt, ticket.n_reused)
+    return Done(reason, n_prompt, len(ticket.ids), receipt, ticket.prompt, min(ticket.n_found, ticket.n_reused))
