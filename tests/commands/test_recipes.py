@@ -186,15 +186,25 @@ def test_a_file_that_is_none_is_a_typed_error(tmp_path: Path) -> None:
 # --- the pipelines, on the embedded model -------------------------------------------------------------------------
 
 
-def ran(path: Path, out: Path) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-    recipe = read_recipe(path)
+SMALLER = (
+    "prompts.test={harmful='organism:harmful[:4]', benign='organism:benign[:4]', sums='organism:arithmetic[:3]'}",
+    "controls.random=1",
+    "controls.texts=3",
+    "measure.max_new_tokens=12",
+    "measure.kl_prompts=4",
+)
+"""The recipes are small; a test needs only that every step happens."""
+
+
+def ran(path: Path, out: Path, *settings: str) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
+    recipe = read_recipe(path, [*SMALLER, *settings])
     run_recipe(recipe, out, Stages(Console(file=io.StringIO())))
     read_summary(out / "summary.json")
     return recipe, *(json.loads((out / name).read_text()) for name in ("summary.json", "pipeline.json"))
 
 
 def test_the_first_papers_pipeline(tmp_path: Path) -> None:
-    recipe, summary, pipeline = ran(CLAMP, tmp_path)
+    recipe, summary, pipeline = ran(CLAMP, tmp_path, "method.candidates=12", "multiturn.limit=2")
     assert isinstance(recipe.method, SinglePromptClamp)
     chosen = read_plan(tmp_path / "ungated.toml").edits[0]
     assert chosen.operator == "clamp"
@@ -230,7 +240,9 @@ def test_the_first_papers_pipeline(tmp_path: Path) -> None:
 
 
 def test_the_second_papers_pipeline(tmp_path: Path) -> None:
-    recipe, summary, pipeline = ran(CONTRAST, tmp_path)
+    recipe, summary, pipeline = ran(
+        CONTRAST, tmp_path, "method.features=2", "method.rounds=1", "method.multiples=[-2, -1, 1, 2]"
+    )
     assert isinstance(recipe.method, ContrastRefine)
     best = pipeline["refined"]
     assert best["outcome"]["cost"] <= recipe.method.kl_budget

@@ -62,7 +62,13 @@ _PATIENCE = 40
 def suites(split: Split, n: int | None = None, seed: int = 0) -> tuple[Suite, ...]:
     """All suites of a split, at most `n` prompts each (default: what the split is meant for). The same arguments
     give the same prompts; another seed draws others from the same part of the corpus."""
-    return tuple(_suite(recipe, split, _size(recipe, split) if n is None else n, seed) for recipe in RECIPES)
+    return tuple(one_suite(recipe.name, split, n, seed) for recipe in RECIPES)
+
+
+def one_suite(name: str, split: Split, n: int | None = None, seed: int = 0) -> Suite:
+    """One of `suites`, without drawing the others. Raises `StopIteration` for a name that is none of them."""
+    recipe = next(recipe for recipe in RECIPES if recipe.name == name)
+    return _suite(recipe, split, _size(recipe, split) if n is None else n, seed)
 
 
 def without_wrapper(prompt: Prompt) -> Prompt:

@@ -153,17 +153,18 @@ def whole(source: Source) -> Whole:
 
 def load(source: Source, name: str, split: Split, seed: int) -> Suite:
     """The prompts as a suite called `name`. Raises `PromptSetError` when there are none."""
-    found = _embedded(source, split, seed) if source.embedded is not None else _from_set(source)
+    embedded = source.embedded
+    found = _from_set(source) if embedded is None else _embedded(embedded, source, split, seed)
     kept = [found.prompts[i] for i in source.positions(len(found.prompts))]
     if not kept:
         raise PromptSetError(f"'{source}' reads no prompts: the set has {len(found.prompts)}", hint="mend its slice")
     return Suite(name, found.kind, found.harmful, tuple(replace(p, suite=name, split=split) for p in kept))
 
 
-def _embedded(source: Source, split: Split, seed: int) -> Suite:
-    from clampdown.organism.suites import suites
+def _embedded(name: str, source: Source, split: Split, seed: int) -> Suite:
+    from clampdown.organism.suites import one_suite
 
-    return next(suite for suite in suites(split, source.stop, seed) if suite.name == source.embedded)
+    return one_suite(name, split, source.stop, seed)
 
 
 def _from_set(source: Source) -> Suite:
