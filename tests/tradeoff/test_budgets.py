@@ -115,3 +115,12 @@ def test_a_change_is_what_got_worse_in_the_sense_of_the_suite() -> None:
 def test_a_budget_that_no_sample_can_prove_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(PlanError):
         Budgets(**wrong)
+
+
+def test_a_bound_over_objectives_is_not_below_the_share_of_prompts() -> None:
+    """One objective with a fifth of all prompts got worse: 1 objective of 161, but 0.2 of the prompts."""
+    found = [Change(True, False, "large")] * 40 + [Change(False, False, i) for i in range(160)]
+    use = weigh(Evidence({OVER_REFUSAL: found}, BenignKl(())), Budgets())[0]
+    assert use.estimate == 0.2
+    assert use.bound is not None and use.bound >= 0.2
+    assert not use.holds

@@ -4,7 +4,8 @@
    replies newly broken. A prompt gets worse, better, or stays.
 2. The bound of (share worse - share better) is exact at any n: Clopper-Pearson's upper bound of the share worse minus
    its lower bound of the share better. `WORSE` of the allowed error goes to the former; with nothing better it is the
-   only one that matters. Where prompts share an objective an objective counts once, worse if any of its prompts is.
+   only one that matters. Where prompts share an objective an objective counts once, worse if any of its prompts is;
+   objectives of unequal size make the bound larger by (largest / mean size).
 3. A gate that stayed shut leaves the row as it is, bit for bit, so such a row is a prompt that stays, and nobody has to
    generate it. That all n rows of a sample stayed shut is no proof that the next one will: the bound is then about 3/n,
    as for any event that was not seen. Reading a gate costs a prefill, so n can be large where generating would be dear.
@@ -17,6 +18,7 @@ A bound speaks of one plan. Who picks the best of several by the same prompts re
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +141,15 @@ def weigh(evidence: Evidence, budgets: Budgets) -> tuple[Use, ...]:
 def _share(name: str, limit: float, found: Sequence[Change], confidence: float) -> Use:
     estimate = (sum(change.worse for change in found) - sum(change.better for change in found)) / len(found)
     worse, better, n = _independent(found)
-    return Use(name, limit, estimate, net_bound(worse, better, n, confidence), len(found))
+    bound = min(1.0, net_bound(worse, better, n, confidence) * _crowding(found))
+    return Use(name, limit, estimate, bound, len(found))
+
+
+def _crowding(found: Sequence[Change]) -> float:
+    """Prompts in the largest cluster over those in a mean one. The budget counts prompts: a share of clusters that get
+    worse holds at most this many times that share of prompts."""
+    sizes = Counter(change.cluster for change in found)
+    return max(sizes.values()) * len(sizes) / len(found)
 
 
 def _independent(found: Sequence[Change]) -> tuple[int, int, int]:
