@@ -144,6 +144,8 @@ def test_choices_of_one_prompt_are_draws_of_one_seed(live: Live) -> None:
     assert several == drawn(n=4, seed=5)
     assert len(set(several)) > 1
     assert drawn(seed=7) == several[2:3]
+    one, four = (live.chat("Hello", max_tokens=2, n=n)["usage"] for n in (1, 4))
+    assert one["prompt_tokens"] == four["prompt_tokens"], "a prompt is paid once for all of its choices"
     assert len(set(drawn(n=6))) > 1
     streamed: dict[int, str] = {}
     body = {"model": "organism", "messages": [{"role": "user", "content": "Tell me about the sea."}]}

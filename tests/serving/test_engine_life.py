@@ -14,6 +14,7 @@ import torch
 from clampdown.errors import ModelError, PlanMismatchError, QueueFullError, RequestError, ScopeError
 from clampdown.models.loading import LanguageModel
 from clampdown.serving.engine import Engine, RequestStream
+from clampdown.serving.pool import Pool
 from clampdown.serving.requests import Done, Piece, Request, Sampling
 from clampdown.serving.worker import Limits
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef
@@ -198,6 +199,36 @@ def test_a_failing_step_ends_who_was_in_it_and_the_engine_goes_on(monkeypatch: p
             with pytest.raises(TypeError):
                 async for _ in stream:
                     pass
+        assert (await ask(engine, request(8))).done.n_generated == 8
+
+    serve(work)
+
+
+def test_rows_that_cannot_join_say_nothing_twice_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the batch's memory ends: the first tokens of the joining rows have been given out by then."""
+    join, calls = Pool.join, 0
+
+    def second_fails(pool: Pool, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("no memory")
+        join(pool, *arguments)
+
+    async def read(stream: RequestStream, seen: list[Any]) -> None:
+        async for item in stream:
+            seen.append(item)
+
+    async def work(engine: Engine) -> None:
+        monkeypatch.setattr(Pool, "join", second_fails)
+        first = engine.submit(request(ENDLESS))
+        await anext(first)
+        joining = [engine.submit(request(20)) for _ in range(2)]
+        for stream in (*joining, first):
+            seen: list[Any] = []
+            with pytest.raises(RuntimeError, match="no memory"):
+                await read(stream, seen)
+            assert stream is first or sum(len(piece.tokens) for piece in seen) <= 1
         assert (await ask(engine, request(8))).done.n_generated == 8
 
     serve(work)

@@ -138,6 +138,7 @@ class Desk:
             choice=job.choice,
             alternatives=job.sampling.top_logprobs,
             include_usage=job.include_usage,
+            n=job.n,
         )
         answers = [Answer(i, prompt.echoed) for i, prompt in enumerate(job.prompt_of)]
         return Exchange(job, key, form, answers)

@@ -83,6 +83,7 @@ class Form:
     choice: Choice
     alternatives: int | None
     include_usage: bool
+    n: int = 1
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -90,7 +91,7 @@ class Form:
         return {
             **self._head("chat.completion" if self.endpoint == "chat" else "text_completion"),
             "choices": choices,
-            "usage": usage(answers),
+            "usage": usage(answers, self.n),
             "steering": agreed([choice["steering"] for choice in choices]),
         }
 
@@ -118,7 +119,12 @@ class Form:
     def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """What a stream ends with when it was asked to count: usage, and the receipt once more."""
         receipts = [receipt_fields(self.choice, _done(answer).receipt) for answer in answers]
-        return {**self._head(self._chunk_object), "choices": [], "usage": usage(answers), "steering": agreed(receipts)}
+        return {
+            **self._head(self._chunk_object),
+            "choices": [],
+            "usage": usage(answers, self.n),
+            "steering": agreed(receipts),
+        }
 
     @property
     def _chunk_object(self) -> str:
@@ -166,15 +172,15 @@ def _nothing(done: Done) -> tuple[Token, ...]:
     return (Token(-1, ""),) if done.prompt and done.reason == "stop" else ()
 
 
-def usage(answers: Iterable[Answer]) -> dict[str, Any]:
-    """Tokens read, written, and found in the prefix cache."""
+def usage(answers: Iterable[Answer], n: int) -> dict[str, Any]:
+    """Tokens read, written, and found in the prefix cache. A prompt counts once for its n choices, as OpenAI counts."""
     done = [_done(answer) for answer in answers]
-    read, written = sum(d.n_prompt for d in done), sum(d.n_generated for d in done)
+    read, written = sum(d.n_prompt for d in done[::n]), sum(d.n_generated for d in done)
     return {
         "prompt_tokens": read,
         "completion_tokens": written,
         "total_tokens": read + written,
-        "prompt_tokens_details": {"cached_tokens": sum(d.n_reused for d in done)},
+        "prompt_tokens_details": {"cached_tokens": sum(d.n_reused for d in done[::n])},
     }
 
 

@@ -6,7 +6,8 @@
 3. A request that ended, or was cancelled, leaves before the next pass.
 
 What goes wrong in a prompt's pass is one request's: the others of that pass are tried again alone. What goes wrong
-while decoding ends the requests that were decoding, and no others.
+while decoding ends the requests that were decoding, and no others. What goes wrong between the two, where rows join the
+batch (memory), ends both: nobody gets a first token twice, and no row a wrong neighbour's.
 """
 
 from __future__ import annotations
@@ -196,11 +197,14 @@ class Worker:
             else:
                 self._prefill(group)
         except Exception as error:
-            if len(group) == 1:
-                self._tell(group[0], error)
+            if len(group) > 1 and not any(ticket.ids for ticket in group):
+                for ticket in group:
+                    self._prefill_all([ticket])
                 return
-            for ticket in group:
-                self._prefill_all([ticket])
+            for ticket in group:  # one alone, or they have their first tokens: nothing may be said twice
+                self._tell(ticket, error)
+            if not len(self._rows) == len(self._decoding) == len(self._pool):
+                self._end_rows(error)
 
     def _too_long(self, ticket: Ticket) -> bool:
         """Whether one pass's budget of tokens ends inside the part of the prompt that can be computed in pieces."""
@@ -260,10 +264,14 @@ class Worker:
         try:
             self._stretch()
         except Exception as error:
-            for ticket in self._rows:
-                self._tell(ticket, error)
-            self._rows, self._pool, self._decoding = [], Pool(self._lm), Decoding(self._lm, self._saes_of)
+            self._end_rows(error)
         self._post()
+
+    def _end_rows(self, error: Exception) -> None:
+        """End the requests that decode, and begin with an empty batch."""
+        for ticket in self._rows:
+            self._tell(ticket, error)
+        self._rows, self._pool, self._decoding = [], Pool(self._lm), Decoding(self._lm, self._saes_of)
 
     def _stretch(self) -> None:
         """Steps until a row leaves or somebody could come in."""
