@@ -77,6 +77,11 @@ def show_run(directory: Path, progress: Stages) -> None:
     console.print(f"[bold]report:[/bold] {path}", soft_wrap=True)
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """The names of a comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def escaped(text: str) -> str:
     """Text that is shown as it is, brackets and all."""
     from rich.markup import escape

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from clampdown.cli.app import ModelOption, OutOption, SaeOption, SeedOption, app, console, show_run, stages, suites_app
+from clampdown.cli.app import (
+    ModelOption,
+    OutOption,
+    SaeOption,
+    SeedOption,
+    app,
+    console,
+    names_in,
+    show_run,
+    stages,
+    suites_app,
+)
 from clampdown.config import ORGANISM
 
 
@@ -44,7 +55,7 @@ def sweep(
         operator=operator,
         scope=scope,
         error_term=error_term,
-        suites=tuple(name.strip() for name in suites.split(",") if name.strip()),
+        suites=names_in(suites),
         split=split,
         limit=limit,
     )
@@ -89,7 +100,7 @@ def screen(
     request = job.Request(
         features_file=features,
         multiples=parse_multiples(multiples),
-        scopes=tuple(name.strip() for name in scopes.split(",") if name.strip()),
+        scopes=names_in(scopes),
         top=top,
         prompts=prompts,
         halving=Halving(keep=keep, kl_limit=kl_limit),
@@ -136,7 +147,7 @@ def evaluate(
 
     request = job.Request(
         plans=tuple(plans),
-        suites=tuple(name.strip() for name in suites.split(",") if name.strip()),
+        suites=names_in(suites),
         judge=judge,
         split=split,
         limit=limit,

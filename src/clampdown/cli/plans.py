@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from clampdown.cli.app import ModelOption, SaeOption, SeedOption, app, console, escaped, gate_app, plan_app, stages
+from clampdown.cli.app import (
+    ModelOption,
+    SaeOption,
+    SeedOption,
+    app,
+    console,
+    escaped,
+    gate_app,
+    names_in,
+    plan_app,
+    stages,
+)
 from clampdown.config import ORGANISM
 
 
@@ -108,7 +119,7 @@ def gate_calibrate(
     """Put a plan behind a gate whose benign trigger rate is bounded, and say how often it fires."""
     from clampdown.commands import gate as job
 
-    names = tuple(name.strip() for name in borderline.split(",") if name.strip())
+    names = names_in(borderline)
     request = job.Request(
         plan, kind, budget, confidence, prompts, otherwise, names, n, limit, site, seed, first, down_budget, features,
         inverse_penalty,

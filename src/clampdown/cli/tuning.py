@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clampdown.cli.app import ModelOption, OutOption, SaeOption, SeedOption, app, console, show_run, stages
+from clampdown.cli.app import ModelOption, OutOption, SaeOption, SeedOption, app, console, names_in, show_run, stages
 from clampdown.config import ORGANISM
 from clampdown.errors import PlanError
 
@@ -76,7 +76,7 @@ def tune(
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    return tuple(dict.fromkeys(names_in(text)))
 
 
 def _shares(text: str) -> tuple[float, ...]:

@@ -223,12 +223,12 @@ def gate_probe(subject: Subject, scale: Scale, max_features: int) -> Probe:
     """A sparse probe that tells harmful from harmless discovery prompts."""
     harmful = subject.prompts(Split.DISCOVERY, scale.discovery, *HARMFUL)
     harmless = subject.prompts(Split.DISCOVERY, scale.discovery, *HARMLESS)
-    pooled = _pooled(subject, [*harmful, *harmless])
+    pooled = read_pooled(subject, [*harmful, *harmless])
     labels = np.arange(len(harmful) + len(harmless)) < len(harmful)
     return fit_probe(pooled, labels, max_features=max_features, seed=subject.seed)
 
 
-def _pooled(subject: Subject, prompts: Sequence[Prompt]) -> Pooled:
+def read_pooled(subject: Subject, prompts: Sequence[Prompt]) -> Pooled:
     """What the gate reads: each feature's peak over the prompt, and its value where the reply is decided."""
     found = collect(plan_pass(subject.lm, [read_sae(subject.sae, *GATE_POOLINGS)], prompts))
     return {name: found.matrix(name) for name in GATE_POOLINGS}
@@ -237,7 +237,7 @@ def _pooled(subject: Subject, prompts: Sequence[Prompt]) -> Pooled:
 def calibrate(subject: Subject, probe: Probe, scale: Scale, choice: GateChoice) -> Gate:
     """The threshold with its guarantee on benign calibration prompts."""
     benign = subject.prompts(Split.CALIBRATION, scale.calibration, "benign")
-    scores = probe.scores(_pooled(subject, benign))
+    scores = probe.scores(read_pooled(subject, benign))
     threshold, guarantee = choose_threshold(scores, budget=choice.budget, confidence=choice.confidence)
     return make_gate(subject.sae.cfg.site.name, probe, threshold, guarantee)
 

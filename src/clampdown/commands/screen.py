@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clampdown.commands.demo import HARMFUL
 from clampdown.commands.experiment import Sizes, Subject, measure_arms
 from clampdown.commands.stages import Stages
 from clampdown.commands.sweep import calibration_of, read_features, split_to_measure
@@ -23,8 +24,6 @@ from clampdown.steering.plan import Plan, write_plan
 from clampdown.steering.scopes import SCOPES
 from clampdown.tradeoff.screening import Halving, Screened, prefills_of, screen
 from clampdown.types import ArmKind, Prompt, Split
-
-HARMFUL = ("harmful", "jailbroken_seen", "multi_turn")
 
 
 @dataclass(frozen=True, slots=True)

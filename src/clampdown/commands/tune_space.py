@@ -26,8 +26,7 @@ from clampdown.discovery.pairs import Pair
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
 from clampdown.errors import NotEnoughDataError, PlanError, ScopeError, StoreError
 from clampdown.organism.suites import without_wrapper
-from clampdown.steering.gate_fitting import FITTERS, FittedGate, Pooled, fit_gate, gate_reading
-from clampdown.steering.gates import fit_probe, make_gate
+from clampdown.steering.gate_fitting import FITTERS, FittedGate, Pooled, fit_gate, fit_probe_of, gate_reading
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.plan import Edit, Gate, ModelRef, Plan, SaeRef
 from clampdown.steering.scopes import SCOPES
@@ -293,8 +292,7 @@ def _fit(kind: str, pooled: Pooled, positive: np.ndarray, seed: int) -> FittedGa
     name, most = _kind(kind)
     if name != "probe":
         return fit_gate(name, pooled, positive, seed=seed)
-    probe = fit_probe(pooled.features, positive, max_features=most, seed=seed)
-    return FittedGate(make_gate(pooled.site, probe, 0.0), {})
+    return fit_probe_of(pooled, positive, max_features=most, seed=seed)
 
 
 def read_pooled(subject: Subject, prompts: Sequence[Prompt], out: Path, stages: Stages, name: str) -> Pooled:

@@ -26,8 +26,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from clampdown.activations.collect import collect
-from clampdown.activations.stream import plan_pass, read_sae
 from clampdown.commands import demo
 from clampdown.commands.experiment import Subject
 from clampdown.discovery import causal
@@ -77,7 +75,7 @@ class Discovery:
         n = int(MORE * scale.discovery)
         harmful = subject.prompts(Split.DISCOVERY, n, *demo.HARMFUL)
         prompts = (*harmful, *subject.prompts(Split.DISCOVERY, n, *demo.HARMLESS))
-        return cls(prompts, np.arange(len(prompts)) < len(harmful), _pooled(subject, prompts))
+        return cls(prompts, np.arange(len(prompts)) < len(harmful), demo.read_pooled(subject, prompts))
 
     @property
     def peaks(self) -> Float[np.ndarray, " d_sae"]:
@@ -218,9 +216,4 @@ def _probe(subject: Subject, read: Discovery, positive: Bool[np.ndarray, " promp
 
 
 def _scores(subject: Subject, probe: Probe, prompts: Sequence[Prompt]) -> Float[np.ndarray, " prompts"]:
-    return probe.scores(_pooled(subject, prompts))
-
-
-def _pooled(subject: Subject, prompts: Sequence[Prompt]) -> Pooled:
-    found = collect(plan_pass(subject.lm, [read_sae(subject.sae, *demo.GATE_POOLINGS)], prompts))
-    return {name: found.matrix(name) for name in demo.GATE_POOLINGS}
+    return probe.scores(demo.read_pooled(subject, prompts))

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from clampdown.steering.gate_kinds import GATE_POOLINGS
 from clampdown.steering.program import GateProgram
 
 State = Float[Tensor, "rows state"]
@@ -32,10 +33,6 @@ class Running:
 
     start: Callable[[Values, Content], State]
     grow: Callable[[State, Values, Content], tuple[Values, State]]
-
-
-def _start_max(values: Values, content: Content) -> State:
-    return values.masked_fill(~content.unsqueeze(-1), 0.0).amax(1)
 
 
 def _grow_max(state: State, values: Values, content: Content) -> tuple[Values, State]:
@@ -59,18 +56,14 @@ def _grow_mean(state: State, values: Values, content: Content) -> tuple[Values, 
     return total[..., :-1] / total[..., -1:].clamp(min=1), total[:, -1]
 
 
-def _start_last(values: Values, content: Content) -> State:
-    return values[:, -1]
-
-
 def _grow_last(state: State, values: Values, content: Content) -> tuple[Values, State]:
     return state.unsqueeze(1).expand_as(values), state
 
 
 RUNNING: Mapping[str, Running] = {
-    "max": Running(_start_max, _grow_max),
+    "max": Running(GATE_POOLINGS["max"], _grow_max),
     "mean": Running(_start_mean, _grow_mean),
-    "assistant_start": Running(_start_last, _grow_last),
+    "assistant_start": Running(GATE_POOLINGS["assistant_start"], _grow_last),
 }
 
 
