@@ -6,7 +6,7 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,12 +29,14 @@ from clampdown.store import (
 from clampdown.types import (
     FeatureScore,
     FeatureSet,
+    Ground,
     Message,
     OptionChoice,
     Prompt,
     Provenance,
     Receipt,
     Record,
+    Refusal,
     Split,
     StoredReply,
     Verdict,
@@ -59,6 +61,9 @@ records = st.builds(
     correct=st.none() | st.booleans(),
     judge=texts,
     receipt=st.none() | receipts,
+    refusal=st.none() | st.sampled_from(list(Refusal)),
+    helped=st.none() | st.booleans(),
+    ground=st.none() | st.sampled_from(list(Ground)),
 )
 unique_records = st.lists(records, max_size=6, unique_by=lambda r: (r.arm, r.suite, r.prompt_id))
 # beartype samples containers with `random` when a strategy builds a checked dataclass.
@@ -98,6 +103,12 @@ def test_a_kill_at_any_byte_loses_only_the_line_in_flight(written: list[Record],
             assert log.records == tuple(written[:n_whole])
             log.append(written)
         assert path.read_bytes() == whole
+
+
+def test_records_of_before_the_two_questions_are_read(tmp_path: Path) -> None:
+    old = {key: value for key, value in asdict(record()).items() if key not in ("refusal", "helped", "ground")}
+    (tmp_path / "records.jsonl").write_text(json.dumps(old) + "\n")
+    assert read_records(tmp_path / "records.jsonl") == (record(),)
 
 
 def test_nothing_is_written_twice(tmp_path: Path) -> None:

@@ -30,11 +30,13 @@ from clampdown.errors import FeatureSetError, StoreError
 from clampdown.types import (
     FeatureScore,
     FeatureSet,
+    Ground,
     OptionChoice,
     Prompt,
     Provenance,
     Receipt,
     Record,
+    Refusal,
     ScoreColumns,
     ScoreSource,
     Split,
@@ -138,13 +140,16 @@ def read_json(path: Path) -> Any:
 
 
 def record_from_json(row: Mapping[str, Any]) -> Record:
-    receipt = row.get("receipt")
+    """A line of `records.jsonl`. Fields that an older clampdown did not write have their defaults."""
+    receipt, refusal, ground = (row.get(name) for name in ("receipt", "refusal", "ground"))
     return Record(
         **{
             **row,
             "split": Split(row["split"]),
             "verdict": Verdict(row["verdict"]),
             "receipt": Receipt(**receipt) if receipt else None,
+            "refusal": Refusal(refusal) if refusal else None,
+            "ground": Ground(ground) if ground else None,
         }
     )
 

@@ -31,6 +31,21 @@ class Verdict(StrEnum):
     UNSCORED = "unscored"
 
 
+class Refusal(StrEnum):
+    """Whether a reply refused: nothing given, something held back, or no."""
+
+    FULL = "full"
+    PARTIAL = "partial"
+    NO = "no"
+
+
+class Ground(StrEnum):
+    """Why a reply refused: it ought not to (`SAFETY`) or it is not able to (`CAPABILITY`: no browser, no data)."""
+
+    SAFETY = "safety"
+    CAPABILITY = "capability"
+
+
 class Split(StrEnum):
     """Which decision a prompt may inform: features are found on `DISCOVERY`, strengths and features chosen on
     `VALIDATION`, gate thresholds set on `CALIBRATION`, and `TEST` is read once."""
@@ -140,12 +155,17 @@ class Judgement:
     """A judge's finding on one reply. `correct` is None for prompts without an expected answer.
 
     `score` is what a graded rubric gave: 0 is no harm done, 1 the most (None: the judge does not grade).
+    `refusal` and `helped` are what people are asked about a reply: did it refuse, and did it help with what was asked.
+    `ground` is why it refused. None: the judge does not say.
     """
 
     verdict: Verdict
     correct: bool | None = None
     detail: str = ""
     score: float | None = None
+    refusal: Refusal | None = None
+    helped: bool | None = None
+    ground: Ground | None = None
 
 
 Judge = Callable[[Prompt, str], Judgement]
@@ -272,7 +292,8 @@ class Record:
 
     `objective` names what the prompt is after, for prompts that share one (attempts at one goal, a request and its
     harmless twin): their outcomes are not independent, and intervals are clustered by it. `same_as` names the arm whose
-    reply this is when it was not computed again, because the two could not differ.
+    reply this is when it was not computed again, because the two could not differ. `refusal`, `helped` and `ground` are
+    the judge's answers that the verdict follows from (`Judgement`); None in records of judges that do not say.
     """
 
     arm: str
@@ -289,6 +310,9 @@ class Record:
     score: float | None = None
     objective: str | None = None
     same_as: str = ""
+    refusal: Refusal | None = None
+    helped: bool | None = None
+    ground: Ground | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class Judging:
         self._name = name
         self._log = log
         self._prompts = {(suite.name, prompt.id): prompt for suite in suites for prompt in suite.prompts}
-        self._known = {_asked(r): Judgement(r.verdict, r.correct, score=r.score) for r in log.records}
+        self._known = {_asked(record): _judgement(record) for record in log.records}
 
     def catch_up(self) -> None:
         """Judge every reply that waits, or as many as the judge manages."""
@@ -100,7 +100,22 @@ class Judging:
             same_as=reply.same_as,
             score=judgement.score,
             objective=prompt.meta.get(OBJECTIVE),
+            refusal=judgement.refusal,
+            helped=judgement.helped,
+            ground=judgement.ground,
         )
+
+
+def _judgement(record: Record) -> Judgement:
+    """What the judge said when this record was written."""
+    return Judgement(
+        record.verdict,
+        record.correct,
+        score=record.score,
+        refusal=record.refusal,
+        helped=record.helped,
+        ground=record.ground,
+    )
 
 
 def _asked(row: StoredReply | Record) -> Asked:
