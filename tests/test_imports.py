@@ -29,6 +29,7 @@ RANK = {
     "featuresets": 0.4,
     "cards": 0.5,
     "explanation": 0.6,
+    "replies": 0.7,
     "models": 1,
     "saes": 1,
     "activations": 2,
@@ -45,7 +46,7 @@ RANK = {
     "cli": 9,
     "__main__": 10,
 }
-TOP_OF_RANK_0 = RANK["explanation"]
+TOP_OF_RANK_0 = RANK["replies"]
 CEILING = {
     "errors": -1,
     "types": RANK["errors"],
@@ -54,6 +55,7 @@ CEILING = {
     "featuresets": RANK["store"],
     "cards": RANK["featuresets"],
     "explanation": RANK["cards"],
+    "replies": RANK["explanation"],
     "models": TOP_OF_RANK_0,
     "saes": TOP_OF_RANK_0,  # not models: any tool can use an SAE without a language model
     "activations": 1,
@@ -72,7 +74,7 @@ CEILING = {
 }
 
 HEAVY = {"torch", "transformers", "scipy", "sklearn", "plotly", "numpy", "safetensors", "huggingface_hub", "pydantic"}
-LIGHT_PACKAGES = ("errors", "types", "config", "store", "featuresets", "cards")
+LIGHT_PACKAGES = ("errors", "types", "config", "store", "featuresets", "cards", "replies")
 INIT_WITH_CODE = {"clampdown", "clampdown.organism"}
 MAX_FUNCTION_LINES = 80
 VAGUE_NAMES = {"utils", "helpers", "common", "misc", "manager"}
