@@ -41,7 +41,7 @@ from clampdown.saes.sae import Sae, SaeConfig
 from clampdown.steering.hooks import steer
 from clampdown.steering.options import Continued, continuation_log_likelihoods
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef
-from clampdown.tradeoff.screening import Halving, Prefills, screen
+from clampdown.study.screening import Halving, Prefills, screen
 from clampdown.types import Site
 
 PROMPT, NEW, ROWS, CANDIDATES = 128, 32, 16, 200

@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import pytest
 
-from clampdown.commands.discover import checked
 from clampdown.config import ORGANISM_WEIGHTS
 from clampdown.discovery.finders import DEFAULT, FINDERS, MATCHED_EFFECT, Effort, Material, run_finder
 from clampdown.discovery.pairs import Pair, signed_rank
@@ -18,6 +17,7 @@ from clampdown.organism.judge import judge
 from clampdown.organism.suites import suites, without_wrapper
 from clampdown.saes.checkpoints import load_sae
 from clampdown.store import prompts_hash
+from clampdown.study.discover import checked
 from clampdown.types import Judgement, Split, Verdict
 
 SMALL = Effort(attributed=6, finalists=8, clamped=4, benign=3, kl=0.02)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from clampdown.commands.judging import judge_named
 from clampdown.errors import JudgeError
 from clampdown.evaluation.judges.interface import Case, in_order
 from clampdown.evaluation.judges.table import make_judge
+from clampdown.study.judging import judge_named
 from clampdown.types import Message, Prompt, Verdict
 
 

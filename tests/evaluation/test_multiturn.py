@@ -17,9 +17,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from clampdown.cli.main import app
-from clampdown.commands.judging import judge_named
-from clampdown.commands.multiturn import Request, attacker_of, run_multiturn, scorer_of
-from clampdown.commands.stages import Stages
 from clampdown.config import ORGANISM
 from clampdown.errors import ClampdownError, EndpointDownError, JudgeError, PromptSetError, StoreError
 from clampdown.evaluation.attackers import EndpointAttacker, LocalAttacker, PlainFunction, Scripted, question_in
@@ -43,6 +40,9 @@ from clampdown.organism.suites import suites
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm, generate_arms
+from clampdown.study.judging import judge_named
+from clampdown.study.multiturn import Request, attacker_of, run_multiturn, scorer_of
+from clampdown.study.progress import Stages
 from clampdown.types import ArmKind, Judgement, Message, Prompt, Receipt, Split, Verdict
 from tests.interop.conftest import make_gate, make_plan
 

@@ -15,10 +15,10 @@ import uvicorn
 from rich.console import Console
 
 from clampdown.commands.serve import Options, listen, open_server
-from clampdown.commands.stages import Stages
 from clampdown.serving.app import create_app
 from clampdown.serving.audit import read_lines
 from clampdown.serving.desk import Served
+from clampdown.study.progress import Stages
 
 
 @dataclass(frozen=True)

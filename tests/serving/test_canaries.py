@@ -11,11 +11,11 @@ from rich.console import Console
 
 from clampdown.commands.canaries import canaries
 from clampdown.commands.serve import Options, background, open_server
-from clampdown.commands.stages import Stages
 from clampdown.organism import PLANS_DIR
 from clampdown.serving.audit import read_lines
 from clampdown.serving.canaries import Aviary
 from clampdown.serving.desk import Served
+from clampdown.study.progress import Stages
 
 
 @pytest.fixture(scope="module")

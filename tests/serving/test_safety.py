@@ -21,7 +21,6 @@ import pytest
 from starlette.requests import Request
 
 from clampdown.commands.serve import Options, is_local, listen, open_server, public_name
-from clampdown.commands.stages import Stages
 from clampdown.errors import ClampdownError, PlanError, StoreError
 from clampdown.organism import MODEL_DIR, PLANS_DIR
 from clampdown.saes.checkpoints import load_sae
@@ -32,6 +31,7 @@ from clampdown.serving.plans import PlanTable
 from clampdown.serving.schemas import ChatRequest
 from clampdown.serving.worker import Limits as EngineLimits
 from clampdown.steering.plan import read_plan
+from clampdown.study.progress import Stages
 from tests.serving.live import Live, running
 
 KEY, OTHER = "k" * 20 + "1", "k" * 20 + "2"

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clampdown.commands.gate import promise as in_words
 from clampdown.commands.studio_sources import GateReader, PlanFolder, RunFolder, Saes
 from clampdown.errors import PlanError
 from clampdown.models.chat import encode, token_owners, token_texts
@@ -39,7 +38,8 @@ from clampdown.steering.gates import choose_threshold
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Branch, read_plan, write_plan
 from clampdown.store import write_json
-from clampdown.tradeoff.frontier import write_plans
+from clampdown.study.frontier import write_plans
+from clampdown.study.gate import promise as in_words
 from clampdown.types import ArmKind, Message, Prompt, Receipt, Split
 
 GATED = read_plan(PLANS_DIR / "clamp-352-gated.toml")

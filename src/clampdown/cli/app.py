@@ -11,7 +11,7 @@ from rich.console import Console
 from clampdown.config import CODE_VERSION
 
 if TYPE_CHECKING:
-    from clampdown.commands.stages import Stages
+    from clampdown.study.progress import Stages
 
 console = Console()
 errors = Console(stderr=True)
@@ -60,7 +60,7 @@ def _root(
 
 def stages() -> Stages:
     """Progress on the console."""
-    from clampdown.commands.stages import Stages
+    from clampdown.study.progress import Stages
 
     return Stages(console)
 

@@ -35,9 +35,9 @@ def discover(
     seed: SeedOption = 0,
 ) -> None:
     """Find refusal features by clamping, gradients, contrasts or one prompt; refine them into a plan."""
-    from clampdown.commands import discover as job
-    from clampdown.commands.refining import refinement_table
     from clampdown.reports.terminal import print_features
+    from clampdown.study import discover as job
+    from clampdown.study.refining import refinement_table
 
     request = job.Request(
         finders=job.finder_names(finder),
@@ -81,8 +81,8 @@ def features_list(
     where: Annotated[list[str] | None, typer.Option("--where", help="A bound, e.g. 'd_prime>=1'; repeatable.")] = None,
 ) -> None:
     """List the features that finders kept, or all features by a score."""
-    from clampdown.commands import features as job
     from clampdown.reports.terminal import features_table
+    from clampdown.study import features as job
 
     conditions = [job.parse_condition(text) for text in where or ()]
     found = job.list_features(path, sort, conditions, ascending=ascending)
@@ -107,9 +107,9 @@ def features_show(
 ) -> None:
     """Show one feature: what it promotes, where it fires, its strongest prompts, neighbours and scores."""
     from clampdown.cards import write_card
-    from clampdown.commands import features as job
     from clampdown.reports.card_page import write_card_page
     from clampdown.reports.card_terminal import card_summary
+    from clampdown.study import features as job
 
     request = job.ShowRequest(prompts, tuple(features or ()), limit, seed)
     card = job.show(feature, model, sae, request, stages())
@@ -129,7 +129,7 @@ def features_compare(
     ] = None,
 ) -> None:
     """Compare two rankings: rank correlation, overlap of the best, and what moved most."""
-    from clampdown.commands import features as job
     from clampdown.reports.card_terminal import agreement_summary
+    from clampdown.study import features as job
 
     console.print(agreement_summary(job.compare(first, second, score or ()), console.width))

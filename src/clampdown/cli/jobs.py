@@ -20,8 +20,8 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """Run the whole job on the embedded model: find, steer, measure the trade-off, write a report."""
-    from clampdown.commands import demo as job
-    from clampdown.commands.experiment import organism_subject
+    from clampdown.study import demo as job
+    from clampdown.study.experiment import organism_subject
 
     progress = stages()
     with progress.stage("Loading"):
@@ -41,8 +41,8 @@ def compare_methods(
     seed: SeedOption = 0,
 ) -> None:
     """Both papers' methods, the dense baselines, a tuned plan and random features in one run on the embedded model."""
-    from clampdown.commands import compare_methods as job
-    from clampdown.commands.experiment import organism_subject
+    from clampdown.study import compare_methods as job
+    from clampdown.study.experiment import organism_subject
 
     progress = stages()
     with progress.stage("Loading"):
@@ -67,10 +67,10 @@ def recipe(
     ] = None,
 ) -> None:
     """Run a published pipeline from one file: its model, SAE, prompts, judges and strengths."""
-    from clampdown.commands.multiturn import table as attack_table
-    from clampdown.commands.recipes import dry_run as checking
-    from clampdown.commands.recipes.run import run_recipe
-    from clampdown.commands.recipes.schema import read_recipe
+    from clampdown.study.multiturn import table as attack_table
+    from clampdown.study.recipes import dry_run as checking
+    from clampdown.study.recipes.run import run_recipe
+    from clampdown.study.recipes.schema import read_recipe
 
     found = read_recipe(file, settings or ())
     checked = checking.dry_run(found)

@@ -43,8 +43,8 @@ def sweep(
     seed: SeedOption = 0,
 ) -> None:
     """Steer at several strengths and measure refusals, capability and cost at each."""
-    from clampdown.commands import sweep as job
-    from clampdown.commands.experiment import organism_subject
+    from clampdown.study import sweep as job
+    from clampdown.study.experiment import organism_subject
 
     request = job.Request(
         features=tuple(feature or ()),
@@ -92,10 +92,10 @@ def screen(
     seed: SeedOption = 0,
 ) -> None:
     """Read hundreds of clamps from prefills, generate for the best few, and say why the others were dropped."""
-    from clampdown.commands import screen as job
-    from clampdown.commands.experiment import organism_subject
-    from clampdown.commands.sweep import parse_multiples
-    from clampdown.tradeoff.screening import Halving
+    from clampdown.study import screen as job
+    from clampdown.study.experiment import organism_subject
+    from clampdown.study.screening import Halving
+    from clampdown.study.sweep import parse_multiples
 
     request = job.Request(
         features_file=features,
@@ -142,8 +142,8 @@ def evaluate(
     seed: SeedOption = 0,
 ) -> None:
     """Measure plans beside the baseline and matched controls; a killed run resumes."""
-    from clampdown.commands import control_table
-    from clampdown.commands import evaluate as job
+    from clampdown.study import control_table
+    from clampdown.study import evaluate as job
 
     request = job.Request(
         plans=tuple(plans),
@@ -181,7 +181,7 @@ def compare(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
     """Compare two runs or two arms on the same prompts: paired differences, tests, and what flipped."""
-    from clampdown.commands import compare as job
+    from clampdown.study import compare as job
 
     found = job.run_compare(first, second)
     console.print(job.shown(found, examples))
@@ -212,8 +212,8 @@ def multiturn(
     seed: SeedOption = 0,
 ) -> None:
     """Attack the baseline and plans over many turns: scripted escalations, or Crescendo with any attacker."""
-    from clampdown.commands import multiturn as job
     from clampdown.evaluation.multiturn import Rules
+    from clampdown.study import multiturn as job
 
     request = job.Request(
         plans=tuple(plans or ()),
@@ -242,7 +242,7 @@ def judge_agreement(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Measure a judge against human labels: confusion matrix, and kappa with its interval."""
-    from clampdown.commands import judge_agreement as job
+    from clampdown.study import judge_agreement as job
 
     console.print(job.run_agreement(judge, [*(replies or ()), *(files or ())], json_file, stages()))
 
@@ -250,7 +250,7 @@ def judge_agreement(
 @suites_app.command("list")
 def suites_list() -> None:
     """All public suites with their licences and sizes."""
-    from clampdown.commands import suites
+    from clampdown.study import suites
 
     console.print(suites.listed())
 
@@ -260,6 +260,6 @@ def suites_show(
     suite: Annotated[str, typer.Argument(help="NAME, NAME=FILE or FILE.")],
 ) -> None:
     """Where a suite comes from; with a file, what it holds."""
-    from clampdown.commands import suites
+    from clampdown.study import suites
 
     console.print(suites.shown(suite))

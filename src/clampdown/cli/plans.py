@@ -41,8 +41,8 @@ def plan_make(
     site: Annotated[str | None, typer.Option("--site", help="Where the SAE reads, if its files do not say.")] = None,
 ) -> None:
     """Write a plan that steers features, with its strengths resolved to raw values."""
-    from clampdown.commands import plan as job
     from clampdown.steering.units import Strength
+    from clampdown.study import plan as job
 
     strengths = tuple(Strength.parse(text) for text in strength)
     request = job.Request(tuple(feature), strengths, operator, scope, error_term, name)
@@ -62,7 +62,7 @@ def plan_show(
     sae: Annotated[str | None, typer.Option("--sae", help="With --check: another name of the SAE.")] = None,
 ) -> None:
     """Say what a plan does, with its strengths in every unit, and check it against model and SAE."""
-    from clampdown.commands import plan as job
+    from clampdown.study import plan as job
 
     _show_plan(file)
     if check:
@@ -117,7 +117,7 @@ def gate_calibrate(
     seed: SeedOption = 0,
 ) -> None:
     """Put a plan behind a gate whose benign trigger rate is bounded, and say how often it fires."""
-    from clampdown.commands import gate as job
+    from clampdown.study import gate as job
 
     names = names_in(borderline)
     request = job.Request(
@@ -147,8 +147,8 @@ def explain(
     seed: SeedOption = 0,
 ) -> None:
     """Why a plan costs what it costs: edit size, tokens, layers, features, and pushes of the same size."""
-    from clampdown.commands import explain as job
     from clampdown.reports.explain_terminal import explanation_summary
+    from clampdown.study import explaining as job
 
     request = job.Request(prompts, limit, controls, seed=seed)
     found = job.run(plan, out or plan.parent, model, sae, request, stages())
@@ -176,7 +176,7 @@ def chat(
 
 
 def _show_plan(path: Path) -> None:
-    from clampdown.commands import plan as job
+    from clampdown.study import plan as job
 
     for heading, text in job.show(path):
         console.print(f"[bold]{heading:>12}[/bold]  {escaped(text)}", soft_wrap=True, highlight=False)

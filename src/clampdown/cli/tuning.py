@@ -50,11 +50,11 @@ def tune(
     seed: SeedOption = 0,
 ) -> None:
     """Search features, operators, strengths, scopes and gates for the plan that refuses most within budgets."""
-    from clampdown.commands import tune as job
-    from clampdown.commands.tune_prompts import FULL, QUICK, Sources, tuning_subject
-    from clampdown.commands.tune_space import Choices
-    from clampdown.commands.tune_table import shown
-    from clampdown.tradeoff.budgets import Budgets
+    from clampdown.study.budgets import Budgets
+    from clampdown.study.tune import run as job
+    from clampdown.study.tune.prompts import FULL, QUICK, Sources, tuning_subject
+    from clampdown.study.tune.space import Choices
+    from clampdown.study.tune.table import shown
 
     budgets = Budgets(max_over_refusal, max_capability_loss, max_broken, max_kl, confidence)
     choices = Choices(features, _names(operators), _names(scopes), _names(gates), _shares(gate_budgets), set_size)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from clampdown.commands.judging import judge_named
 from clampdown.config import embedded_model
 from clampdown.evaluation.judges.interface import NamedJudge
 from clampdown.evaluation.suites import read_suites
 from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.serving.canaries import Canary
+from clampdown.study.judging import judge_named
 from clampdown.types import Prompt, Split, Suite, Verdict
 
 EMBEDDED_SUITES, PER_SUITE = ("harmful", "jailbroken_seen", "benign", "facts"), 4

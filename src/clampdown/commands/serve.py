@@ -19,8 +19,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from clampdown.commands.canaries import canaries
-from clampdown.commands.plan import calibration_prompts
-from clampdown.commands.stages import Stages
 from clampdown.config import ORGANISM, embedded_model
 from clampdown.errors import ClampdownError, PlanError, PlanMismatchError
 from clampdown.evaluation.judges.table import make_judge
@@ -43,6 +41,8 @@ from clampdown.serving.worker import Limits as EngineLimits
 from clampdown.steering.plan import NOT_CHECKED_AGAIN, Plan, read_plan
 from clampdown.steering.program import check_plan
 from clampdown.steering.selftest import require_self_test
+from clampdown.study.plan import calibration_prompts
+from clampdown.study.progress import Stages
 from clampdown.types import Site
 
 

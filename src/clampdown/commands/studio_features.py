@@ -10,10 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clampdown.commands.card import make_card
-from clampdown.commands.features import ShowRequest, prompts_of
-from clampdown.commands.plan import Request as PlanRequest
-from clampdown.commands.plan import calibration_prompts, plan_of
 from clampdown.config import ORGANISM
 from clampdown.discovery.finders import DEFAULT, run_finder
 from clampdown.discovery.ranking import token_effects
@@ -26,6 +22,10 @@ from clampdown.serving.studio.workbench import FeatureRow
 from clampdown.steering.plan import Plan
 from clampdown.steering.units import Strength
 from clampdown.store import read_feature_set, write_feature_set
+from clampdown.study.card import make_card
+from clampdown.study.features import ShowRequest, prompts_of
+from clampdown.study.plan import Request as PlanRequest
+from clampdown.study.plan import calibration_prompts, plan_of
 from clampdown.types import FeatureSet
 
 CARDS_KEPT, CARD_PROMPTS, ROWS_AT_ONCE, TOKENS, MANY = 64, 24, 128, 8, 16
@@ -92,9 +92,9 @@ class Explorer:
                 "features of this model are found with prompts of your own",
                 hint=f"clampdown discover --harmful FILE --harmless FILE --out {self.runs.name}/discover",
             )
-        from clampdown.commands.demo import QUICK, Subject, finder_material
         from clampdown.organism.judge import judge
         from clampdown.organism.suites import suites
+        from clampdown.study.demo import QUICK, Subject, finder_material
 
         subject = Subject(self.lm, self.sae, lambda split, n: suites(split, n), judge, "organism-exact/1")
         with self._busy:

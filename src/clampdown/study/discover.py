@@ -1,0 +1,258 @@
+"""`clampdown discover`: run finders on a model's SAE, refine what they found into a plan, scan the layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rich.table import Table
+
+from clampdown.activations.collect import collect_to
+from clampdown.activations.estimate import Estimate, describe, estimate_pass
+from clampdown.activations.store import ActivationStore
+from clampdown.activations.stream import Pass
+from clampdown.config import ORGANISM
+from clampdown.discovery.contrast import ContrastSettings
+from clampdown.discovery.finders import (
+    DEFAULT,
+    FINDERS,
+    MATCHED_EFFECT,
+    Material,
+    clamp_all,
+    clamp_sources,
+    run_finder,
+)
+from clampdown.discovery.layers import LayerScore, scan_layers
+from clampdown.discovery.pairs import Pair, pair_by_id
+from clampdown.errors import PromptSetError
+from clampdown.evaluation.suites import read_suites
+from clampdown.models.loading import LanguageModel, has_weights, load_shape
+from clampdown.saes.checkpoints import load_sae, open_sae
+from clampdown.saes.sae import Sae, check_fits, shape_only
+from clampdown.store import content_hash, write_feature_set, write_json
+from clampdown.study.experiment import load_pair
+from clampdown.study.judging import judge_named
+from clampdown.study.progress import Stages, Tick
+from clampdown.study.refining import Refinement, refine_found
+from clampdown.types import FeatureSet, Judge, Message, Prompt, Split
+
+DISCOVERY_PROMPTS, CHECK_PROMPTS, CHECKED = 160, 16, 24
+BOTH = ("contrast", "single-prompt")
+ORGANISM_SAES = ("organism", "organism:x8")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for on the command line. No `judge`: the exact one on the embedded model, else rules."""
+
+    finders: tuple[str, ...] = (DEFAULT,)
+    harmful: Path | None = None
+    harmless: Path | None = None
+    jailbroken: Path | None = None
+    prompt: str | None = None
+    judge: str | None = None
+    pooling: str = "assistant_start"
+    literal: bool = False
+    top: int = 64
+    check: bool = True
+    refine: bool = False
+    set_size: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts to find features on, jailbreak pairs among them, and held-out ones to refine on."""
+
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    pairs: tuple[Pair, ...]
+    held_out_harmful: tuple[Prompt, ...]
+    held_out_harmless: tuple[Prompt, ...]
+    judge: Judge
+
+
+@dataclass(frozen=True, slots=True)
+class Discovered:
+    """What a run found: the feature sets with their files and, if asked for, the refined plan."""
+
+    written: tuple[tuple[Path, FeatureSet], ...]
+    refinement: Refinement | None
+
+
+def finder_names(asked: str) -> tuple[str, ...]:
+    """Finders by name: a comma-separated list, `both` or `all`. Raises `PromptSetError` for an unknown one."""
+    names = tuple(name.strip() for name in asked.split(",") if name.strip()) or (DEFAULT,)
+    every = {"both": BOTH, "all": tuple(FINDERS)}
+    names = tuple(dict.fromkeys(one for name in names for one in every.get(name, (name,))))
+    for name in names:
+        if name not in FINDERS:
+            raise PromptSetError(f"no finder is called '{name}'", hint=f"one of: {', '.join(FINDERS)}, both, all")
+    return names
+
+
+def run_discover(model: str, sae: str, request: Request, out: Path, stages: Stages) -> Discovered:
+    """Write one file per finder under `out`, and with `refine` a plan made from the first finder's features."""
+    with stages.stage("Loading"):
+        lm, loaded = load_pair(model, sae)
+    prompts = _prompts(model, request)
+    relay = _Relay()
+    given = dataclasses.replace(
+        _material(lm, loaded, prompts, request, relay), run=lambda job: run_pass(job, out, relay, stages)
+    )
+    found = [_find(given, name, request, stages, relay) for name in request.finders]
+    written = []
+    for feature_set in found:
+        path = out / f"{feature_set.finder}.json"
+        write_feature_set(path, feature_set)
+        written.append((path, feature_set))
+    refinement = None
+    if request.refine or request.set_size > 1:
+        held_out = (prompts.held_out_harmful, prompts.held_out_harmless)
+        refinement = refine_found(given, found[0], held_out, request.set_size, out, stages)
+    return Discovered(tuple(written), refinement)
+
+
+def run_scan(model: str, sae: str, request: Request, out: Path, stages: Stages) -> tuple[LayerScore, ...]:
+    """The layer scan, into `out/scan.json`. On the embedded model both its SAEs are scanned."""
+    with stages.stage("Loading"):
+        lm, loaded = load_pair(model, sae)
+        names = ORGANISM_SAES if (model, sae) == (ORGANISM, ORGANISM) else ()
+        saes = [loaded, *(load_sae(name).to(lm.device) for name in names[1:])]
+    for one in saes:
+        check_fits(one, lm.d_model, lm.n_layers)
+    prompts = _prompts(model, request)
+    with stages.stage("Scanning layers") as tick:
+        rows = scan_layers(lm, saes, prompts.harmful, prompts.harmless, tick)
+    write_json(out / "scan.json", {"schema": 1, "model": lm.name, "revision": lm.revision, "rows": rows})
+    return rows
+
+
+@dataclass
+class _Relay:
+    """Progress of whatever runs now: what is computed once for several finders reports to the one that asked first."""
+
+    tick: Tick | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.tick is not None:
+            self.tick(done, total)
+
+
+def _material(lm: LanguageModel, sae: Sae, prompts: Prompts, request: Request, relay: _Relay) -> Material:
+    asked = Prompt("asked", (Message("user", request.prompt),), "asked") if request.prompt is not None else None
+    return Material(
+        lm,
+        sae,
+        prompts.harmful,
+        prompts.harmless,
+        prompts.pairs,
+        prompts.judge,
+        asked,
+        ContrastSettings(pooling=request.pooling, top=request.top),
+        seed=request.seed,
+        on_progress=relay,
+    )
+
+
+def _find(given: Material, name: str, request: Request, stages: Stages, relay: _Relay) -> FeatureSet:
+    """One finder; those that do not clamp by themselves have their first features clamped, unless told not to."""
+    if name == "contrast" and request.literal:
+        name = "contrast-literal"
+    with stages.stage(f"Finding: {name}") as tick:
+        relay.tick = tick
+        found = run_finder(name, given)
+        if not request.check or name == DEFAULT:
+            return found
+        return checked(given, found)
+
+
+def checked(given: Material, found: FeatureSet, top: int = CHECKED) -> FeatureSet:
+    """The set with its first features clamped at equal benign KL, and ranked by what that did."""
+    tested = clamp_all(given, found.features[:top])
+    tested.sort(key=lambda score: -score.scores.get(MATCHED_EFFECT, float("-inf")))
+    return dataclasses.replace(
+        found,
+        features=(*tested, *found.features[top:]),
+        ranked_by=MATCHED_EFFECT,
+        sources={**found.sources, **clamp_sources(given)},
+    )
+
+
+def _prompts(model: str, request: Request) -> Prompts:
+    if request.harmful or request.harmless:
+        return _from_files(request)
+    if model != ORGANISM and not Path(model).joinpath("metrics.json").exists():
+        raise PromptSetError(
+            "no prompts to find features with",
+            hint="give --harmful FILE and --harmless FILE (JSONL or CSV with a 'prompt' column)",
+        )
+    from clampdown.organism.suites import suites, without_wrapper
+
+    found = {s.name: s.prompts for s in suites(Split.DISCOVERY, DISCOVERY_PROMPTS, request.seed)}
+    validation = {s.name: s.prompts for s in suites(Split.VALIDATION, CHECK_PROMPTS, request.seed)}
+    return Prompts(
+        found["harmful"],
+        found["benign"],
+        tuple(Pair(without_wrapper(prompt), prompt) for prompt in found["jailbroken_seen"]),
+        (*validation["jailbroken_seen"], *validation["multi_turn"]),
+        validation["benign"],
+        judge_named(request.judge or "exact"),
+    )
+
+
+def _from_files(request: Request) -> Prompts:
+    """A quarter of each side, at most `CHECK_PROMPTS`, is held out for refinement."""
+    if request.harmful is None or request.harmless is None:
+        raise PromptSetError("a contrast needs both kinds of prompts", hint="give --harmful and --harmless")
+    harmful, harmful_held = _split(_all_prompts(request.harmful, harmful=True))
+    harmless, harmless_held = _split(_all_prompts(request.harmless, harmful=False))
+    wrapped = _all_prompts(request.jailbroken, harmful=True) if request.jailbroken else ()
+    pairs, pairs_held = _split(pair_by_id((*harmful, *harmful_held), wrapped))
+    tempting_held = tuple(pair.wrapped for pair in pairs_held) or harmful_held
+    return Prompts(harmful, harmless, pairs, tempting_held, harmless_held, judge_named(request.judge or "rules"))
+
+
+def _split(prompts: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...]]:
+    held_out = min(CHECK_PROMPTS, len(prompts) // 4)
+    cut = len(prompts) - held_out
+    return tuple(prompts[:cut]), tuple(prompts[cut:] or prompts)
+
+
+def _all_prompts(path: Path, *, harmful: bool) -> tuple[Prompt, ...]:
+    return tuple(prompt for suite in read_suites(path, harmful=harmful) for prompt in suite.prompts)
+
+
+def run_pass(job: Pass, out: Path, tick: Tick, stages: Stages) -> ActivationStore:
+    """Say what the pass will take, then run it in a directory of its own under `out`: a repeated command resumes it."""
+    stages.console.print(describe(estimate_pass(job)), highlight=False)
+    found = collect_to(job, out / "activations" / content_hash(job.key), tick)
+    assert found is not None, "all batches were asked for"
+    return found
+
+
+def dry_run(model: str, sae: str, request: Request, stages: Stages) -> Estimate:
+    """What the contrast's pass would take. A model or SAE of which only the shape is there is enough."""
+    with stages.stage("Loading"):
+        if has_weights(model):
+            lm, loaded = load_pair(model, sae)
+        else:
+            lm, loaded = load_shape(Path(model)), shape_only(open_sae(sae).cfg)
+    prompts = _prompts(model, request)
+    found = estimate_pass(_material(lm, loaded, prompts, request, _Relay()).planned)
+    stages.console.print(describe(found), highlight=False)
+    return found
+
+
+def scan_table(rows: Sequence[LayerScore]) -> Table:
+    """The layer scan for a terminal."""
+    table = Table("site", "SAE", "feature", "AUROC", "d'", title=f"held-out prompts, n = {rows[0].n}")
+    for row in rows:
+        feature = "difference of means" if row.feature is None else str(row.feature)
+        d_prime = "n/a" if row.d_prime is None else f"{row.d_prime:.2f}"
+        table.add_row(row.site, row.sae or "", feature, f"{row.auroc:.3f}", d_prime)
+    return table

@@ -1,0 +1,294 @@
+"""`clampdown gate calibrate`: put a plan behind a gate with a stated bound on how often benign prompts trigger it.
+
+1. Fit on the discovery split: harmful prompts against harmless ones (for a second branch: over-refused ones against the
+   others). Harmful prompts of held-out families are not in that split.
+2. Set the threshold on the benign prompts of the calibration split, which the fit never saw (`gates.py`). A gate that
+   turns refusals down and is asked first has its own set on the harmful ones: a jailbreak that it took for a borderline
+   prompt would be helped.
+3. Report how often each branch acts on the validation split, held-out families among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from rich.table import Column, Table
+
+from clampdown.activations.collect import collect
+from clampdown.activations.stream import plan_pass
+from clampdown.config import ORGANISM
+from clampdown.errors import NotEnoughDataError, PlanError, PromptSetError
+from clampdown.evaluation.intervals import wilson
+from clampdown.evaluation.suites import read_suites
+from clampdown.models.loading import LanguageModel, load_model
+from clampdown.saes.checkpoints import load_sae
+from clampdown.saes.sae import Sae
+from clampdown.steering.gate_fitting import FittedGate, Pooled, fit_gate, fit_probe_of, gate_reading
+from clampdown.steering.plan import Branch, Guarantee, Plan, read_plan, write_plan
+from clampdown.steering.program import check_plan
+from clampdown.store import prompts_hash
+from clampdown.study.progress import Stages, Tick
+from clampdown.types import Interval, Prompt, Site, Split, Suite
+
+BENIGN = "benign"
+UP, DOWN = "up", "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for.
+
+    `otherwise` is a plan whose edits become the second branch, for prompts like the suites `borderline`; `n` is
+    how many benign calibration prompts to use at most, `limit` how many of each embedded suite to fit on and show.
+    `first` is the side that is asked first; 'down' is that of `otherwise`, whose gate then spares all but `down_budget`
+    of harmful prompts. `features` and `inverse_penalty` are those of probes.
+    """
+
+    plan: Path
+    kind: str
+    budget: float = 0.02
+    confidence: float = 0.95
+    prompts: Path | None = None
+    otherwise: Path | None = None
+    borderline: tuple[str, ...] = ("borderline", "about_harm")
+    n: int = 800
+    limit: int = 240
+    site: str | None = None
+    seed: int = 0
+    first: str = UP
+    down_budget: float = 0.0025
+    features: int | None = None
+    inverse_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """The prompts of all three splits as one list, what is known of each, and what was pooled of them."""
+
+    prompts: tuple[Prompt, ...]
+    harmful: Bool[np.ndarray, " prompts"]
+    pooled: Pooled
+
+    def of_split(self, split: Split) -> Bool[np.ndarray, " prompts"]:
+        return np.array([prompt.split is split for prompt in self.prompts])
+
+    def of_suites(self, names: Sequence[str]) -> Bool[np.ndarray, " prompts"]:
+        return np.array([prompt.suite in names for prompt in self.prompts])
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerRate:
+    """How often one suite's validation prompts go each way; `otherwise` is None for a plan with one branch. `edits`
+    are those of the branch that is asked first."""
+
+    suite: str
+    harmful: bool
+    edits: Interval
+    otherwise: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The plan behind its gate, and how often it acts."""
+
+    plan: Plan
+    rates: tuple[TriggerRate, ...]
+    first: str = UP
+
+
+def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
+    """Fit, calibrate, measure, and write the plan to `out`.
+
+    Raises `NotEnoughDataError`, naming the n that would do, when the prompts cannot prove the budget; `PlanError` and
+    `PlanMismatchError` for a plan that cannot be gated as asked.
+    """
+    plan, other = read_plan(request.plan), request.otherwise and read_plan(request.otherwise)
+    _check(request, plan, other)
+    with stages.stage("Loading"):
+        lm = load_model(plan.model.name)
+        saes = {ref.site: load_sae(ref.name).to(lm.device) for ref in plan.saes}
+        check_plan(plan, lm, saes)
+        site = _site(request, plan)
+        suites = _suites(request, plan)
+    with stages.stage("Reading prompts") as tick:
+        material = read(lm, site, saes.get(site.name), suites, tick)
+    with stages.stage("Fitting"):
+        first, second = _fit(request, material, two_sided=other is not None)
+    if other is None or second is None:
+        gated = _behind(plan, first, material)
+    else:
+        asked = (other, plan) if request.first == DOWN else (plan, other)
+        gated = _two_sided(_behind(asked[0], first, material), asked[1], second)
+    write_plan(out, gated)
+    return Calibrated(gated, trigger_rates(material, first, second), request.first)
+
+
+def _check(request: Request, plan: Plan, other: Plan | None) -> None:
+    if not 0 < request.budget < 1 or not 0 < request.confidence < 1:
+        raise PlanError("budget and confidence are shares between 0 and 1", hint="--budget 0.02 --confidence 0.95")
+    _check_sides(request)
+    if other is not None and other.model.revision != plan.model.revision:
+        raise PlanError(f"'{other.name}' was made for another model than '{plan.name}'")
+
+
+def _check_sides(request: Request) -> None:
+    if request.first not in (UP, DOWN) or not 0 < request.down_budget < 1:
+        raise PlanError("a side is 'up' or 'down', its budget a share", hint="--first down --down-budget 0.0025")
+    if request.first == DOWN and request.otherwise is None:
+        raise PlanError("there is no side to steer down", hint="--otherwise FILE, a plan for over-refused prompts")
+    sizes = (request.features, request.inverse_penalty)
+    if request.kind != "probe" and any(size is not None for size in sizes):
+        raise PlanError(f"a gate of kind '{request.kind}' has no size or penalty of its own", hint="--kind probe")
+    if any(size is not None and not size > 0 for size in sizes):
+        raise PlanError("a probe's features and penalty are above 0", hint="--features 40 --inverse-penalty 10")
+
+
+def _site(request: Request, plan: Plan) -> Site:
+    """Where to read: as asked, else at the plan's SAE, else where the lowest edit acts."""
+    lowest = min(Site.parse(edit.site) for edit in plan.edits)
+    with_sae = [Site.parse(ref.site) for ref in plan.saes]
+    return Site.parse(request.site) if request.site else min([*with_sae, lowest])
+
+
+def _suites(request: Request, plan: Plan) -> tuple[Suite, ...]:
+    if request.prompts is not None:
+        return read_suites(request.prompts)
+    if plan.model.name != ORGANISM:
+        raise PromptSetError(
+            f"there are no prompts of our own for '{plan.model.name}'",
+            hint="--prompts FILE, with columns suite, harmful and split (discovery, calibration, validation)",
+        )
+    from clampdown.organism.suites import suites
+
+    fitted = suites(Split.DISCOVERY, request.limit, request.seed)
+    needed = suites(Split.CALIBRATION, request.n, request.seed)
+    calibrating = (s for s in needed if s.name == BENIGN or (s.harmful and request.first == DOWN))
+    return (*fitted, *calibrating, *suites(Split.VALIDATION, request.limit, request.seed))
+
+
+def read(lm: LanguageModel, site: Site, sae: Sae | None, suites: Sequence[Suite], tick: Tick) -> Material:
+    """One pass over all prompts. Raises `PromptSetError` when a split is missing."""
+    prompts = tuple(prompt for suite in suites for prompt in suite.prompts)
+    for split in (Split.DISCOVERY, Split.CALIBRATION, Split.VALIDATION):
+        if not any(prompt.split is split for prompt in prompts):
+            raise PromptSetError(f"no prompt of the split '{split}'", hint="rows need a `split`: see docs/gates.md")
+    harmful = np.array([suite.harmful for suite in suites for _ in suite.prompts])
+    store = collect(plan_pass(lm, [gate_reading(site, sae)], prompts), tick)
+    return Material(prompts, harmful, Pooled.of(store))
+
+
+def _fit(request: Request, material: Material, *, two_sided: bool) -> tuple[FittedGate, FittedGate | None]:
+    """The gate that is asked first, and that of the second branch."""
+    up = fit_and_calibrate(request, material, material.harmful)
+    if not two_sided:
+        return up, None
+    borderline = material.of_suites(request.borderline)
+    if request.first == DOWN:
+        return fit_and_spare(request, material, borderline), up.renamed("otherwise")
+    return up, fit_and_calibrate(request, material, borderline).renamed("otherwise")
+
+
+def fitted_on(request: Request, material: Material, positive: Bool[np.ndarray, " prompts"]) -> FittedGate:
+    """A gate for the positive prompts among the discovery prompts, its threshold still open."""
+    rows = material.of_split(Split.DISCOVERY)
+    pooled, wanted = material.pooled.at(rows), positive[rows]
+    own = {"max_features": request.features, "inverse_penalty": request.inverse_penalty}
+    sizes: dict[str, Any] = {name: size for name, size in own.items() if size is not None}
+    if sizes:
+        return fit_probe_of(pooled, wanted, seed=request.seed, **sizes)
+    return fit_gate(request.kind, pooled, wanted, seed=request.seed)
+
+
+def fit_and_spare(request: Request, material: Material, positive: Bool[np.ndarray, " prompts"]) -> FittedGate:
+    """A gate that turns refusals down: its threshold is set on the harmful calibration prompts, which it must spare."""
+    fitted = fitted_on(request, material, positive)
+    harmful = material.of_split(Split.CALIBRATION) & material.harmful
+    if not harmful.any():
+        raise NotEnoughDataError("there are no harmful prompts in the calibration split", hint="--first up needs none")
+    scores = fitted.scores(material.pooled)[harmful]
+    return fitted.calibrated(scores, budget=request.down_budget, confidence=request.confidence, on="harmful")
+
+
+def fit_and_calibrate(request: Request, material: Material, positive: Bool[np.ndarray, " prompts"]) -> FittedGate:
+    """A gate for the positive prompts: fitted on discovery prompts, its threshold set on benign calibration ones."""
+    fitted = fitted_on(request, material, positive)
+    benign = np.flatnonzero(material.of_split(Split.CALIBRATION) & ~material.harmful)[: request.n]
+    if not len(benign):
+        raise NotEnoughDataError("there are no harmless prompts in the calibration split")
+    scores = fitted.scores(material.pooled)[benign]
+    return fitted.calibrated(scores, budget=request.budget, confidence=request.confidence)
+
+
+def _behind(plan: Plan, fitted: FittedGate, material: Material) -> Plan:
+    made_from = {**plan.provenance, "gate_prompts": prompts_hash(material.prompts)}
+    return Plan.model_validate(
+        {
+            **dict(plan),
+            "name": f"{plan.name} gated",
+            "gate": fitted.gate,
+            "vectors": plan.vectors | dict(fitted.vectors),
+            "provenance": made_from,
+        }
+    )
+
+
+def _two_sided(plan: Plan, other: Plan, fitted: FittedGate) -> Plan:
+    """With another plan's edits as what is done otherwise. Vectors of the same name must be the same."""
+    for name in plan.vectors.keys() & other.vectors.keys():
+        if plan.vectors[name] != other.vectors[name]:
+            raise PlanError(f"both plans have a vector '{name}', with different values", hint="rename one of them")
+    saes = {ref.site: ref for ref in (*other.saes, *plan.saes)}
+    return Plan.model_validate(
+        {
+            **dict(plan),
+            "name": f"{plan.name}, otherwise {other.name}",
+            "saes": tuple(saes.values()),
+            "otherwise": Branch(gate=fitted.gate, edits=other.edits),
+            "vectors": other.vectors | plan.vectors | dict(fitted.vectors),
+        }
+    )
+
+
+def trigger_rates(material: Material, first: FittedGate, second: FittedGate | None) -> tuple[TriggerRate, ...]:
+    """By suite of the validation split, how often each branch acts."""
+    fires = first.scores(material.pooled) > first.gate.threshold
+    falls = ~fires & (second.scores(material.pooled) > second.gate.threshold) if second else None
+    shown = material.of_split(Split.VALIDATION)
+    rates = []
+    for name in dict.fromkeys(prompt.suite for prompt in material.prompts):
+        rows = shown & material.of_suites([name])
+        if rows.any():
+            n = int(rows.sum())
+            down = None if falls is None else wilson(int(falls[rows].sum()), n)
+            rates.append(TriggerRate(name, bool(material.harmful[rows].all()), wilson(int(fires[rows].sum()), n), down))
+    return tuple(rates)
+
+
+def promise(guarantee: Guarantee) -> str:
+    """A guarantee in words."""
+    return (
+        f"{guarantee.triggered} of {guarantee.n} {guarantee.on} calibration prompts trigger it: "
+        f"at {guarantee.confidence:.0%} confidence at most {guarantee.bound:.2%} of such prompts do "
+        f"(budget {guarantee.budget:.2%})"
+    )
+
+
+def shown(found: Calibrated) -> Table:
+    """Trigger rates by suite, harmful ones first."""
+    two_sided = any(rate.otherwise for rate in found.rates)
+    sides = ((DOWN, UP) if found.first == DOWN else (UP, DOWN)) if two_sided else ("fires",)
+    table = Table(Column("suite", no_wrap=True), "refusing is", "n", title="validation prompts", pad_edge=False)
+    for side in sides:
+        table.add_column(side, no_wrap=True)
+        table.add_column("95 %", no_wrap=True)
+    for rate in sorted(found.rates, key=lambda rate: not rate.harmful):
+        cells = [rate.suite, "right" if rate.harmful else "wrong", str(rate.edits.n)]
+        for interval in (rate.edits, rate.otherwise) if two_sided else (rate.edits,):
+            cells += [format(interval, ".3f"), f"{interval.low:.3f}-{interval.high:.3f}"] if interval else []
+        table.add_row(*cells)
+    return table

@@ -1,0 +1,119 @@
+"""`clampdown screen`: many features at many strengths, read from prefills; the best few generate and are measured.
+
+The run directory is that of a sweep. Its summary also lists every candidate with what was read of it and why it was
+not kept; the report shows them under the arms.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clampdown.discovery.causal import clamp_plan
+from clampdown.discovery.refusal_tokens import RefusalTokens, find_refusal_tokens
+from clampdown.errors import NotEnoughDataError, ScopeError, StrengthError
+from clampdown.steering.arms import BASELINE, Arm
+from clampdown.steering.plan import Plan, write_plan
+from clampdown.steering.scopes import SCOPES
+from clampdown.study.demo import HARMFUL
+from clampdown.study.experiment import Sizes, Subject, measure_arms
+from clampdown.study.progress import Stages
+from clampdown.study.screening import Halving, Screened, prefills_of, screen
+from clampdown.study.sweep import calibration_of, read_features, split_to_measure
+from clampdown.types import ArmKind, Prompt, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for: the first `top` features of a file, each at every multiple of its largest activation, in
+    every scope. `prompts` of each suite are read in the last round of screening."""
+
+    features_file: Path
+    multiples: tuple[float, ...]
+    scopes: tuple[str, ...] = ("all", "prompt")
+    top: int = 20
+    prompts: int = 16
+    halving: Halving = field(default_factory=Halving)
+    split: str = "validation"
+    limit: int = 50
+
+
+def run_screen(subject: Subject, request: Request, out: Path, stages: Stages) -> dict[str, Any]:
+    """Screen on validation prompts, generate for what is kept, write the run directory; returns its summary."""
+    split = split_to_measure(request.split)
+    features = read_features(subject, request.features_file)[: request.top]
+    units = dict(zip(features, calibration_of(subject, features, stages).largest, strict=True))
+    plans = candidate_plans(subject, units, request)
+    found = screen_plans(subject, plans, request.prompts, request.halving, stages)
+    kept = [each for each in found if not each.dropped]
+    if not kept:
+        raise NotEnoughDataError(
+            f"all {len(found)} candidates cost more than {request.halving.kl_limit:g} nats on benign prompts",
+            hint="smaller --multiples, or a larger --kl-limit",
+        )
+    arms = [BASELINE, *(screened_arm(each) for each in kept)]
+    write_plan(out / "plan.toml", kept[0].plan)
+    notes = {
+        "strength_unit": "raw activation",
+        "split": split.value,
+        "screening": [each.facts() for each in found],
+    }
+    sizes = Sizes(per_suite=request.limit, kl_prompts=min(60, request.limit))
+    return measure_arms(subject, arms, out, sizes, stages, lambda _records: notes, split=split)
+
+
+def candidate_plans(subject: Subject, units: dict[int, float], request: Request) -> list[Plan]:
+    """A clamp for every feature, multiple and scope. `units` maps features to their largest activation.
+
+    Raises `ScopeError` for a scope that a prefill cannot show, `StrengthError` for a feature that never fired.
+    """
+    for feature, unit in units.items():
+        if unit <= 0:
+            raise StrengthError(f"feature {feature} never fired on the discovery prompts: it has no scale to multiply")
+    for scope in request.scopes:
+        if scope not in SCOPES or scope == "generated":
+            allowed = [name for name in SCOPES if name != "generated"]
+            raise ScopeError(f"cannot screen scope '{scope}': a prefill generates nothing", hint=", ".join(allowed))
+    every = itertools.product(units.items(), request.scopes, request.multiples)
+    return [
+        clamp_plan(subject.lm, subject.sae, feature, multiple * unit, scope).model_copy(
+            update={"name": f"clamp {feature} x{multiple:g} {scope}"}
+        )
+        for (feature, unit), scope, multiple in every
+    ]
+
+
+def screen_plans(
+    subject: Subject,
+    plans: Sequence[Plan],
+    n_prompts: int,
+    halving: Halving,
+    stages: Stages,
+    tokens: RefusalTokens | None = None,
+) -> list[Screened]:
+    """Screen on `n_prompts` validation prompts of each harmful suite and as many benign ones as that makes together.
+
+    `tokens` are the first tokens of the model's own refusals; by default they are read from discovery prompts.
+    """
+    harmful: list[Prompt] = subject.prompts(Split.VALIDATION, n_prompts, *HARMFUL)
+    benign = subject.prompts(Split.VALIDATION, len(harmful), "benign")
+    with stages.stage(f"Screening {len(plans)} candidates") as tick:
+        tokens = tokens or refusal_tokens(subject)
+        measure = prefills_of(subject.lm, subject.sae, harmful, benign, tokens, seed=subject.seed)
+        return screen(plans, measure, measure.n_prompts, halving, tick)
+
+
+def refusal_tokens(subject: Subject) -> RefusalTokens:
+    """Which tokens open this model's refusals, from its own replies to a few discovery prompts."""
+    asked = subject.prompts(Split.DISCOVERY, 24, "harmful", "benign")
+    return find_refusal_tokens(subject.lm, asked, subject.judge)
+
+
+def screened_arm(each: Screened) -> Arm:
+    """A kept candidate as a column; candidates of one feature and scope are one curve."""
+    edit = each.plan.edits[0]
+    group = f"clamp {edit.features[0]}, {edit.scope}"
+    return Arm(each.plan.name, ArmKind.FEATURE, each.plan, edit.strengths[0], group=group)

@@ -1,0 +1,279 @@
+"""The search of `clampdown tune`: feature sets x operators x scopes x strengths x gates, by Optuna, in batches.
+
+1. A setting is a combination that screening left (features, operator, scope), a multiple of the features' own largest
+   activations, and a gate (a kind and its benign budget, or none).
+2. Two objectives: refusal of harmful suites up, cost down (the mean share of the budgets that is used). Each budget is
+   a constraint on its estimate: which plans may be chosen is decided later, by bounds, on prompts that no trial read.
+3. A batch is asked for at once and measured as the arms of one run, then told at once. The sampler is seeded and its
+   questions depend on the answers alone: a run that was killed replays what it knows and goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from clampdown.errors import NotEnoughDataError, StoreError
+from clampdown.store import open_appending, to_jsonable
+from clampdown.study.budgets import Use
+
+NO_GATE = "none"
+STEP = 0.05
+ASKED_AGAIN = 50
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Combination:
+    """Which features are steered together, by which operator, at which tokens."""
+
+    features: tuple[int, ...]
+    operator: str
+    scope: str
+
+    def __str__(self) -> str:
+        return f"{self.operator} {'+'.join(map(str, self.features))} {self.scope}"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One point of the space. `multiple` is in units of each feature's largest activation; `budget` is the gate's."""
+
+    combination: Combination
+    multiple: float
+    gate: str = NO_GATE
+    budget: float | None = None
+
+    def __str__(self) -> str:
+        behind = "" if self.gate == NO_GATE else f", {self.gate} gate {self.budget:g}"
+        return f"{self.combination.operator} {'+'.join(map(str, self.combination.features))} x{self.multiple:g} " + (
+            f"{self.combination.scope}{behind}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What is searched: `combinations` are those that screening left. `gates` are kinds, `NO_GATE` among them if a plan
+    may steer always."""
+
+    combinations: tuple[Combination, ...]
+    gates: tuple[str, ...]
+    budgets: tuple[float, ...]
+    low: float = 0.25
+    high: float = 2.5
+
+    def ask(self, study: optuna.Study) -> tuple[optuna.Trial, Setting]:
+        """The next question. Features, operator and scope are dimensions of their own, so that what is learnt of a
+        scope serves all features; one that names a combination that screening dropped is put again."""
+        for _ in range(ASKED_AGAIN):
+            trial = study.ask()
+            setting = self._suggest(trial)
+            if setting.combination in self.combinations:
+                return trial, setting
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        trial = study.ask()
+        fallen = replace(self._suggest(trial), combination=self.combinations[0])
+        return trial, fallen
+
+    def _suggest(self, trial: optuna.Trial) -> Setting:
+        sets = list(dict.fromkeys(combination.features for combination in self.combinations))
+        features = sets[int(trial.suggest_categorical("features", range(len(sets))))]
+        operator = trial.suggest_categorical("operator", self._each("operator"))
+        scope = trial.suggest_categorical("scope", self._each("scope"))
+        gate = trial.suggest_categorical("gate", self.gates)
+        budget = trial.suggest_categorical("gate budget", self.budgets) if self.budgets else None
+        multiple = trial.suggest_float("multiple", self.low, self.high, step=STEP)
+        chosen = Combination(features, operator, scope)
+        return Setting(chosen, round(multiple, 4), gate, None if gate == NO_GATE else budget)
+
+    def _each(self, name: str) -> list[str]:
+        return sorted({getattr(combination, name) for combination in self.combinations})
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a trial measured on its few prompts. `refusal` is None for a plan that could not be measured: `note` says
+    why."""
+
+    refusal: float | None
+    by_suite: Mapping[str, float | None]
+    uses: tuple[Use, ...]
+    note: str = ""
+
+    @property
+    def cost(self) -> float:
+        """Mean share of the budgets that the estimates use: 1.0 is all of each."""
+        return sum(use.spent for use in self.uses) / len(self.uses) if self.uses else 0.0
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        """Budgets whose estimate is beyond the limit."""
+        return tuple(use.budget for use in self.uses if use.spent > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A setting and its score, by number."""
+
+    number: int
+    setting: Setting
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to search: `trials` in all, `batch` of them measured together."""
+
+    trials: int
+    batch: int
+    seed: int = 0
+
+
+Evaluate = Callable[[int, Sequence[Setting]], Sequence[Score]]
+"""(number of the first trial, settings of a batch) -> their scores."""
+
+
+def search(space: Space, evaluate: Evaluate, effort: Effort, log: TrialLog) -> tuple[Trial, ...]:
+    """Every trial, in order; those that the log holds are not measured again.
+
+    Raises `NotEnoughDataError` for an empty space, `StoreError` when the log is of another search.
+    """
+    if not space.combinations or not space.gates:
+        raise NotEnoughDataError("nothing to search: screening left no combination")
+    study = _study(effort)
+    found: list[Trial] = []
+    while len(found) < effort.trials:
+        asked = [space.ask(study) for _ in range(min(effort.batch, effort.trials - len(found)))]
+        settings = [setting for _, setting in asked]
+        batch = log.known(len(found), settings)
+        if batch is None:
+            scores = evaluate(len(found), settings)
+            pairs = zip(settings, scores, strict=True)
+            batch = [Trial(number, *pair) for number, pair in enumerate(pairs, len(found))]
+            log.append(batch)
+        for (one, _), trial in zip(asked, batch, strict=True):
+            _tell(study, one, trial.score)
+        found += batch
+    return tuple(found)
+
+
+def _study(effort: Effort) -> optuna.Study:
+    """The first trials, a third at most, are random."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    startup = max(1, min(16, effort.trials // 3))
+    sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=effort.seed, constant_liar=True)
+    return optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, score: Score) -> None:
+    if score.refusal is None:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return
+    for use in score.uses:
+        trial.set_constraint(use.budget, use.spent - 1.0)
+    study.tell(trial, (score.refusal, score.cost))
+
+
+def pareto(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """The trials that no other beats on both objectives, cheapest first."""
+    found: list[Trial] = []
+    measured = [trial for trial in trials if trial.score.refusal is not None]
+    for trial in sorted(measured, key=lambda t: (t.score.cost, -(t.score.refusal or 0.0), t.number)):
+        if not found or (trial.score.refusal or 0.0) > (found[-1].score.refusal or 0.0):
+            found.append(trial)
+    return tuple(found)
+
+
+def frontier(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """The trials that no other beats, and those that no other of the plans that always steer beats: what gates buy is
+    the distance between the two."""
+    always = pareto([trial for trial in trials if trial.setting.gate == NO_GATE])
+    return (*(best := pareto(trials)), *(trial for trial in always if trial not in best))
+
+
+def finalists(trials: Sequence[Trial], n: int, *, alike: int = 2) -> tuple[Trial, ...]:
+    """The `n` trials worth confirming: within the budgets by their estimates, most refusals first, then cheapest. When
+    too few are, those least beyond them follow.
+
+    Gate budgets take turns, because bounds on more prompts may turn a loose gate away. Of one combination and gate at
+    most `alike` are taken; what was asked twice counts once.
+    """
+    measured = [trial for trial in trials if trial.score.refusal is not None]
+    turns: dict[float | None, list[Trial]] = {}
+    for trial in sorted((t for t in measured if not t.score.over), key=_rank):
+        turns.setdefault(trial.setting.budget, []).append(trial)
+    fair = [trial for row in zip_longest(*turns.values()) for trial in row if trial is not None]
+    beyond = sorted((t for t in measured if t.score.over), key=lambda t: (max(u.spent for u in t.score.uses), _rank(t)))
+    kept: list[Trial] = []
+    for trial in [*fair, *beyond]:
+        same = [k for k in kept if _family(k.setting) == _family(trial.setting)]
+        if len(same) < alike and all(k.setting != trial.setting for k in same) and len(kept) < n:
+            kept.append(trial)
+    return tuple(kept)
+
+
+def _rank(trial: Trial) -> tuple[float, ...]:
+    """Most refusals, then cheapest, then weakest, then first."""
+    return (-(trial.score.refusal or 0.0), trial.score.cost, trial.setting.multiple, trial.number)
+
+
+def _family(setting: Setting) -> tuple[Any, ...]:
+    return (setting.combination, setting.gate, setting.budget)
+
+
+class TrialLog:
+    """`trials.jsonl`: every trial, one line each, in order. A kill costs at most the batch in flight."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._trials = self._read()
+
+    def _read(self) -> list[Trial]:
+        """Cuts a half-written last line off the file."""
+        if not self.path.exists():
+            return []
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if whole != raw:
+            self.path.write_bytes(whole)
+        try:
+            return [trial_from_json(json.loads(line)) for line in whole.split(b"\n")[:-1]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.path} is not a log of trials: {error}") from error
+
+    def known(self, start: int, settings: Sequence[Setting]) -> list[Trial] | None:
+        """The trials from `start` on if the whole batch is there. Raises `StoreError` when they are others."""
+        held = self._trials[start : start + len(settings)]
+        for trial, setting in zip(held, settings, strict=False):
+            if trial.setting != setting:
+                raise StoreError(
+                    f"{self.path} holds another search: trial {trial.number} is {trial.setting}, not {setting}",
+                    hint="choose an empty --out directory, or use the optuna version that began it",
+                )
+        return held if len(held) == len(settings) else None
+
+    def append(self, trials: Sequence[Trial]) -> None:
+        """Those that are not there yet."""
+        fresh = trials[len(self._trials) - trials[0].number :]
+        lines = "".join(json.dumps(trial_facts(trial), ensure_ascii=False) + "\n" for trial in fresh)
+        with open_appending(self.path) as handle:
+            handle.write(lines.encode())
+        self._trials += fresh
+
+
+def trial_facts(trial: Trial) -> dict[str, Any]:
+    """A trial as plain values; `trial_from_json` reads them back."""
+    shown = {"name": str(trial.setting), "cost": trial.score.cost, "over": list(trial.score.over)}
+    return {**to_jsonable(trial), **shown}
+
+
+def trial_from_json(row: Mapping[str, Any]) -> Trial:
+    setting, score = row["setting"], row["score"]
+    combination = Combination(**{**setting["combination"], "features": tuple(setting["combination"]["features"])})
+    uses = tuple(Use(**use) for use in score["uses"])
+    return Trial(row["number"], Setting(**{**setting, "combination": combination}), Score(**{**score, "uses": uses}))

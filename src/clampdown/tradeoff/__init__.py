@@ -1,1 +1,0 @@
-"""What safety costs: strength sweeps, the choice of a strength, and the frontier."""
