@@ -38,7 +38,7 @@ from clampdown.serving.limits import Keys, Limits
 from clampdown.serving.metrics import Metrics
 from clampdown.serving.plans import PlanTable
 from clampdown.serving.worker import Limits as EngineLimits
-from clampdown.steering.plan import NOT_CHECKED_AGAIN, Plan, read_plan
+from clampdown.steering.plan import Plan, read_plan
 from clampdown.steering.program import check_plan
 from clampdown.steering.selftest import require_self_test
 from clampdown.study.plan import calibration_prompts
@@ -79,8 +79,6 @@ def open_server(options: Options, stages: Stages) -> Served:
     table = PlanTable(name, allow_base=options.allow_base)
     with stages.stage("Trying the plans") as tick:
         for done, plan in enumerate(plans, 1):
-            if plan.rechecks:
-                raise PlanError(f"plan '{plan.name}': {NOT_CHECKED_AGAIN}", hint="serve it with `recheck` at 0")
             check_plan(plan, lm, saes)
             require_self_test(lm, plan, list(saes.values()))
             table.add(plan)

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self
 
-from clampdown.errors import PlanError, QueueFullError, RequestError
+from clampdown.errors import QueueFullError, RequestError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.checkpoints import open_sae
 from clampdown.saes.sae import FeatureSource
@@ -22,7 +22,7 @@ from clampdown.serving.sampling import Drawing
 from clampdown.serving.text import TextStream
 from clampdown.serving.ticket import Ticket
 from clampdown.serving.worker import Limits, Worker
-from clampdown.steering.plan import CHECK_IN_STEER, NOT_CHECKED_AGAIN, Plan, SaeRef
+from clampdown.steering.plan import Plan, SaeRef
 from clampdown.steering.program import check_plan
 from clampdown.types import Site
 
@@ -151,8 +151,6 @@ class Engine:
         digest = plan.digest if plan else ""
         if plan is None or digest in self._checked:
             return digest
-        if plan.rechecks:
-            raise PlanError(NOT_CHECKED_AGAIN, hint=CHECK_IN_STEER)
         check_plan(plan, self._lm, {sae.cfg.site.name: sae for sae in self._shelf.of(plan)})
         if len(self._checked) >= _REMEMBERED:
             self._checked.clear()

@@ -26,7 +26,7 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.fused import Step, decoding_step
 from clampdown.steering.ownership import owning, steers_here
-from clampdown.steering.plan import CHECK_IN_STEER, NOT_CHECKED_AGAIN, Plan
+from clampdown.steering.plan import Plan
 from clampdown.steering.program import Reach, SiteProgram, site_programs
 from clampdown.steering.receipts import Seat
 from clampdown.steering.scopes import covers_generated
@@ -77,8 +77,6 @@ class Decoding:
 
     def join(self, seats: Sequence[Seat]) -> None:
         """These rows follow the ones that are there. Raises `PlanError` for a gate that reads replies: here none is."""
-        if any(seat.plan is not None and seat.plan.rechecks for seat in seats):
-            raise PlanError(NOT_CHECKED_AGAIN, hint=CHECK_IN_STEER)
         kept = self._counted()
         self._seats += seats
         self._tally = Tally.empty(len(self._seats), self._lm.device)

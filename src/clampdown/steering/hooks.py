@@ -2,8 +2,7 @@
 
 1. A pre-hook on the decoder learns what the pass computes: a new prompt, or a continuation of the one before. It
    counts columns, so scopes hold under any KV cache.
-2. Gate hooks read the prompt's own tokens at prefill and fix, per row, whether anything is done this turn. Gates with
-   `recheck` also read the reply's and may still open (`recheck.py`).
+2. Gate hooks read the prompt's own tokens at prefill and fix, per row, whether anything is done this turn.
 3. Site hooks return a new tensor x + delta. While decoding, masks are constants and the whole edit is a handful of
    small operations; what the receipts need is kept by reference and reduced every `FLUSH_EVERY` passes.
 4. Rows that show the model the same prompt may share its pass below the lowest edit (`prompt_of`, `widening.py`).
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,12 +31,10 @@ from clampdown.saes.sae import FeatureSource
 from clampdown.steering.compiled import refuse_compiled
 from clampdown.steering.fused import decoding_step
 from clampdown.steering.gate_kinds import external_score
-from clampdown.steering.opening import read_on, reply_columns
 from clampdown.steering.ownership import owning, steers_here
 from clampdown.steering.plan import Plan
 from clampdown.steering.program import Reach, Rows, check_plan, gate_programs, site_programs
 from clampdown.steering.receipts import Seat, make_receipt
-from clampdown.steering.recheck import Recheck
 from clampdown.steering.scopes import LOCAL, SCOPES, Window, last_run
 from clampdown.steering.turn import Tally, Turn, columns_real, edit_sizes, real_columns
 from clampdown.steering.widening import (
@@ -100,11 +97,10 @@ class Steering:
         tally = self._tally
         columns = (tally.touched, tally.norm, tally.gate_score.T, tally.fired.T)
         values = list(zip(*(column.tolist() for column in columns), strict=True))
-        # Rows that were computed as one did the same, except that a shut gate has a score of its own. Gates that read
-        # on are one gate in such rows.
+        # Rows that were computed as one did the same, except that a shut gate has a score of its own.
         done = [values[i] for i in self._like] if self._like else values
         return [
-            None if plan is None else make_receipt(plan, *row[:2], *(row if plan.rechecks else own)[2:])
+            None if plan is None else make_receipt(plan, *row[:2], *own[2:])
             for plan, row, own in zip(self._plans, done, values, strict=True)
         ]
 
@@ -142,9 +138,6 @@ class Steering:
         turn.constant, turn.steps = None, {}
         if turn.last_user is not None:
             turn.last_user = turn.last_user[rows]
-        if turn.since is not None and turn.reply is not None:
-            turn.since, turn.reply = turn.since[:, rows], turn.reply[rows]
-            turn.checks = {gate: check.at(rows) for gate, check in turn.checks.items()}
 
     # ---- hooks -----------------------------------------------------------------------------------------------
 
@@ -171,11 +164,6 @@ class Steering:
         widen = self._lm.layout.hook_point(where).register(self._widen)
         above = [block.register_forward_pre_hook(self._widen_arguments, with_kwargs=True) for block in blocks[below:]]
         return [widen, *above]
-
-    @cached_property
-    def _endings(self) -> Int[Tensor, " n"]:
-        """Tokens that end or pad a reply."""
-        return torch.tensor(sorted({*self._lm.eos_ids, self._lm.pad_id}), device=self._lm.device)
 
     def _mine(self) -> bool:
         """Whether the running context steers with this object. Another block's is skipped; none at all is an error."""
@@ -226,14 +214,11 @@ class Steering:
         prompt_of = prompt_of.to(device)
         self._tally = Tally.empty(n_rows, device)
         self._like, self._gates_read = [], set()
-        opened = _ungated(plans, device)
-        again = any(plan is not None and plan.rechecks for plan in plans)
         self._turn = Turn(
             programs=site_programs(plans, self._lm, self._saes),
             gates=gate_programs(plans, self._lm, self._saes),
             alive=torch.arange(n_rows, device=device),
-            opened=opened,
-            since=torch.zeros_like(opened, dtype=torch.long) if again else None,
+            opened=_ungated(plans, device),
             prompt_of=prompt_of,
             n_prompts=n_prompts,
             prompt_width=prompt_width,
@@ -293,9 +278,6 @@ class Steering:
         start = past if past else 0
         decoding = width == 1 and start >= turn.prompt_width
         turn.start, turn.seen = start, start + width
-        if turn.since is not None:
-            shown = ids[turn.prompt_of] if turn.narrow and ids is not None else ids
-            turn.reply = reply_columns(shown, columns_real(turn, start, width, mask), turn, self._endings)
         if decoding and turn.constant is not None:
             self._weights = turn.constant
             return
@@ -307,14 +289,9 @@ class Steering:
         self._reached |= {scope for scope, m in self._masks.items() if bool(m.any())}
         self._weigh()
         turn.constant, turn.steps = None, {}
-        if decoding:
-            self._hold()
-
-    def _hold(self) -> None:
-        """From here on every pass does the same, until rows leave or a gate opens."""
-        turn, _ = self._require_turn()
-        turn.constant = self._weights
-        turn.steps = {program.site.name: decoding_step(program, self._weights) for program in turn.programs}
+        if decoding:  # from here on every pass does the same, until rows leave
+            turn.constant = self._weights
+            turn.steps = {program.site.name: decoding_step(program, self._weights) for program in turn.programs}
 
     def _weigh(self) -> None:
         """Each scope's positions, for the rows whose branch fired."""
@@ -324,34 +301,21 @@ class Steering:
         self._weights = {reach: self._masks[reach.scope] * acts[reach.branch] for reach in reaches}
 
     def _read_gates(self, site: str, x: Float[Tensor, "rows pos d_model"]) -> None:
-        """At prefill: score each row's prompt and fix whether it is steered this turn. Gates that are read again also
-        see the replies' tokens, in whatever pass they come."""
+        """At prefill: score each row's prompt and fix whether it is steered this turn."""
         if not self._mine():
             return
         turn, tally = self._require_turn()
-        if not turn.gates:
+        if not turn.gates or turn.seen != x.shape[1] or turn.constant is not None:
             return
-        if turn.seen == x.shape[1] and turn.constant is None:
-            self._read_prompts(site, x)
-        if turn.since is not None and read_on(turn, tally, site, x):
-            self._weigh()
-            if turn.constant is not None:
-                self._hold()
-
-    def _read_prompts(self, site: str, x: Float[Tensor, "rows pos d_model"]) -> None:
-        turn, tally = self._require_turn()
         self._gates_read.add(site)
         content = self._content(turn)
         # Below the widening x is one prompt per row and each row looks its own up; above it, x holds the rows.
         row_of = turn.prompt_of if turn.narrow else None
-        for i, gate in enumerate(turn.gates):
+        for gate in turn.gates:
             if gate.site.name == site:
                 own = content if turn.narrow else content[turn.prompt_of]
                 scores = gate.scores(x[:, : turn.prompt_width], own, row_of)
                 self._decide(gate.branch, gate.gated, scores, gate.threshold)
-                if gate.checked_again:
-                    check = Recheck.after_prompt(gate, x[:, : turn.prompt_width], own, row_of)
-                    turn.checks = {**turn.checks, i: check}
         if self._like and not turn.narrow:
             self._share_verdicts(site, tally)
         self._weigh()
@@ -366,8 +330,6 @@ class Steering:
         """Open or shut a branch's gate on the rows that have one."""
         turn, tally = self._require_turn()
         turn.opened[branch] = torch.where(gated, scores > threshold, turn.opened[branch])
-        if turn.since is not None:
-            turn.since[branch] = turn.since[branch].masked_fill(gated, 0)
         tally.gate_score[branch, turn.alive[gated]] = scores[gated]
         tally.fired[:, turn.alive] = turn.fired
 
@@ -399,20 +361,18 @@ class Steering:
     def _alike(self, turn: Turn) -> list[int]:
         """For each row the first row that cannot differ from it: one prompt, and one plan or none that acts.
 
-        A plan whose gate is yet to be read, now or while the reply is written, stays with its own kind.
+        A plan whose gate is yet to be read stays with its own kind.
         """
         acting = {
             id(plan): None if plan is None or (plan.is_identity and self._verdict_known(plan)) else plan.digest
             for plan in self._plans
         }
         shut = (~turn.fired.any(0)).tolist()
-        settled = [s and not (plan is not None and plan.rechecks) for plan, s in zip(self._plans, shut, strict=True)]
-        rows = zip(turn.prompt_of.tolist(), self._plans, settled, strict=True)
+        rows = zip(turn.prompt_of.tolist(), self._plans, shut, strict=True)
         return first_alike([(prompt, None if same else acting[id(plan)]) for prompt, plan, same in rows])
 
     def _verdict_known(self, plan: Plan) -> bool:
-        read = all(not gate.site or gate.site in self._gates_read for gate in plan.gates)
-        return read and not plan.rechecks
+        return all(not gate.site or gate.site in self._gates_read for gate in plan.gates)
 
     def _widen_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Blocks above: masks and position embeddings of the prefill, which the decoder made for prompts."""

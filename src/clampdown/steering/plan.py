@@ -36,16 +36,13 @@ from pydantic import (
 from clampdown.errors import PlanError, StrengthError
 from clampdown.steering.gate_kinds import GATE_KINDS
 from clampdown.steering.operators import OPERATORS
-from clampdown.steering.scopes import SCOPES, covers_generated
+from clampdown.steering.scopes import SCOPES
 from clampdown.store import content_hash, write_atomic
 from clampdown.types import Site
 
 SCHEMA_VERSIONS = (1, 2)
-"""2 added gates of other kinds than `probe`, `otherwise` and `recheck`. A plan that uses none of them is written as 1,
+"""2 added gates of other kinds than `probe`, and `otherwise`. A plan that uses none of them is written as 1,
 as ever."""
-
-NOT_CHECKED_AGAIN = "the plan's gate is to be read again while a reply is written (`recheck`), which is not done here"
-CHECK_IN_STEER = "use steer(...) on a model that is not compiled, or a plan whose gate has recheck = 0"
 
 
 def _unpack(value: Any) -> Any:
@@ -167,9 +164,6 @@ class Gate(_Part):
     What a channel is, `kind` says (`gate_kinds.py`): feature `features[i]` under `poolings[i]`, or the plan's vector
     `vectors[i]` against the residual under `poolings[i]`. A feature or vector may appear under several poolings. An
     `external` gate has none of these and no site: its score comes from the scorer registered as `scorer`.
-
-    With `recheck` > 0 the gate is read again after every so many generated tokens, over prompt and reply so far, and a
-    shut gate may open; an open one stays open. 0: the prompt alone decides.
     """
 
     kind: Literal["feature", "probe", "dense", "cosine", "external"] = "probe"
@@ -182,14 +176,11 @@ class Gate(_Part):
     guarantee: Guarantee | None = None
     vectors: tuple[str, ...] = ()
     scorer: str | None = None
-    recheck: int = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not all(map(math.isfinite, (*self.weights, self.bias, self.threshold))):
             raise PlanError("a gate's weights, bias and threshold must be finite")
-        if self.recheck < 0:
-            raise PlanError(f"recheck is a number of tokens, 0 for never, got {self.recheck}")
         if GATE_KINDS[self.kind].reads == "text":
             self._check_text()
         else:
@@ -199,8 +190,6 @@ class Gate(_Part):
     def _check_text(self) -> None:
         if not self.scorer or self.site or self.features or self.vectors or self.weights or self.poolings:
             raise PlanError(f"a gate of kind '{self.kind}' needs `scorer` and a threshold, and reads nothing else")
-        if self.recheck:
-            raise PlanError(f"a gate of kind '{self.kind}' judges the prompt's text: it cannot be read again (recheck)")
 
     def _check_channels(self) -> None:
         kind, on_residual = GATE_KINDS[self.kind], GATE_KINDS[self.kind].reads == "residual"
@@ -225,7 +214,7 @@ class Gate(_Part):
                 )
 
 
-_ADDED_TO_GATES = {"vectors": [], "scorer": None, "recheck": 0}
+_ADDED_TO_GATES = {"vectors": [], "scorer": None}
 """Fields of schema 2 with the values that mean what schema 1 meant, as JSON."""
 
 
@@ -269,18 +258,7 @@ class Plan(_Part):
         for gate in self.gates:
             if gate.site:
                 self._gate_below_edits(Site.parse(gate.site))
-        self._rechecks_matter()
         return self
-
-    def _rechecks_matter(self) -> None:
-        """A gate that opens while a reply is written needs an edit that acts on what is written."""
-        for gate, edits in zip(self.gates, self.branches, strict=False):
-            if gate.recheck and not any(covers_generated(edit.scope) for edit in edits):
-                raise PlanError(
-                    "a gate with `recheck` can open while a reply is written, and none of its edits acts on generated "
-                    "tokens",
-                    hint="give an edit the scope 'all', 'assistant' or 'generated', or leave `recheck` at 0",
-                )
 
     def _gate_below_edits(self, gate_site: Site) -> None:
         """One pass must decide before it edits, from activations that no edit has changed."""
@@ -306,16 +284,11 @@ class Plan(_Part):
         """The edits of each branch: one for most plans, two for a two-sided one."""
         return (self.edits, self.otherwise.edits) if self.otherwise else (self.edits,)
 
-    @property
-    def rechecks(self) -> bool:
-        """Whether a gate is read again while a reply is written."""
-        return any(gate.recheck for gate in self.gates)
-
     @computed_field
     @property
     def schema_version(self) -> int:
         """The oldest version of the format that can say what this plan says."""
-        added = self.otherwise or any(g.kind != "probe" or g.vectors or g.scorer or g.recheck for g in self.gates)
+        added = self.otherwise or any(g.kind != "probe" or g.vectors or g.scorer for g in self.gates)
         return 2 if added else 1
 
     @property

@@ -172,10 +172,6 @@ class GateProgram:
     weights: Mapping[str, Float[Tensor, "rows channels"]]
     bias: Float[Tensor, " rows"]
     threshold: Float[Tensor, " rows"]
-    recheck: Int[Tensor, " rows"]
-    """After how many generated tokens each row's gate is read again; 0 for rows where it is not."""
-    checked_again: bool
-    """Whether any row's is."""
 
     def scores(
         self,
@@ -190,15 +186,6 @@ class GateProgram:
             channels = {name: found[prompt_of] for name, found in channels.items()}
         return torch.stack([(channels[name] * w).sum(-1) for name, w in self.weights.items()]).sum(0) + self.bias
 
-    def scores_along(self, pooled: Mapping[str, Float[Tensor, "rows pos width"]]) -> Float[Tensor, "rows pos"]:
-        """Each row's score after each of several tokens, from what was pooled up to there."""
-        total = self.bias[:, None]
-        for name, w in self.weights.items():
-            values = pooled[name]
-            channels = self.readout(values.flatten(0, 1), self.directions).unflatten(0, values.shape[:2])
-            total = total + (channels * w[:, None]).sum(-1)
-        return total
-
     def at(self, rows: Int[Tensor, " kept"]) -> GateProgram:
         """The gates of some of the rows."""
         weights = {name: w[rows] for name, w in self.weights.items()}
@@ -208,7 +195,6 @@ class GateProgram:
             weights=weights,
             bias=self.bias[rows],
             threshold=self.threshold[rows],
-            recheck=self.recheck[rows],
         )
 
 
@@ -365,12 +351,11 @@ def _gate_program(
     used = sorted({name for gate in gates.values() for name in gate.poolings})
     weights = {name: torch.zeros(len(rows), len(keys)) for name in used}
     bias, threshold = torch.zeros(len(rows)), torch.zeros(len(rows))
-    gated, recheck = torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows), dtype=torch.long)
+    gated = torch.zeros(len(rows), dtype=torch.bool)
     for row, gate in gates.items():
         for key, name, weight in zip(channels[row], gate.poolings, gate.weights, strict=True):
             weights[name][row, column[key]] += weight
         bias[row], threshold[row], gated[row] = gate.bias, gate.threshold, True
-        recheck[row] = gate.recheck
     first = next(iter(gates.values()))
     on_features = GATE_KINDS[first.kind].reads == "features"
     assert sae is not None or not on_features, "check_plan has made sure that every site with features has its SAE"
@@ -384,8 +369,6 @@ def _gate_program(
         weights={name: w.to(device) for name, w in weights.items()},
         bias=bias.to(device),
         threshold=threshold.to(device),
-        recheck=recheck.to(device),
-        checked_again=bool(recheck.any()),
     )
 
 

@@ -20,7 +20,7 @@ from clampdown.errors import PlanError, ScopeError
 from clampdown.models.chat import Batch
 from clampdown.models.loading import LanguageModel
 from clampdown.steering.operators import OPERATORS
-from clampdown.steering.plan import CHECK_IN_STEER, NOT_CHECKED_AGAIN, Gate, Plan
+from clampdown.steering.plan import Gate, Plan
 from clampdown.steering.program import checked_vector
 from clampdown.steering.scopes import SCOPES, Window, last_run
 from clampdown.steering.slots import FOREVER, POOLINGS, Cell, GateSlots, PromptMarks, SiteSlots
@@ -136,8 +136,6 @@ class Seating:
 
     def _refuse(self, rows: Rows) -> None:
         for plan in (plan for plan in rows if plan is not None):
-            if plan.rechecks:
-                raise PlanError(NOT_CHECKED_AGAIN, hint=CHECK_IN_STEER)
             kinds = {gate.kind for gate in plan.gates if gate.kind not in ("feature", "probe")}
             if kinds or plan.otherwise:
                 raise PlanError(

@@ -12,10 +12,7 @@ from torch import Tensor
 
 from clampdown.steering.fused import Step
 from clampdown.steering.program import GateProgram, Reach, SiteProgram
-from clampdown.steering.recheck import Recheck
 from clampdown.types import BRANCHES
-
-_NEVER = torch.iinfo(torch.long).max
 
 
 @dataclass
@@ -23,9 +20,7 @@ class Turn:
     """One batch of conversations from its prefill on. `alive[i]` is the original row of current row i, `prompt_of[i]`
     its prompt among the `n_prompts` that the model was called with; while `narrow`, hidden states are one per prompt.
     A pass computes the columns from `start` up to `seen`. `constant` holds the scopes' row factors while decoding, and
-    `steps` what to do with them per site. Where gates are read again while replies are written, `since` is the column
-    from which each branch is open, `reply` says which of the pass's columns are a reply's tokens, and `checks` holds,
-    by index of the gate, what its poolings have seen.
+    `steps` what to do with them per site.
     """
 
     programs: tuple[SiteProgram, ...]
@@ -45,28 +40,15 @@ class Turn:
     constant: dict[Reach, Float[Tensor, "rows 1"]] | None = None
     steps: Mapping[str, Step | None] = field(default_factory=dict)
     cache: Any = None
-    since: Int[Tensor, "branches rows"] | None = None
-    reply: Bool[Tensor, "rows pos"] | None = None
-    checks: Mapping[int, Recheck] = field(default_factory=dict)
 
     @property
     def fired(self) -> Bool[Tensor, "branches rows"]:
-        """Which branch of each row's plan acts: the first whose gate opened, or none. Without a gate it is branch 0.
+        """Which branch of each row's plan acts: the first whose gate opened, or none. Without a gate it is branch 0."""
+        return self.opened & (self.opened.cumsum(0) == 1)
 
-        What opened while the reply was written comes after what opened on the prompt.
-        """
-        first = self.opened
-        if self.since is not None:
-            first = first & (self.since == self.since.masked_fill(~first, _NEVER).amin(0))
-        return first & (first.cumsum(0) == 1)
-
-    def acts(self) -> Float[Tensor, "branches rows pos"]:
-        """1 where a branch acts on a column of this pass, else 0; one column for all where they cannot differ."""
-        fired = self.fired.float().unsqueeze(-1)
-        if self.since is None:
-            return fired
-        columns = torch.arange(self.start, self.seen, device=fired.device)
-        return fired * (columns >= self.since.unsqueeze(-1))
+    def acts(self) -> Float[Tensor, "branches rows 1"]:
+        """1 where a branch acts, else 0: one column for all positions."""
+        return self.fired.float().unsqueeze(-1)
 
 
 @dataclass
