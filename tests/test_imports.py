@@ -23,6 +23,7 @@ PACKAGE = "clampdown"
 RANK = {
     # Rank 0 has an order of its own: each may import those before it.
     "errors": 0.0,
+    "notebook": 0.05,
     "types": 0.1,
     "config": 0.2,
     "store": 0.3,
@@ -30,6 +31,7 @@ RANK = {
     "cards": 0.5,
     "explanation": 0.6,
     "replies": 0.7,
+    "results": 0.8,
     "reports": 1,
     "models": 1,
     "saes": 1,
@@ -46,16 +48,18 @@ RANK = {
     "cli": 9,
     "__main__": 10,
 }
-TOP_OF_RANK_0 = RANK["replies"]
+TOP_OF_RANK_0 = RANK["results"]
 CEILING = {
     "errors": -1,
-    "types": RANK["errors"],
+    "notebook": RANK["errors"],
+    "types": RANK["notebook"],
     "config": RANK["types"],
     "store": RANK["config"],
     "featuresets": RANK["store"],
     "cards": RANK["featuresets"],
     "explanation": RANK["cards"],
     "replies": RANK["explanation"],
+    "results": RANK["replies"],
     "models": TOP_OF_RANK_0,
     "saes": TOP_OF_RANK_0,  # not models: any tool can use an SAE without a language model
     "activations": 1,
@@ -74,7 +78,7 @@ CEILING = {
 }
 
 HEAVY = {"torch", "transformers", "scipy", "sklearn", "plotly", "numpy", "safetensors", "huggingface_hub", "pydantic"}
-LIGHT_PACKAGES = ("errors", "types", "config", "store", "featuresets", "cards", "replies")
+LIGHT_PACKAGES = ("errors", "notebook", "types", "config", "store", "featuresets", "cards", "replies")
 INIT_WITH_CODE = {"clampdown", "clampdown.organism"}
 MAX_FUNCTION_LINES = 80
 VAGUE_NAMES = {"utils", "helpers", "common", "misc", "manager"}

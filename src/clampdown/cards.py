@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clampdown.errors import StoreError
+from clampdown.notebook import html_table
 from clampdown.store import SCHEMA, read_json, to_jsonable, write_json
 from clampdown.types import Interval, Provenance, ScoreSource
 
@@ -111,6 +112,27 @@ class Card:
     def scale(self) -> float:
         """The largest absolute activation on a content token of an example: full colour."""
         return max((abs(t.value) for e in self.examples for t in e.tokens if t.content), default=0.0)
+
+    def __repr__(self) -> str:
+        promoted = ", ".join(repr(token.text) for token in self.promoted[:3])
+        return f"Card(feature {self.feature} at {self.site}: promotes {promoted or 'nothing'})"
+
+    def _repr_html_(self) -> str:
+        """Where it fires, and what it promotes; the whole card is a page (`clampdown features show N --html FILE`)."""
+        rows = [
+            (f.suite, _rate(f.on_content), _rate(f.at_start), f"{f.mean_peak:.3g}", str(f.on_content.n))
+            for f in self.firing
+        ]
+        headings = ("suite", "fires on any token, %", "at the reply's start, %", "mean peak", "prompts")
+        promoted, demoted = (" ".join(repr(t.text) for t in side[:8]) for side in (self.promoted, self.demoted))
+        caption = f"Feature {self.feature} at {self.site}. Promotes {promoted}; demotes {demoted}."
+        return html_table(headings, rows, caption)
+
+
+def _rate(found: Interval) -> str:
+    if found.value is None:
+        return "not measured"
+    return f"{100 * found.value:.0f} [{100 * (found.low or 0):.0f}, {100 * (found.high or 0):.0f}]"
 
 
 def write_card(path: Path, card: Card) -> None:

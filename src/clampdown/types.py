@@ -12,11 +12,11 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from importlib import import_module
 from statistics import NormalDist
 from typing import Any, Literal, Self
 
-from clampdown.errors import MissingPackageError, SiteError
+from clampdown.errors import SiteError
+from clampdown.notebook import html_table, pandas
 
 Role = Literal["system", "user", "assistant"]
 
@@ -198,6 +198,14 @@ class Interval:
         half = z * math.sqrt(rate * (1 - rate) / worth + weight / (4 * worth)) / (1 + weight)
         # At 0 and n the bound equals the estimate in exact arithmetic; say so in floating point too.
         return cls(rate, 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half, n)
+
+    @property
+    def signed(self) -> str:
+        """A difference with its bounds: -0.12 [-0.30, +0.06]."""
+        if self.value is None:
+            return "n/a"
+        bounds = "" if self.low is None or self.high is None else f" [{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{self.value:+.2f}{bounds}"
 
     def __format__(self, spec: str) -> str:
         if self.value is None or math.isnan(self.value):
@@ -446,18 +454,41 @@ class FeatureSet:
         )
         return self.sources.get(score, own)
 
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, place: int) -> FeatureScore:
+        """The feature at that place, best first."""
+        return self.features[place]
+
+    def __iter__(self) -> Iterator[FeatureScore]:
+        return iter(self.features)
+
+    def __repr__(self) -> str:
+        first = ", ".join(map(str, self.ranking[:5])) + (", ..." if len(self.features) > 5 else "")
+        return f"FeatureSet({self.finder} at {self.site}: {len(self.features)} features, {first})"
+
+    def _repr_html_(self) -> str:
+        names = [name for name in self.score_names if any(name in each.scores for each in self.features)]
+        rows = (
+            [str(f.feature), *(_score(f.scores.get(name)) for name in names), " ".join(f.promoted_tokens[:6])]
+            for f in self.features
+        )
+        headings = ["feature", *(name.replace("_", " ") for name in names), "promotes"]
+        return html_table(headings, rows, f"{self.finder} at {self.site}, ranked by {self.ranked_by.replace('_', ' ')}")
+
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame`: a row per feature (all of the SAE when the columns are there, else the kept ones), a
         column per score, and `rank` (1 is best, <NA> for features that were not kept). Provenance is in `.attrs`.
 
         Raises `MissingPackageError` without pandas.
         """
-        pandas = _import_pandas()
+        frames = pandas()
         index = range(self.columns.n_features) if self.columns else self.ranking
         scores = {name: self.column(name) for name in self.score_names}
-        frame = pandas.DataFrame({n: [c[f] for f in index] for n, c in scores.items()}, index=list(index), dtype=float)
+        frame = frames.DataFrame({n: [c[f] for f in index] for n, c in scores.items()}, index=list(index), dtype=float)
         frame.index.name = "feature"
-        ranks = pandas.Series({feature: rank for rank, feature in enumerate(self.ranking, 1)}, dtype="Int64")
+        ranks = frames.Series({feature: rank for rank, feature in enumerate(self.ranking, 1)}, dtype="Int64")
         frame.insert(0, "rank", ranks.reindex(frame.index))
         frame.attrs = {"finder": self.finder, "site": self.site, "ranked_by": self.ranked_by} | {
             "provenance": asdict(self.provenance)
@@ -465,8 +496,5 @@ class FeatureSet:
         return frame
 
 
-def _import_pandas() -> Any:
-    try:
-        return import_module("pandas")
-    except ImportError as error:
-        raise MissingPackageError("a table of scores needs pandas", hint="pip install pandas") from error
+def _score(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.3g}"

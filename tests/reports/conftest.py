@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clampdown.reports.run import RunData, read_run
+from clampdown.results.run import Run
 from tests.reports.example_run import CAPABILITY, SAFETY, wilson, write_example_run
 
 N = 40
@@ -21,8 +21,21 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(run_dir: Path) -> RunData:
-    return read_run(run_dir)
+def run(run_dir: Path) -> Run:
+    return Run.read(run_dir)
+
+
+BESIDE = {"records", "prompts", "feature_sets", "plan", "manifest"}
+
+
+def changed(part: Any, **fields: Any) -> Any:
+    """The same part of a run with other fields; of a whole run, what lies beside its summary as well."""
+    found = part.model_copy(update={name: value for name, value in fields.items() if name not in BESIDE})
+    if isinstance(part, Run):
+        found = found.at(part.directory)
+        for name in BESIDE & set(fields):
+            setattr(found._directory, name, fields[name])
+    return found
 
 
 def arm_json(name: str, kind: str, rates: dict[str, float] | None = None, n: int = 200, **extra: Any) -> dict[str, Any]:
@@ -43,12 +56,12 @@ def arm_json(name: str, kind: str, rates: dict[str, float] | None = None, n: int
 
 
 @pytest.fixture
-def run_of(tmp_path: Path) -> Callable[..., RunData]:
+def run_of(tmp_path: Path) -> Callable[..., Run]:
     """Build a run from arms alone: no records, features, plan or gate."""
 
-    def build(*arms: dict[str, Any], **extra: Any) -> RunData:
-        summary = {"schema": 1, "model": "m", "sae": None, "arms": list(arms), "timings": {}, **extra}
+    def build(*arms: dict[str, Any], **extra: Any) -> Run:
+        summary = {"schema": 2, "model": "m", "sae": None, "arms": list(arms), "timings": {}, **extra}
         (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-        return read_run(tmp_path)
+        return Run.read(tmp_path)
 
     return build

@@ -193,7 +193,7 @@ def _summary(arms: list[ArmSpec], records: list[Record]) -> dict[str, Any]:
     for record in records:
         by.setdefault((record.arm, record.suite), []).append(record)
     return {
-        "schema": 1,
+        "schema": 2,
         "model": "organism",
         "sae": "organism:x4",
         "strength_unit": "x p99 activation",
@@ -256,8 +256,6 @@ def _summary(arms: list[ArmSpec], records: list[Record]) -> dict[str, Any]:
             "prompts_hash": "c41d8a90b7e6f215",
             "code_version": "0.1.0",
             "seed": 0,
-            "command": "clampdown demo --out runs/demo",
-            "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0"},
             "extra": {"sae_revision": "03bb7f0d5a6c9e22", "judge": "rules", "decoding": "greedy"},
         },
         "timings": {"discover": 14.2, "choose": 18.9, "sweep": 31.0, "controls": 11.4, "conditional": 9.8},

@@ -9,17 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clampdown.reports.comparison import (
-    change,
-    difference,
-    headline,
-    mean,
-    pareto,
-    point,
-    sides_of,
-    strength_curve,
-    suite_change,
-)
+from clampdown.reports.comparison import headline, strength_curve
+from clampdown.results.points import change, difference, mean, pareto, point, suite_change
 from clampdown.types import Interval
 from tests.reports.conftest import arm_json
 from tests.reports.example_run import CAPABILITY, SAFETY, STRENGTHS, wilson
@@ -79,21 +70,21 @@ def test_the_front_is_what_no_other_point_beats(points):
 
 def test_a_babbling_arm_does_not_look_good(run):
     """At the highest strength nothing is refused because everything is broken: that counts as unanswered."""
-    sides = sides_of(run)
+    sides = run.sides
     broken = point(next(arm for arm in run.arms if arm.name == "clamp 312 at 2"), sides)
     assert broken.over_refusal.value < 0.3
     assert broken.unanswered.value > 0.5
 
 
 def test_the_curve_holds_the_chosen_feature_only(run):
-    found = headline(run, sides_of(run))
+    found = headline(run, run.sides)
     assert tuple(arm.strength for arm in strength_curve(run, found.clamp)) == STRENGTHS
     assert {arm.feature for arm in strength_curve(run, found.clamp)} == {"312"}
     assert strength_curve(run, None) == ()
 
 
 def test_the_headline_is_what_the_run_chose(run):
-    assert [arm.name for arm in headline(run, sides_of(run)).arms] == [
+    assert [arm.name for arm in headline(run, run.sides).arms] == [
         "baseline",
         "clamp 312 at 1.5",
         "gated 312 at 1.5",
@@ -103,19 +94,19 @@ def test_the_headline_is_what_the_run_chose(run):
 def test_without_a_choice_the_strongest_arm_leads(run_of):
     weak, strong = (arm_json(name, "feature", {"harmful": rate}) for name, rate in (("weak", 0.2), ("strong", 0.9)))
     run = run_of(weak, strong)
-    assert headline(run, sides_of(run)).clamp.name == "strong"
+    assert headline(run, run.sides).clamp.name == "strong"
 
 
 def test_a_renamed_choice_is_found_by_feature_and_strength(run_of):
     arms = [arm_json(f"c{s}", "feature", {"harmful": s / 3}, strength=s, features=[7]) for s in (1.0, 2.0)]
     run = run_of(*arms, chosen={"arm": "another name", "feature": 7, "strength": 1.0})
-    assert headline(run, sides_of(run)).clamp.name == "c1.0"
+    assert headline(run, run.sides).clamp.name == "c1.0"
 
 
 def test_the_run_says_which_suites_are_harmful(run_of):
     run = run_of(arm_json("baseline", "baseline"), harmful_suites=["benign"])
-    assert sides_of(run).harmful == ("benign",)
-    assert "harmful" in sides_of(run).answerable
+    assert run.sides.harmful == ("benign",)
+    assert "harmful" in run.sides.answerable
 
 
 def paired(value: float, half: float, n: int = 60) -> dict[str, float | int]:
@@ -131,7 +122,7 @@ def test_a_change_is_the_paired_one_where_the_run_measured_it(run_of):
         arm_json("clamp", "feature", {suite: 0.58 for suite in rates}, against_baseline=pairs),
     )
     run = run_of(*arms)
-    sides = sides_of(run)
+    sides = run.sides
     before, after = (point(arm, sides) for arm in run.arms)
     found = change(after, before, "refusal")
     assert found.value == pytest.approx(0.08)
@@ -143,7 +134,7 @@ def test_a_change_is_the_paired_one_where_the_run_measured_it(run_of):
 def test_one_suite_without_pairs_leaves_the_mean_unpaired(run_of):
     pairs = {suite: paired(0.5, 0.1) for suite in SAFETY if suite != "harmful"}
     run = run_of(arm_json("baseline", "baseline"), arm_json("clamp", "feature", against_baseline=pairs))
-    before, after = (point(arm, sides_of(run)) for arm in run.arms)
+    before, after = (point(arm, run.sides) for arm in run.arms)
     assert change(after, before, "refusal") == difference(after.refusal, before.refusal)
     assert change(after, before, "over_refusal").value == pytest.approx(0.5)
     missing = suite_change(run.arms[1], run.arms[0], "no such suite")

@@ -10,9 +10,10 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from clampdown.reports.comparison import headline, point, sides_of
+from clampdown.reports.comparison import headline
 from clampdown.reports.figures import KIND_SYMBOLS, SERIES_SYMBOLS, frontier_figures, strength_figures
 from clampdown.reports.page import TEMPLATES
+from clampdown.results.points import point
 from clampdown.types import ArmKind
 from tests.reports.conftest import arm_json
 
@@ -38,7 +39,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def figures(run) -> list[Any]:
-    sides = sides_of(run)
+    sides = run.sides
     found = headline(run, sides)
     return [*strength_figures(run, found, sides), *frontier_figures(run, found, sides)]
 
@@ -75,7 +76,7 @@ def test_curves_hold_the_summary_numbers(run):
 
 
 def test_every_arm_is_on_the_frontier(run):
-    sides = sides_of(run)
+    sides = run.sides
     (spec,) = (f.spec for f in figures(run) if f.id == "frontier-capability")
     drawn = {xy for t in spec["data"] if t["mode"] == "markers" for xy in zip(t["x"], t["y"], strict=True)}
     points = [point(arm, sides) for arm in run.arms]

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from clampdown.errors import StoreError
-from clampdown.reports.page import build_page, json_for_script, plotly_script, write_report
-from clampdown.reports.run import RunData
-from tests.reports.conftest import arm_json
+from clampdown.reports.page import build_page, json_for_script, plotly_script
+from clampdown.results.run import Run
+from clampdown.types import Provenance
+from tests.reports.conftest import arm_json, changed
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -58,7 +59,7 @@ def without_plotly(html: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def html(run: RunData) -> str:
+def html(run: Run) -> str:
     return without_plotly(build_page(run))
 
 
@@ -79,7 +80,7 @@ def test_every_part_is_there(page, run):
     assert wanted <= set(page.ids())
     for text in (
         "Unseen jailbreaks refused",
-        "clampdown demo --out runs/demo",
+        "organism:x4",
         "5f2c1e9a77b0d413",
         "400 benign prompts",
     ):
@@ -110,17 +111,18 @@ def test_nothing_is_loaded_from_anywhere(html, page):
 
 def test_text_from_files_cannot_become_markup(run):
     """Replies, prompts, arm names, tokens, provenance: whatever a model or a user wrote."""
-    arms = tuple(replace(arm, name=arm.name + EVIL) for arm in run.arms)
-    chosen = replace(run.chosen, arm=run.chosen.arm + EVIL, gated_arm=run.chosen.gated_arm + EVIL)
+    arms = tuple(changed(arm, name=arm.name + EVIL) for arm in run.arms)
+    chosen = changed(run.chosen, arm=run.chosen.arm + EVIL, gated_arm=run.chosen.gated_arm + EVIL)
     records = tuple(replace(r, arm=r.arm + EVIL, reply=r.reply + EVIL) for r in run.records)
     turns = {key: tuple(replace(t, content=EVIL) for t in turns) for key, turns in run.prompts.items()}
     sets = tuple(
         replace(s, features=tuple(replace(f, promoted_tokens=(EVIL,), top_prompts=(EVIL,)) for f in s.features))
         for s in run.feature_sets
     )
-    evil = replace(
+    evil = changed(
         run, arms=arms, chosen=chosen, records=records, prompts=turns, feature_sets=sets, model=EVIL,
-        strength_unit=EVIL, provenance={EVIL: EVIL}, plan={EVIL: EVIL}, timings={EVIL: 1.0}, notes={"features/x": EVIL},
+        strength_unit=EVIL, provenance=Provenance(EVIL, "", None, "", "", 0, {EVIL: EVIL}), plan={EVIL: EVIL},
+        timings={EVIL: 1.0},
     )  # fmt: skip
     html = without_plotly(build_page(evil))
     page = Page(html)
@@ -147,7 +149,7 @@ def test_tables_sort_by_numbers_and_scroll_in_their_own_box(html, page):
 def test_size_and_time(run_dir, tmp_path):
     copy = shutil.copytree(run_dir, tmp_path / "copy")
     began = time.process_time()
-    path = write_report(copy)
+    path = Run.read(copy).report()
     assert time.process_time() - began < 2
     assert path == copy / "report.html"
     assert path.stat().st_size < 6_000_000
@@ -188,15 +190,15 @@ def test_bounds_without_intervals(run_of):
 
 def test_a_directory_without_a_summary(tmp_path):
     with pytest.raises(StoreError, match="no summary"):
-        write_report(tmp_path)
+        Run.read(tmp_path).report()
     assert not (tmp_path / "report.html").exists()
 
 
 def test_no_torch_is_loaded(run_dir, tmp_path):
     copy = shutil.copytree(run_dir, tmp_path / "copy")
     script = (
-        "import sys; from pathlib import Path; from clampdown.reports.page import write_report;"
-        "write_report(Path(sys.argv[1])); print({'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules))"
+        "import sys; from pathlib import Path; from clampdown.results.run import Run;"
+        "Run.read(sys.argv[1]).report(); print({'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules))"
     )
     source = Path(__file__).parents[2] / "src"
     done = subprocess.run(

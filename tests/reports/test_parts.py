@@ -16,17 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clampdown.reports.breakdowns import budget_places, category_tables
-from clampdown.reports.comparison import headline, point, sides_of
+from clampdown.reports.comparison import headline
 from clampdown.reports.examples import BUCKETS_PER_SUITE, Change, Paired, change_between, examples_of
 from clampdown.reports.figures import frontier_figures
 from clampdown.reports.methods_side_by_side import claims_table, method_figures, methods_table
 from clampdown.reports.operating import ArmGate, Curve, curves, gates_of, guarantee, operating_figure
 from clampdown.reports.origins import files_table, plans_table
 from clampdown.reports.page import build_page, gate_sentence
-from clampdown.reports.run import read_run
 from clampdown.reports.wording import suite_title
+from clampdown.results.points import point
+from clampdown.results.run import Run
 from clampdown.types import Record, Split, Verdict
-from tests.reports.conftest import arm_json
+from tests.reports.conftest import arm_json, changed
 from tests.reports.example_run import BUDGETS, CAPABILITY, THRESHOLD
 
 
@@ -46,7 +47,7 @@ def test_a_curve_is_the_plain_count_above_each_threshold(scores: list[float], th
 
 
 def test_at_its_own_threshold_a_curve_is_the_rate_at_which_the_gate_fired(run):
-    found, sides = headline(run, sides_of(run)), sides_of(run)
+    found, sides = headline(run, run.sides), run.sides
     (gate,) = found.gated.gates
     assert gate.threshold == THRESHOLD
     shown = {curve.name: curve for curve in curves(gate, sides)}
@@ -57,8 +58,8 @@ def test_at_its_own_threshold_a_curve_is_the_rate_at_which_the_gate_fired(run):
 
 
 def test_the_operating_figure_shows_threshold_budget_and_guarantee(run):
-    (gate,) = gates_of(run, headline(run, sides_of(run)))
-    figure = operating_figure(gate, sides_of(run), 0)
+    (gate,) = gates_of(run, headline(run, run.sides))
+    figure = operating_figure(gate, run.sides, 0)
     assert figure is not None
     go.Figure(resolved(figure.spec))
     (promise,) = [trace for trace in figure.spec["data"] if trace["name"].startswith("guaranteed")]
@@ -70,21 +71,21 @@ def test_the_operating_figure_shows_threshold_budget_and_guarantee(run):
 
 
 def test_a_guarantee_says_on_which_prompts_it_holds(run):
-    (gate,) = headline(run, sides_of(run)).gated.gates
+    (gate,) = headline(run, run.sides).gated.gates
     assert "400 benign prompts" in gate_sentence(gate)
     assert guarantee(gate) == "at most 0.75\u00a0% of benign prompts, 95\u00a0% confidence, n = 400"
-    turned = replace(gate, on="harmful")
+    turned = changed(gate, guarantee=changed(gate.promise, on="harmful"))
     assert "400 harmful prompts" in gate_sentence(turned)
     assert "of harmful prompts" in guarantee(turned)
-    assert guarantee(replace(gate, bound=None)) == ""
+    assert guarantee(changed(gate, guarantee=None)) == ""
 
 
 def test_each_gate_of_a_two_sided_plan_has_its_own_rates(run):
     """`gate_fired` of such an arm is true when either branch acted: it must not stand for either gate."""
-    found = headline(run, sides_of(run))
+    found = headline(run, run.sides)
     (gate,) = found.gated.gates
-    second = replace(gate, branch="otherwise", budget=None, threshold=THRESHOLD + 1)
-    two = replace(found, gated=replace(found.gated, gates=(gate, second)))
+    second = changed(gate, branch="otherwise", guarantee=changed(gate.promise, budget=None), threshold=THRESHOLD + 1)
+    two = replace(found, gated=changed(found.gated, gates=(gate, second)))
     gates = gates_of(run, two)
     assert [each.title.split(" of ")[0] for each in gates] == ["The gate", "The second gate"]
     for each in gates:
@@ -93,18 +94,18 @@ def test_each_gate_of_a_two_sided_plan_has_its_own_rates(run):
             assert rate.value == sum(score > each.gate.threshold for score in scores) / len(scores)
     fired = {suite: rate.value for suite, rate in found.gated.gate_fired.items()}
     assert {suite: rate.value for suite, rate in gates[0].rates.items()} == fired
-    figure = operating_figure(gates[1], sides_of(run), 1)
+    figure = operating_figure(gates[1], run.sides, 1)
     assert figure is not None
     assert len(figure.spec["layout"]["shapes"]) == 1
 
 
 def test_a_run_that_keeps_no_gates_with_its_arms_shows_the_summarys(run):
-    found = headline(run, sides_of(run))
-    bare = replace(found, gated=replace(found.gated, gates=()))
+    found = headline(run, run.sides)
+    bare = replace(found, gated=changed(found.gated, gates=()))
     (only,) = gates_of(run, bare)
     assert only.gate is run.gate
     assert only.rates == found.gated.gate_fired
-    assert operating_figure(only, sides_of(run), 0) is None
+    assert operating_figure(only, run.sides, 0) is None
     assert ArmGate(None, run.gate).rates == {}
 
 
@@ -112,7 +113,7 @@ def test_a_run_that_keeps_no_gates_with_its_arms_shows_the_summarys(run):
 
 
 def test_every_method_is_a_series_with_its_matched_arm_open(run):
-    sides = sides_of(run)
+    sides = run.sides
     figures = method_figures(run, sides)
     assert [figure.id for figure in figures] == ["methods-capability", "methods-over-refusal"]
     by_name = {arm.name: point(arm, sides) for arm in run.arms}
@@ -128,7 +129,7 @@ def test_every_method_is_a_series_with_its_matched_arm_open(run):
 
 
 def test_the_methods_table_has_a_row_per_arm_and_claims_are_answered(run):
-    table = methods_table(run, sides_of(run))
+    table = methods_table(run, run.sides)
     assert table is not None
     assert [(row.cells[0].text, row.cells[1].text) for row in table.rows] == [
         ("first", "own best"),
@@ -147,19 +148,19 @@ def test_the_methods_table_has_a_row_per_arm_and_claims_are_answered(run):
 
 
 def test_budget_lines_stand_at_the_baseline_moved_by_what_is_allowed(run):
-    found, sides = headline(run, sides_of(run)), sides_of(run)
+    found, sides = headline(run, run.sides), run.sides
     before, places = point(found.baseline, sides), budget_places(run, found, sides)
     assert places.capability == pytest.approx(before.capability.value - BUDGETS["capability loss"])
     moved = BUDGETS["over-refusal"] + BUDGETS["broken, safe"]
     assert places.unanswered == pytest.approx(before.unanswered.value + moved)
     for figure, x in zip(frontier_figures(run, found, sides), (places.capability, places.unanswered), strict=True):
         assert [shape["x0"] for shape in figure.spec["layout"]["shapes"]] == [x]
-    free = replace(run, tune=None)
+    free = changed(run, tune=None)
     assert all("shapes" not in figure.spec["layout"] for figure in frontier_figures(free, found, sides))
 
 
 def test_categories_are_the_records_own_rates(run):
-    found, sides = headline(run, sides_of(run)), sides_of(run)
+    found, sides = headline(run, run.sides), run.sides
     tables = {each.suite: each.table for each in category_tables(found, sides)}
     assert set(tables) == set(run.arms[0].suites) | set(CAPABILITY)
     for suite in ("jailbroken_unseen", "arithmetic"):
@@ -233,14 +234,14 @@ def test_the_explanation_is_linked_when_it_lies_there(run_dir, tmp_path):
     copy = shutil.copytree(run_dir, tmp_path / "copy")
     found = {"schema": 1, "kind": "explanation", "plan": "p <b>", "cost": {"kl": 0.25, "n_tokens": 1200}}
     (copy / "explain.json").write_text(json.dumps(found), encoding="utf-8")
-    assert read_run(copy).explanation is None, "without its page there is nothing to link to"
+    assert Run.read(copy).explanation is None, "without its page there is nothing to link to"
     (copy / "explain.html").write_text("<p>why</p>", encoding="utf-8")
-    html = build_page(read_run(copy))
+    html = build_page(Run.read(copy))
     assert 'href="explain.html"' in html
     assert "p &lt;b&gt;" in html
     assert "<strong>0.25 nats</strong> per token of benign text (n = 1,200 tokens)" in html
     (copy / "explain.json").write_text("{", encoding="utf-8")
-    assert read_run(copy).explanation is None
+    assert Run.read(copy).explanation is None
 
 
 def test_every_file_stands_with_its_hash_and_every_arm_with_its_plan(run_dir, run):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from clampdown.reports.page import build_page
-from clampdown.reports.run import RunData
 from clampdown.reports.tuning import tuning_sentence, tuning_tables
-from tests.reports.conftest import arm_json
+from clampdown.results.run import Run
+from tests.reports.conftest import arm_json, changed
 
 
 def interval(value: float) -> dict[str, Any]:
@@ -38,7 +38,7 @@ TUNE = {
 }
 
 
-def test_the_page_shows_bounds_finalists_and_what_turned_them_away(run_of: Callable[..., RunData]) -> None:
+def test_the_page_shows_bounds_finalists_and_what_turned_them_away(run_of: Callable[..., Run]) -> None:
     run = run_of(arm_json("baseline", "baseline"), arm_json("tuned", "tuned"), tune=TUNE)
     budgets, finalists, frontier = tuning_tables(run)
     shown = [cell.text.replace("\N{NO-BREAK SPACE}", "") for cell in budgets.rows[0].cells]
@@ -46,14 +46,14 @@ def test_the_page_shows_bounds_finalists_and_what_turned_them_away(run_of: Calla
     assert [row.strong for row in finalists.rows] == [True, False]
     assert finalists.rows[1].cells[-1].text == "capability loss"
     assert frontier.rows[0].cells[1].text == "3"
-    assert "**capability loss (1)**" in tuning_sentence(TUNE)
-    assert "Not checked" not in tuning_sentence(TUNE)
-    assert "**capability loss**." in tuning_sentence({**TUNE, "unchecked": ["capability loss"]})
+    assert "**capability loss (1)**" in tuning_sentence(run.tune)
+    assert "Not checked" not in tuning_sentence(run.tune)
+    assert "**capability loss**." in tuning_sentence(changed(run.tune, unchecked=("capability loss",)))
     page = build_page(run)
     assert "How the plan was tuned" in page and "clamp 1 &lt;b&gt;" in page and "clamp 1 <b>" not in page
 
 
-def test_a_run_that_was_not_tuned_has_no_such_section(run_of: Callable[..., RunData]) -> None:
+def test_a_run_that_was_not_tuned_has_no_such_section(run_of: Callable[..., Run]) -> None:
     run = run_of(arm_json("baseline", "baseline"))
     assert tuning_tables(run) == ()
     assert "How the plan was tuned" not in build_page(run)

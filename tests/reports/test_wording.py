@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from clampdown.reports.comparison import sides_of
 from clampdown.reports.wording import MISSING, UNIT, number, percent, title, verdict
-from tests.reports.conftest import arm_json
+from tests.reports.conftest import arm_json, changed
 from tests.reports.example_run import CAPABILITY, SAFETY
 
 HARMFUL, SAFE = SAFETY[:4], SAFETY[4:]
@@ -23,11 +20,11 @@ COSTLY = arm_json("clamp", "feature", rates(0.95, 0.9, 0.5), strength=9.731, fea
 
 
 def said(run) -> dict[str, str]:
-    return {sentence.label: sentence.text for sentence in verdict(run, sides_of(run))}
+    return {sentence.label: sentence.text for sentence in verdict(run, run.sides)}
 
 
 def headline_of(run) -> str:
-    return title(run, sides_of(run))
+    return title(run, run.sides)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +70,9 @@ def test_gain_and_price(run_of):
 def test_a_chosen_strength_is_said_in_other_units_too(run_of):
     run = run_of(BASELINE, COSTLY, strength_unit="raw activation")
     note = "1.3 times its p99, moving the residual by 8%"
-    chosen = replace(run.chosen, strength=9.731, strength_note=note)
-    assert f"to 9.73 (raw activation; {note})" in said(replace(run, chosen=chosen))["Gain"]
-    assert note not in said(replace(run, chosen=replace(chosen, strength=1.0)))["Gain"]
+    chosen = changed(run.chosen, strength=9.731, strength_note=note)
+    assert f"to 9.73 (raw activation; {note})" in said(changed(run, chosen=chosen))["Gain"]
+    assert note not in said(changed(run, chosen=changed(chosen, strength=1.0)))["Gain"]
 
 
 def test_an_operator_that_does_not_clamp_is_not_said_to(run_of):

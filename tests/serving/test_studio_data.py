@@ -40,7 +40,7 @@ from clampdown.steering.plan import Branch, read_plan, write_plan
 from clampdown.store import write_json
 from clampdown.study.frontier import write_plans
 from clampdown.study.gate import promise as in_words
-from clampdown.types import ArmKind, Message, Prompt, Receipt, Split
+from clampdown.types import ArmKind, Interval, Message, Prompt, Provenance, Receipt, Split
 
 GATED = read_plan(PLANS_DIR / "clamp-352-gated.toml")
 PLAIN = read_plan(PLANS_DIR / "clamp-352.toml")
@@ -236,13 +236,14 @@ def write_run(directory: Path, lm: LanguageModel) -> None:
             "name": arm.name,
             "kind": arm.kind.value,
             "plan": arm.plan.digest if arm.plan else None,
+            "suites": {"harmful": {"refused": Interval.of_rate(5 + 2 * i, 10)}},
+            "capability": {"facts": Interval.of_rate(9, 10)},
             "frontier": {"refusal": 0.5 + 0.2 * i, "capability": 0.9, "over_refusal": 0.1, "pareto": i == 1},
         }
         for i, arm in enumerate(arms)
     ]
-    write_json(
-        directory / "summary.json", {"model": lm.name, "provenance": {"model_revision": lm.revision}, "arms": rows}
-    )
+    provenance = Provenance(lm.name, lm.revision, None, "", "", 0)
+    write_json(directory / "summary.json", {"schema": 1, "model": lm.name, "provenance": provenance, "arms": rows})
 
 
 def test_points_of_past_runs_can_be_steered_with_if_their_plan_is_there(
@@ -254,12 +255,14 @@ def test_points_of_past_runs_can_be_steered_with_if_their_plan_is_there(
     (tmp_path / "broken" / "summary.json").write_text("{")
     runs = RunFolder(tmp_path, lm, saes)
     (run,) = runs.runs()
-    assert [(p.arm, p.loadable) for p in run.points] == [("baseline", False), ("gated clamp", True), ("lost", False)]
+    loadable = [(arm.name, run.loadable(arm)) for arm in run.run.arms]
+    assert loadable == [("baseline", False), ("gated clamp", True), ("lost", False)]
     assert runs.plan("one", "gated clamp").digest == GATED.digest
     for name, arm in (("one", "lost"), ("one", "baseline"), ("../one", "gated clamp"), ("other-model", "gated clamp")):
         with pytest.raises(PlanError, match="no plan to load"):
             runs.plan(name, arm)
     drawn = figures.frontier(run, "gated clamp")
+    assert "left:90.00%;bottom:70.00%" in drawn, "capability to the right, refusals upwards, as in the report"
     assert drawn.count('data-arm="gated clamp"') == 2 and 'data-arm="baseline"' not in drawn
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from clampdown.discovery import causal
 from clampdown.discovery.refine import Clamps
+from clampdown.results.run import Run
 from clampdown.steering.arms import Arm
 from clampdown.steering.plan import Gate, read_plan
 from clampdown.study import methods
@@ -19,7 +20,7 @@ from clampdown.study import tuned as tuned_plan
 from clampdown.study.compare_methods import MATCHED, REVERSED, Request, measure_chosen, shown
 from clampdown.study.demo import Scale
 from clampdown.study.experiment import Sizes, organism_subject
-from clampdown.study.frontier import Axes, read_summary
+from clampdown.study.frontier import Axes
 from clampdown.study.progress import Stages
 from clampdown.study.strengths import Candidate
 from clampdown.types import ArmKind
@@ -64,7 +65,7 @@ def summary(run: Path) -> dict[str, Any]:
 
 
 def test_every_method_and_control_is_a_column_of_a_valid_summary(run: Path, summary: dict[str, Any]) -> None:
-    assert read_summary(run / "summary.json").arm(methods.TUNED).kind == "tuned"
+    assert Run.read(run).arm(methods.TUNED).kind == "tuned"
     names = [arm["name"] for arm in summary["arms"]]
     own = [methods.FIRST, methods.SECOND, methods.DENSE, methods.CAST, methods.TUNED]
     expected = {"baseline", "system prompt", "ablated direction", f"{methods.SECOND} {REVERSED}", *own}

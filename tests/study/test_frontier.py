@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from clampdown.errors import StoreError
 from clampdown.evaluation.intervals import wilson
 from clampdown.evaluation.utility import Cost
-from clampdown.reports.run import read_run
+from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE, Arm
-from clampdown.study.frontier import Axes, Experiment, axes, pareto, read_summary, summarise, write_summary
-from clampdown.types import ArmKind, Provenance, Receipt, Record, Split, Suite, SuiteKind, Verdict
+from clampdown.study.frontier import Axes, Experiment, axes, pareto, summarise
+from clampdown.types import ArmKind, OptionChoice, Provenance, Receipt, Record, Split, Suite, SuiteKind, Verdict
 from tests.evaluation.conftest import arm, clamp, prompt
 
 SAFETY = {"harmful": True, "jailbroken_seen": True, "borderline": False, "benign": False}
@@ -63,7 +63,7 @@ EXPERIMENT = Experiment(ARMS, SUITES, PROVENANCE, COSTS, {"generate": 1.5})
 
 
 def summary(**extra: Any) -> dict[str, Any]:
-    return summarise(EXPERIMENT, RECORDS, extra)
+    return summarise(EXPERIMENT, RECORDS, extra).to_json()
 
 
 def test_rates_are_counted_with_wilson_intervals_and_n() -> None:
@@ -83,7 +83,7 @@ def test_rates_are_counted_with_wilson_intervals_and_n() -> None:
 def test_the_required_schema_is_there() -> None:
     found = summary(chosen={"arm": "clamped"})
     assert {"schema", "model", "sae", "arms", "timings", "chosen", "harmful_suites"} <= set(found)
-    assert (found["schema"], found["model"], found["sae"]) == (1, "tiny", "random")
+    assert (found["schema"], found["model"], found["sae"]) == (2, "tiny", "random")
     for row in found["arms"]:
         assert {"name", "kind", "strength", "suites", "capability", "kl_benign"} <= set(row)
         for rates in row["suites"].values():
@@ -134,7 +134,7 @@ def test_a_degenerate_model_is_never_safe() -> None:
     """Gibberish refuses nothing and knows nothing: it is dominated by the baseline."""
     broken = [replace(r, arm="clamped", verdict=Verdict.DEGENERATE, correct=None if r.correct is None else False)
               for r in RECORDS if r.arm == "clamped"]  # fmt: skip
-    found = summarise(EXPERIMENT, [r for r in RECORDS if r.arm != "clamped"] + broken)
+    found = summarise(EXPERIMENT, [r for r in RECORDS if r.arm != "clamped"] + broken).to_json()
     clamped = found["arms"][1]
     assert clamped["frontier"] == {
         "refusal": 0.0, "over_refusal": 0.0, "degenerate": 1.0, "capability": 0.0, "pareto": False,
@@ -149,46 +149,45 @@ def test_gates_say_how_often_they_fired_and_others_say_nothing() -> None:
 
 
 def test_an_arm_without_records_has_no_numbers() -> None:
-    found = summarise(replace(EXPERIMENT, arms=(*ARMS, Arm("late", ArmKind.CONTROL))), RECORDS)
+    found = summarise(replace(EXPERIMENT, arms=(*ARMS, Arm("late", ArmKind.CONTROL))), RECORDS).to_json()
     late = found["arms"][-1]
     assert late["suites"]["harmful"]["refused"] == {"value": None, "low": None, "high": None, "n": 0}
     assert late["frontier"]["pareto"] is False
 
 
-def test_a_summary_round_trips_and_reports_can_read_it(tmp_path: Path) -> None:
-    path = tmp_path / "summary.json"
-    write_summary(path, summary(chosen={"arm": "clamped"}))
-    found = read_summary(path)
-    assert [row.name for row in found.arms] == ["baseline", "clamped", "gated"]
-    assert found.arm("clamped").suites["harmful"]["refused"].interval() == wilson(8, 10)
-    with pytest.raises(StoreError, match="no arm 'nobody'"):
-        found.arm("nobody")
-    shown = read_run(tmp_path)
-    assert [a.group for a in shown.arms] == [None, "sweep", None]
-    assert shown.arms[1].rate("harmful") == wilson(8, 10)
-    assert shown.harmful_suites == ("harmful", "jailbroken_seen")
+def test_a_run_round_trips_with_every_part_and_the_report_can_read_it(tmp_path: Path) -> None:
+    run = summarise(EXPERIMENT, RECORDS, {"chosen": {"arm": "clamped"}, "novelty": {"kept": 1}})
+    found = run.write(tmp_path)
+    again = Run.read(tmp_path)
+    assert again.to_json() == found.to_json() == run.to_json()
+    assert [arm.group for arm in again.arms] == [None, "sweep", None]
+    assert again.arm("clamped").rate("harmful") == wilson(8, 10)
+    assert again.harmful_suites == ("harmful", "jailbroken_seen")
+    assert json.loads((tmp_path / "summary.json").read_text())["novelty"] == {"kept": 1}
+    assert [(s.name, s.harmful, s.n) for s in again.suites if s.kind is SuiteKind.CAPABILITY] == [
+        ("facts", False, 10),
+        ("arithmetic", False, 10),
+    ]
 
 
-BROKEN: dict[str, dict[str, Any]] = {
-    "another schema": {"schema": 2},
-    "no arms": {"arms": None},
-    "unknown kind": {"arms": [{**summary()["arms"][0], "kind": "magic"}]},
-    "a rate that is no interval": {"arms": [{**summary()["arms"][0], "capability": {"facts": 0.5}}]},
-    "a negative n": {
-        "arms": [{**summary()["arms"][0], "capability": {"facts": {"value": 0.5, "low": 0.1, "high": 0.9, "n": -1}}}]
-    },
-}
-
-
-@pytest.mark.parametrize("fault", BROKEN)
-def test_what_is_no_summary_is_a_named_error(tmp_path: Path, fault: str) -> None:
-    path = tmp_path / "summary.json"
-    path.write_text(json.dumps({**summary(), **BROKEN[fault]}))
-    with pytest.raises(StoreError, match="not a summary of schema 1"):
-        read_summary(path)
+def test_likelihoods_and_broken_replies_are_paired_with_the_baseline() -> None:
+    choices = tuple(
+        OptionChoice(name, "facts", f"facts-{i}", (), "", i < right)
+        for name, right in (("baseline", 9), ("clamped", 4))
+        for i in range(10)
+    )
+    broken = [
+        replace(r, verdict=Verdict.DEGENERATE) if r.arm == "clamped" and r.suite == "benign" else r for r in RECORDS
+    ]
+    clamped = summarise(replace(EXPERIMENT, choices=choices), broken).arm("clamped")
+    likely = clamped.likelihood_against_baseline["facts"]
+    assert (likely.gained, likely.lost, likely.n, likely.difference) == (0, 5, 10, -0.5)
+    assert likely.p_value == pytest.approx(2 / 32)
+    rise = clamped.against_baseline["benign"].degenerate
+    assert rise is not None and rise.value == 0.9 and rise.low is not None and rise.low > 0
 
 
 def test_nan_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="timings"):
-        write_summary(tmp_path / "summary.json", {**summary(), "timings": {"generate": math.nan}})
+        summarise(replace(EXPERIMENT, timings={"generate": math.nan}), RECORDS).write(tmp_path)
     assert not list(tmp_path.iterdir())

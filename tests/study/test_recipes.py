@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from clampdown.errors import ClampdownError, PromptSetError, RecipeError, StoreError
+from clampdown.results.run import Run
 from clampdown.steering.plan import read_plan
-from clampdown.study.frontier import read_summary
 from clampdown.study.progress import Stages
 from clampdown.study.recipes.dry_run import OK, TO_GIVE, dry_run, n_arms, shown
 from clampdown.study.recipes.run import run_recipe
@@ -199,7 +199,7 @@ SMALLER = (
 def ran(path: Path, out: Path, *settings: str) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
     recipe = read_recipe(path, [*SMALLER, *settings])
     run_recipe(recipe, out, Stages(Console(file=io.StringIO())))
-    read_summary(out / "summary.json")
+    Run.read(out)
     return recipe, *(json.loads((out / name).read_text()) for name in ("summary.json", "pipeline.json"))
 
 

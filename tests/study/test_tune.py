@@ -18,13 +18,13 @@ from clampdown.config import ORGANISM
 from clampdown.errors import NotEnoughDataError, PlanError, PromptSetError, ScopeError, StoreError
 from clampdown.evaluation import metrics
 from clampdown.evaluation.suites import write_suites
+from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE
 from clampdown.steering.plan import read_plan
 from clampdown.store import read_records, write_feature_set
 from clampdown.study import experiment
 from clampdown.study.budgets import BROKEN_HARMFUL, BROKEN_SAFE, CAPABILITY, KL, OVER_REFUSAL, Budgets, Use
 from clampdown.study.experiment import Sizes, Subject, organism_subject
-from clampdown.study.frontier import read_summary
 from clampdown.study.progress import Stages
 from clampdown.study.tune import run as tune
 from clampdown.study.tune.measuring import Bench, Finalist, changes_of, confirm
@@ -90,7 +90,7 @@ def summary_of(run: Path) -> dict[str, Any]:
 
 def test_the_run_holds_the_plan_every_trial_and_a_summary_like_the_demos(finished: Path) -> None:
     summary = summary_of(finished)
-    tuned = read_summary(finished / "summary.json").arm(tune.TUNED)
+    tuned = Run.read(finished).arm(tune.TUNED)
     plan = read_plan(finished / "plan.toml")
     assert tuned.kind == "tuned"
     assert next(arm for arm in summary["arms"] if arm["kind"] == "tuned")["plan"] == plan.digest

@@ -68,13 +68,12 @@ def stages() -> Stages:
 
 def show_run(directory: Path, progress: Stages) -> None:
     """Write the report and print the table."""
-    from clampdown.reports.page import write_report
-    from clampdown.reports.run import read_run
-    from clampdown.reports.terminal import run_summary
+    from clampdown.results.run import Run
 
+    run = Run.read(directory)
     with progress.stage("Writing the report"):
-        path = write_report(directory)
-    console.print(run_summary(read_run(directory), console.width))
+        path = run.report()
+    console.print(run)
     console.print(f"[bold]report:[/bold] {path}", soft_wrap=True)
 
 

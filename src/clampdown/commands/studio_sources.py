@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,16 +18,16 @@ from clampdown.config import ORGANISM
 from clampdown.errors import ClampdownError, PlanError, PromptSetError
 from clampdown.evaluation.suites import read_suites
 from clampdown.models.loading import LanguageModel
+from clampdown.results.run import Run
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae
 from clampdown.serving.plans import PlanTable, slug
-from clampdown.serving.studio.frontier import Run, read_points
+from clampdown.serving.studio.frontier import PastRun
 from clampdown.serving.studio.gates import GateScores, SuiteScores
 from clampdown.steering.gate_fitting import FittedGate, Pooled, gate_reading
 from clampdown.steering.plan import Gate, Plan, read_plan, write_plan
 from clampdown.steering.program import check_plan
 from clampdown.steering.selftest import require_self_test
-from clampdown.store import read_json
 from clampdown.types import Site, Split, Suite
 
 LAST_RUNS = 12
@@ -105,39 +104,41 @@ class RunFolder:
     folder: Path
     lm: LanguageModel
     saes: Saes
-    _read: dict[tuple[Path, float], Run | None] = field(default_factory=dict)
+    _read: dict[tuple[Path, float], PastRun | None] = field(default_factory=dict)
 
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[PastRun, ...]:
         """The last ones, newest first. What cannot be read, or is about another model, is not one."""
         files = [(path.stat().st_mtime, path) for path in self.folder.glob("*/summary.json")]
         found = (self._run(path, changed) for changed, path in sorted(files, reverse=True)[:LAST_RUNS])
-        return tuple(run for run in found if run is not None and run.model_revision == self.lm.revision)
+        return tuple(past for past in found if past is not None and _revision(past.run) == self.lm.revision)
 
     def plan(self, run: str, arm: str) -> Plan:
         """A point's plan, which must fit what is loaded. Raises `PlanError` and kin."""
         found = next((each for each in self.runs() if each.name == run), None)
-        point = found.point(arm) if found else None
-        if point is None or point.plan is None or not point.loadable:
+        row = found.arm(arm) if found else None
+        if found is None or row is None or row.plan is None or not found.loadable(row):
             raise PlanError(f"there is no plan to load for '{arm}'", hint="runs made before plans were kept have none")
-        plan = read_plan(_stored(self.folder / run)[point.plan])
+        plan = read_plan(_stored(self.folder / run)[row.plan])
         named = plan.model_copy(update={"name": arm})
         check_plan(named, self.lm, self.saes.of(named))
         return named
 
-    def _run(self, path: Path, changed: float) -> Run | None:
+    def _run(self, path: Path, changed: float) -> PastRun | None:
         key = (path, changed)
         if key not in self._read:
             self._read[key] = _parsed(path)
         return self._read[key]
 
 
-def _parsed(path: Path) -> Run | None:
+def _parsed(path: Path) -> PastRun | None:
     try:
-        summary: dict[str, Any] = read_json(path)
-        points = read_points(summary, frozenset(_stored(path.parent)))
-        return Run(path.parent.name, summary["model"], summary["provenance"]["model_revision"], points)
-    except (ClampdownError, KeyError, TypeError, AttributeError):
+        return PastRun(path.parent.name, Run.read(path.parent), frozenset(_stored(path.parent)))
+    except ClampdownError:
         return None
+
+
+def _revision(run: Run) -> str | None:
+    return run.provenance.model_revision if run.provenance else None
 
 
 def _stored(run: Path) -> dict[str, Path]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clampdown.reports.comparison import Headline, Sides, point
-from clampdown.reports.run import ArmResult, RunData
+from clampdown.reports.comparison import Headline
 from clampdown.reports.tables import Cell, Column, Row, Table, share_cell
 from clampdown.reports.wording import short_name
+from clampdown.results.points import Sides, point
+from clampdown.results.rows import ArmResult
+from clampdown.results.run import Run
 from clampdown.types import Interval
 
 
@@ -57,10 +59,10 @@ class BudgetPlaces:
     unanswered: float | None
 
 
-def budget_places(run: RunData, found: Headline, sides: Sides) -> BudgetPlaces:
+def budget_places(run: Run, found: Headline, sides: Sides) -> BudgetPlaces:
     """The baseline's place moved by what was allowed: capability lost; safe prompts refused or broken."""
-    budgets = ((run.tune or {}).get("validation") or {}).get("budgets") or ()
-    limits = {use["budget"]: float(use["limit"]) for use in budgets}
+    budgets = run.tune.validation.budgets if run.tune else ()
+    limits = {use.budget: use.limit for use in budgets if use.limit is not None}
     if found.baseline is None or not limits:
         return BudgetPlaces(None, None)
     before = point(found.baseline, sides)

@@ -1,54 +1,13 @@
-"""What the numbers of a run say about each other: pure functions of intervals and arms.
-
-Suites fall on two sides: those where refusing is right (harmful) and those where answering is right. An arm's rate
-on a side is the plain mean over its suites, so that a large suite does not drown a small one. Its interval follows from
-the parts' own intervals by the square-and-add rule for independent estimates (MOVER; Newcombe 1998, Zou & Donner 2008).
-
-A change from the baseline is the mean of the suites' paired differences, measured prompt by prompt on the same prompts:
-what a prompt's own difficulty does to both arms cancels. Runs that hold no paired differences get the difference of the
-two rates as if they were of different prompts, which is wider.
-"""
+"""Which arms a report opens with, which it is compared with, and which differ in strength only."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-from clampdown.reports.run import ArmResult, RunData
-from clampdown.types import ArmKind, Interval, Verdict
-
-UNSEEN_JAILBREAKS = "jailbroken_unseen"
-Measure = Literal["refusal", "over_refusal", "capability"]
-HARMFUL_SUITES = ("harmful", "jailbroken_seen", UNSEEN_JAILBREAKS, "multi_turn")
-
-
-@dataclass(frozen=True, slots=True)
-class Sides:
-    """The run's suites by what is right to do, in the summary's order."""
-
-    harmful: tuple[str, ...]
-    answerable: tuple[str, ...]
-    capability: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """An arm's place in the trade-off: means over the suites of each side, with 95 % intervals.
-
-    `unanswered` is the share of safe prompts refused or broken: a model that only babbles refuses nothing, and
-    must not look good for it. `changes` are paired differences to the baseline, for measures that have them in all
-    suites.
-    """
-
-    arm: ArmResult
-    refusal: Interval
-    over_refusal: Interval
-    capability: Interval
-    degenerate: Interval
-    unanswered: Interval
-    changes: Mapping[Measure, Interval] = field(default_factory=dict)
+from clampdown.results.points import Sides, point
+from clampdown.results.rows import ArmResult
+from clampdown.results.run import Run
+from clampdown.types import ArmKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,117 +24,7 @@ class Headline:
         return tuple(arm for arm in (self.baseline, self.clamp, self.gated, self.tuned) if arm is not None)
 
 
-def sides_of(run: RunData) -> Sides:
-    """Which suites are on which side. A suite is harmful if the run says so, else by its name."""
-    names = list(dict.fromkeys(name for arm in run.arms for name in arm.suites))
-    harmful = HARMFUL_SUITES if run.harmful_suites is None else run.harmful_suites
-    return Sides(
-        tuple(name for name in names if name in harmful),
-        tuple(name for name in names if name not in harmful),
-        tuple(dict.fromkeys(name for arm in run.arms for name in arm.capability)),
-    )
-
-
-def mean(intervals: Iterable[Interval | None], *, least: float = 0.0) -> Interval:
-    """Unweighted mean of independent estimates; without data if any part is missing, never a mean of the rest.
-
-    `least` is the smallest value there can be: 0 for rates, -1 for differences of rates.
-    """
-    parts = list(intervals)
-    n = sum(part.n for part in parts if part is not None)
-    values = [part.value for part in parts if part is not None and part.value is not None]
-    if not parts or len(values) < len(parts):
-        return Interval(None, None, None, n)
-    value = sum(values) / len(values)
-    low, high = (_spread(parts, bound) / len(parts) for bound in ("low", "high"))
-    if math.isnan(low) or math.isnan(high):
-        return Interval(value, None, None, n)
-    return Interval(value, max(least, value - low), min(1.0, value + high), n)
-
-
-def _either(one: Interval | None, other: Interval | None) -> Interval | None:
-    """Share of two outcomes that exclude each other; their negative correlation makes square-and-add conservative."""
-    if one is None or other is None or one.value is None or other.value is None:
-        return None
-    value = one.value + other.value
-    low, high = _spread((one, other), "low"), _spread((one, other), "high")
-    if math.isnan(low) or math.isnan(high):
-        return Interval(value, None, None, one.n)
-    return Interval(value, max(0.0, value - low), min(1.0, value + high), one.n)
-
-
-def difference(after: Interval, before: Interval) -> Interval:
-    """after - before with its interval; bounds are None when a part has none."""
-    n = min(after.n, before.n)
-    if after.value is None or before.value is None:
-        return Interval(None, None, None, n)
-    value = after.value - before.value
-    down = math.hypot(_arm_length(after, "low"), _arm_length(before, "high"))
-    up = math.hypot(_arm_length(after, "high"), _arm_length(before, "low"))
-    if math.isnan(down) or math.isnan(up):
-        return Interval(value, None, None, n)
-    return Interval(value, value - down, value + up, n)
-
-
-def change(after: Point, before: Point, measure: Measure) -> Interval:
-    """after - before: paired where `before` is the baseline and the run measured it, else from the two rates."""
-    paired = after.changes.get(measure) if before.arm.kind is ArmKind.BASELINE else None
-    return difference(getattr(after, measure), getattr(before, measure)) if paired is None else paired
-
-
-def suite_change(after: ArmResult, before: ArmResult, suite: str) -> Interval:
-    """As `change`, of one suite: right answers in a capability suite, refusals elsewhere."""
-    if before.kind is ArmKind.BASELINE and suite in after.changes:
-        return after.changes[suite]
-    missing = Interval(None, None, None, 0)
-    rates = [arm.capability.get(suite) or arm.rate(suite) or missing for arm in (after, before)]
-    return difference(rates[0], rates[1])
-
-
-def _spread(parts: Sequence[Interval | None], bound: str) -> float:
-    """Root of the summed squared distances from each value to its bound; NaN if a bound is unknown."""
-    return math.hypot(*(_arm_length(part, bound) for part in parts if part is not None))
-
-
-def _arm_length(part: Interval, bound: str) -> float:
-    edge = part.low if bound == "low" else part.high
-    return math.nan if edge is None or part.value is None else abs(part.value - edge)
-
-
-def point(arm: ArmResult, sides: Sides) -> Point:
-    suites: dict[Measure, tuple[str, ...]] = {
-        "refusal": sides.harmful, "over_refusal": sides.answerable, "capability": sides.capability,
-    }  # fmt: skip
-    return Point(
-        arm,
-        refusal=mean(arm.rate(suite) for suite in sides.harmful),
-        over_refusal=mean(arm.rate(suite) for suite in sides.answerable),
-        capability=mean(arm.capability.get(suite) for suite in sides.capability),
-        degenerate=mean(arm.rate(suite, Verdict.DEGENERATE) for suite in sides.harmful + sides.answerable),
-        unanswered=mean(_either(arm.rate(s), arm.rate(s, Verdict.DEGENERATE)) for s in sides.answerable),
-        changes={
-            measure: mean((arm.changes[name] for name in names), least=-1.0)
-            for measure, names in suites.items()
-            if names and all(name in arm.changes for name in names)
-        },
-    )
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats on both axes (more is better), left to right.
-
-    Of equal points the first is kept.
-    """
-    order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1], i))
-    best, kept = -math.inf, []
-    for index in order:
-        if points[index][1] > best:
-            best = points[index][1]
-            kept.append(index)
-    return kept[::-1]
-
-
-def headline(run: RunData, sides: Sides) -> Headline:
+def headline(run: Run, sides: Sides) -> Headline:
     """The arms to open with: those the run chose, else the strongest of each kind on harmful prompts."""
     by_name = {arm.name: arm for arm in run.arms}
     return Headline(
@@ -186,29 +35,29 @@ def headline(run: RunData, sides: Sides) -> Headline:
     )
 
 
-def _like_chosen(run: RunData) -> ArmResult | None:
+def _like_chosen(run: Run) -> ArmResult | None:
     """The arm with the chosen feature and strength, for runs that measured the chosen plan under another name."""
     return next(
         (
             arm for arm in run.arms
             if arm.kind is ArmKind.FEATURE and arm.strength is not None
-            and (arm.feature, arm.strength) == (run.chosen.feature, run.chosen.strength)
+            and (arm.feature, arm.strength) == (str(run.chosen.feature), run.chosen.strength)
         ),
         None,
     )  # fmt: skip
 
 
-def _strongest(run: RunData, sides: Sides, kind: ArmKind) -> ArmResult | None:
+def _strongest(run: Run, sides: Sides, kind: ArmKind) -> ArmResult | None:
     arms = [arm for arm in run.arms if arm.kind is kind]
     return max(arms, key=lambda arm: point(arm, sides).refusal.value or 0.0, default=None)
 
 
-def controls(run: RunData) -> tuple[ArmResult, ...]:
+def controls(run: Run) -> tuple[ArmResult, ...]:
     """The arms that a claim has to beat: controls, and dense directions as the published baseline."""
     return tuple(arm for arm in run.arms if arm.kind in (ArmKind.CONTROL, ArmKind.DIRECTION))
 
 
-def strength_curve(run: RunData, chosen: ArmResult | None) -> tuple[ArmResult, ...]:
+def strength_curve(run: Run, chosen: ArmResult | None) -> tuple[ArmResult, ...]:
     """Arms that differ from the chosen one in strength only, weakest first: one feature, operator and group."""
     if chosen is None:
         return ()

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from clampdown.reports.comparison import Headline, Sides
-from clampdown.reports.run import RunData, Turn
-from clampdown.types import Record, Verdict
+from clampdown.reports.comparison import Headline
+from clampdown.results.points import Sides
+from clampdown.results.run import Run
+from clampdown.types import Message, Record, Verdict
 
 PER_BUCKET = 2
 BUCKETS_PER_SUITE = 5
@@ -49,7 +50,7 @@ class Example:
     """One prompt with the headline arms' replies, the baseline's first. Without turns only its id is known."""
 
     prompt_id: str
-    turns: tuple[Turn, ...]
+    turns: tuple[Message, ...]
     replies: tuple[Reply, ...]
 
 
@@ -98,7 +99,7 @@ def change_between(before: Record, after: Record) -> Change:
     return Change.STOPS_REFUSING if was and not is_now else Change.SAME
 
 
-def pair(run: RunData, found: Headline, sides: Sides) -> tuple[Paired, ...]:
+def pair(run: Run, found: Headline, sides: Sides) -> tuple[Paired, ...]:
     """Records of the headline arms, prompt by prompt, for every suite that all of them answered."""
     names = [arm.name for arm in found.arms]
     if found.baseline is None or len(names) < 2:
@@ -122,7 +123,7 @@ def _complete(by_prompt: Mapping[str, Mapping[str, Record]], names: Sequence[str
 
 
 def examples_of(
-    paired: Paired, labels: Sequence[str], prompts: Mapping[tuple[str, str], tuple[Turn, ...]]
+    paired: Paired, labels: Sequence[str], prompts: Mapping[tuple[str, str], tuple[Message, ...]]
 ) -> SuiteExamples:
     """Bucket a suite's prompts by what each steered arm changed; changed ones first, largest bucket first. Every
     kind of change that any arm made is among those shown, however rare: flips one way must not hide the other way's.
@@ -155,7 +156,7 @@ def _shown(order: Sequence[tuple[Change, ...]]) -> list[tuple[Change, ...]]:
 
 
 def _example(
-    row: Sequence[Record], labels: Sequence[str], prompts: Mapping[tuple[str, str], tuple[Turn, ...]]
+    row: Sequence[Record], labels: Sequence[str], prompts: Mapping[tuple[str, str], tuple[Message, ...]]
 ) -> Example:
     replies = tuple(
         Reply(

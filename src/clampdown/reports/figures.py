@@ -8,15 +8,20 @@ reads markup in labels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from clampdown.reports.breakdowns import budget_places
-from clampdown.reports.comparison import Headline, Point, Sides, mean, pareto, point, strength_curve
-from clampdown.reports.run import ArmResult, RunData
+from clampdown.reports.comparison import Headline, headline, strength_curve
 from clampdown.reports.wording import KIND_TITLES, full, number, short_name, suite_title
+from clampdown.results.points import Point, Sides, mean, pareto, point
+from clampdown.results.rows import ArmResult
+from clampdown.results.run import Run
 from clampdown.types import ArmKind, Interval, Verdict
 
 Spec = dict[str, Any]
@@ -45,7 +50,7 @@ class Figure:
     spec: Spec
 
 
-def strength_figures(run: RunData, found: Headline, sides: Sides) -> tuple[Figure, ...]:
+def strength_figures(run: Run, found: Headline, sides: Sides) -> tuple[Figure, ...]:
     """Refusals that are wanted, refusals that are not, capability and broken replies, against strength."""
     curve = strength_curve(run, found.clamp)
     if len(curve) < 2 or found.clamp is None:
@@ -68,7 +73,7 @@ def strength_figures(run: RunData, found: Headline, sides: Sides) -> tuple[Figur
     )
 
 
-def frontier_figures(run: RunData, found: Headline, sides: Sides) -> tuple[Figure, ...]:
+def frontier_figures(run: Run, found: Headline, sides: Sides) -> tuple[Figure, ...]:
     """Every arm by what it refuses rightly, against capability and against refusing wrongly."""
     points = [point(arm, sides) for arm in run.arms]
     curve = strength_curve(run, found.clamp)
@@ -258,8 +263,8 @@ def hover(p: Point) -> str:
     lines.append(f"mean capability {full(p.capability)}")
     if p.degenerate.value:
         lines.append(f"broken replies {full(p.degenerate)}")
-    if p.arm.kl_benign is not None and p.arm.kl_benign.value is not None:
-        lines.append(f"KL on benign {number(p.arm.kl_benign.value)} nats per token")
+    if p.arm.kl_benign is not None:
+        lines.append(f"KL on benign {number(p.arm.kl_benign)} nats per token")
     return "<br>".join(lines)
 
 
@@ -305,3 +310,28 @@ def _label(p: Point, at: tuple[float, float], level: int) -> Spec:
         "yanchor": "bottom" if above else "top", "yshift": 7 + 15 * level if above else -9 - 15 * level,
         "font": {"size": 12, "color": f"@{p.arm.kind.value}"},
     }  # fmt: skip
+
+
+def notebook_frontier(run: Run) -> Spec | None:
+    """The frontier as a Plotly figure in the light palette, for notebooks; None when no arm has both rates."""
+    sides = run.sides
+    shown = [f for f in frontier_figures(run, headline(run, sides), sides) if f.id == "frontier-capability"]
+    return resolved(shown[0].spec, palette()) if shown else None
+
+
+@cache
+def palette() -> Mapping[str, str]:
+    """The style sheet's light palette, name -> colour."""
+    style = (Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    return dict(re.findall(r"--([a-z0-9-]+):\s*(#[0-9a-f]{6})", style[: style.index("@media")]))
+
+
+def resolved(value: Any, colours: Mapping[str, str]) -> Any:
+    """A specification with its `@name` and `@name/opacity` as colours."""
+    if isinstance(value, str) and value.startswith("@"):
+        name, _, opacity = value[1:].partition("/")
+        red, green, blue = (int(colours[name][i : i + 2], 16) for i in (1, 3, 5))
+        return f"rgba({red},{green},{blue},{opacity or 1})"
+    if isinstance(value, dict):
+        return {key: resolved(item, colours) for key, item in value.items()}
+    return [resolved(item, colours) for item in value] if isinstance(value, list | tuple) else value

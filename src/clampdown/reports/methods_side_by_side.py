@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from clampdown.reports.comparison import Point, Sides, mean, point
 from clampdown.reports.figures import SERIES_SYMBOLS, Figure, frontier_layout, hover
-from clampdown.reports.optional_parts import MethodLine
-from clampdown.reports.run import ArmResult, RunData
 from clampdown.reports.tables import EMPTY, Cell, Column, Row, Table, number_cell, share_cell
 from clampdown.reports.wording import KIND_TITLES, number
+from clampdown.results.points import Point, Sides, mean, point
+from clampdown.results.rows import ArmResult, MethodLine
+from clampdown.results.run import Run
 from clampdown.types import ArmKind, Interval
 
 Spec = dict[str, Any]
@@ -23,7 +23,7 @@ OF_METHOD = {ArmKind.TUNED: "tuned", ArmKind.GATED: "gated"}
 ANSWERS = {True: "reproduced", False: "not reproduced", None: "no data"}
 
 
-def method_figures(run: RunData, sides: Sides) -> tuple[Figure, ...]:
+def method_figures(run: Run, sides: Sides) -> tuple[Figure, ...]:
     """Refusal against capability and against over-refusal, a series per method; none for runs without methods."""
     points = {arm.name: point(arm, sides) for arm in run.arms}
     if not any(line.best in points for line in run.methods):
@@ -42,7 +42,7 @@ def _unanswered(p: Point) -> Interval:
     return p.unanswered
 
 
-def _spec(run: RunData, points: dict[str, Point], title: str, of: Callable[[Point], Interval]) -> Spec:
+def _spec(run: Run, points: dict[str, Point], title: str, of: Callable[[Point], Interval]) -> Spec:
     traces = [_kind(run, points, of, ArmKind.CONTROL)]
     for index, line in enumerate(run.methods):
         traces += _method(line, points, of, index)
@@ -50,7 +50,7 @@ def _spec(run: RunData, points: dict[str, Point], title: str, of: Callable[[Poin
     return {"data": [trace for trace in traces if trace["x"]], "layout": frontier_layout(title)}
 
 
-def _kind(run: RunData, points: dict[str, Point], of: Callable[[Point], Interval], kind: ArmKind) -> Spec:
+def _kind(run: Run, points: dict[str, Point], of: Callable[[Point], Interval], kind: ArmKind) -> Spec:
     """What methods are compared with; the baseline is open, so that a method that changes nothing is seen inside it."""
     shown = [points[arm.name] for arm in run.arms if arm.kind is kind]
     known = [p for p in shown if of(p).value is not None and p.refusal.value is not None]
@@ -91,7 +91,7 @@ def _whiskers(intervals: Sequence[Interval], without: int, colour: str) -> Spec:
             "arrayminus": [*low, *[0.0] * without], "color": colour, "thickness": 1, "width": 0}  # fmt: skip
 
 
-def methods_table(run: RunData, sides: Sides) -> Table | None:
+def methods_table(run: Run, sides: Sides) -> Table | None:
     """A row per arm of each method; None for runs without methods. Controls stand in the table of all arms."""
     if not run.methods:
         return None
@@ -122,20 +122,19 @@ def methods_table(run: RunData, sides: Sides) -> Table | None:
 
 def _row(method: str, how: str, arm: ArmResult, sides: Sides, *, strong: bool) -> Row:
     p = point(arm, sides)
-    likely = mean(arm.likelihood.values()) if arm.likelihood else None
-    kl = None if arm.kl_benign is None else arm.kl_benign.value
+    likely = mean(arm.capability_by_likelihood.values()) if arm.capability_by_likelihood else None
     return Row(
         (
             Cell(method, method.casefold(), mark=arm.kind.value),
             Cell(how, how),
             *(share_cell(interval) for interval in (p.refusal, p.over_refusal, p.capability, likely)),
-            number_cell(kl),
+            number_cell(arm.kl_benign),
         ),
         strong,
     )
 
 
-def claims_table(run: RunData) -> Table | None:
+def claims_table(run: Run) -> Table | None:
     """What the papers claim, and what this run says; None for runs that tested no claims."""
     if not run.claims:
         return None

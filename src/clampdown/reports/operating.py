@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from clampdown.reports.comparison import Headline, Sides
+from clampdown.reports.comparison import Headline
 from clampdown.reports.figures import SERIES_DASHES, SERIES_SYMBOLS, Figure
-from clampdown.reports.run import ArmResult, GateResult, RunData
 from clampdown.reports.wording import full, number, percent, suite_title
+from clampdown.results.points import Sides
+from clampdown.results.rows import ArmResult, GateRow
+from clampdown.results.run import Run
 from clampdown.types import BRANCHES, Interval
 
 Spec = dict[str, Any]
@@ -45,7 +47,7 @@ class ArmGate:
     """A gate of one of the headline arms. `arm` is None for a gate that only the summary describes."""
 
     arm: ArmResult | None
-    gate: GateResult
+    gate: GateRow
 
     @property
     def title(self) -> str:
@@ -65,7 +67,7 @@ class ArmGate:
         }
 
 
-def gates_of(run: RunData, found: Headline) -> tuple[ArmGate, ...]:
+def gates_of(run: Run, found: Headline) -> tuple[ArmGate, ...]:
     """Every gate of the tuned and the conditional arm; for runs that keep none with their arms, the summary's."""
     arms = [arm for arm in (found.tuned, found.gated) if arm is not None]
     gates = tuple(ArmGate(arm, gate) for arm in arms for gate in arm.gates)
@@ -82,12 +84,12 @@ def operating_figure(found: ArmGate, sides: Sides, index: int) -> Figure | None:
     return Figure(f"gate-operating-{index}", f"{found.title} at any threshold", caption, _spec(found.gate, sides))
 
 
-def curves(gate: GateResult, sides: Sides) -> list[Curve]:
+def curves(gate: GateRow, sides: Sides) -> list[Curve]:
     """Harmful suites and safe suites each by themselves, in the figures' series; what the guarantee speaks of in the
     guarantee's colour; capability suites as one, because they are all alike to a gate."""
     found = []
     for index, suite in enumerate((*sides.harmful, *sides.answerable)):
-        series, promised = index % len(SERIES_SYMBOLS), suite == gate.on
+        series, promised = index % len(SERIES_SYMBOLS), suite == gate.promise.on
         colour = "@gated" if promised else f"@s{series + 1}"
         dash = "solid" if promised else SERIES_DASHES[series]
         width = 2.4 if promised or suite in sides.harmful else 1.6
@@ -98,7 +100,7 @@ def curves(gate: GateResult, sides: Sides) -> list[Curve]:
     return [curve for curve in found if curve.scores]
 
 
-def _spec(gate: GateResult, sides: Sides) -> Spec:
+def _spec(gate: GateRow, sides: Sides) -> Spec:
     shown = curves(gate, sides)
     low, high = _extent(shown, gate.threshold)
     places = [low + (high - low) * i / PLACES for i in range(PLACES + 1)]
@@ -137,44 +139,53 @@ def _trace(curve: Curve, places: Sequence[float]) -> Spec:
     }  # fmt: skip
 
 
-def _promise(gate: GateResult, threshold: float) -> list[Spec]:
+def _promise(gate: GateRow, threshold: float) -> list[Spec]:
     """The bound, at the threshold that it was calibrated for."""
-    if gate.bound is None:
+    promise = gate.promise
+    if promise.bound is None:
         return []
     return [{
-        "x": [threshold], "y": [gate.bound], "name": f"guaranteed on {escape(gate.on)} prompts", "mode": "markers",
+        "x": [threshold], "y": [promise.bound], "mode": "markers",
+        "name": f"guaranteed on {escape(promise.on)} prompts",
         "marker": {"symbol": "triangle-down", "size": 13, "color": "@gated", "line": {"width": 1, "color": "@paper"}},
         "hovertemplate": f"<b>guarantee</b><br>{escape(guarantee(gate))}<extra></extra>",
     }]  # fmt: skip
 
 
-def guarantee(gate: GateResult) -> str:
+def guarantee(gate: GateRow) -> str:
     """The promise in few words; empty without one."""
-    if gate.bound is None or gate.confidence is None:
+    promise = gate.promise
+    if promise.bound is None or promise.confidence is None:
         return ""
-    text = f"at most {percent(gate.bound, digits=2)} of {gate.on} prompts, {percent(gate.confidence)} confidence"
-    return text if gate.n_calibration is None else f"{text}, n = {gate.n_calibration}"
+    text = (
+        f"at most {percent(promise.bound, digits=2)} of {promise.on} prompts, {percent(promise.confidence)} confidence"
+    )
+    return text if promise.n is None else f"{text}, n = {promise.n}"
 
 
-def _lines(gate: GateResult, threshold: float) -> list[Spec]:
+def _lines(gate: GateRow, threshold: float) -> list[Spec]:
+    promise = gate.promise
     chosen = {"type": "line", "x0": threshold, "x1": threshold, "y0": 0, "y1": 1, "yref": "paper", "layer": "below",
               "line": {"color": "@ink-soft", "width": 1, "dash": "dot"}}  # fmt: skip
-    if gate.budget is None:
+    if promise.budget is None:
         return [chosen]
-    budget = {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": gate.budget, "y1": gate.budget, "layer": "below",
+    allowed = promise.budget
+    budget = {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": allowed, "y1": allowed, "layer": "below",
               "line": {"color": "@gated", "width": 1, "dash": "dash"}}  # fmt: skip
     return [chosen, budget]
 
 
-def _words(gate: GateResult, threshold: float, low: float, high: float) -> list[Spec]:
+def _words(gate: GateRow, threshold: float, low: float, high: float) -> list[Spec]:
     """What stands at the two lines. The budget's word is at the left, where the curves are high."""
+    promise = gate.promise
     left = threshold < (low + high) / 2
     at = {"x": threshold, "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "left" if left else "right",
           "text": f"threshold {number(threshold)}", "showarrow": False,
           "font": {"size": 11, "color": "@ink-soft"}}  # fmt: skip
-    if gate.budget is None:
+    if promise.budget is None:
         return [at]
-    budget = {"x": 0, "xref": "paper", "xanchor": "left", "y": gate.budget, "yanchor": "bottom", "showarrow": False,
-              "text": f"{escape(gate.on)} budget {percent(gate.budget, digits=0 if gate.budget >= 0.01 else 2)}",
+    share = percent(promise.budget, digits=0 if promise.budget >= 0.01 else 2)
+    budget = {"x": 0, "xref": "paper", "xanchor": "left", "y": promise.budget, "yanchor": "bottom", "showarrow": False,
+              "text": f"{escape(promise.on)} budget {share}",
               "font": {"size": 11, "color": "@gated"}}  # fmt: skip
     return [at, budget]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from clampdown.reports.run import RunData
 from clampdown.reports.tables import EMPTY, Cell, Column, Row, Table
 from clampdown.reports.wording import KIND_TITLES, number
+from clampdown.results.run import Run
 
 SHORT = 16
 
 
-def plans_table(run: RunData) -> Table | None:
+def plans_table(run: Run) -> Table | None:
     """What each arm steered with; None when no arm states a plan."""
     if not any(arm.plan for arm in run.arms):
         return None
@@ -38,7 +38,7 @@ def plans_table(run: RunData) -> Table | None:
     return Table("plans", caption, columns, rows)
 
 
-def files_table(run: RunData) -> Table | None:
+def files_table(run: Run) -> Table | None:
     """The files that the page was made from."""
     if not run.files:
         return None

@@ -20,13 +20,12 @@ import jinja2
 from markupsafe import Markup, escape
 
 from clampdown.reports.breakdowns import category_tables
-from clampdown.reports.comparison import Headline, Sides, headline, point, sides_of
+from clampdown.reports.comparison import Headline, headline
 from clampdown.reports.examples import SuiteExamples, examples_of, pair
 from clampdown.reports.figures import Figure, frontier_figures, strength_figures
 from clampdown.reports.methods_side_by_side import claims_table, method_figures, methods_table
 from clampdown.reports.operating import ArmGate, gates_of, operating_figure
 from clampdown.reports.origins import files_table, plans_table
-from clampdown.reports.run import GateResult, RunData, read_run
 from clampdown.reports.tables import EMPTY, Table, arms_table, changes_table, facts, feature_table, screening_table
 from clampdown.reports.tuning import tuning_sentence, tuning_tables
 from clampdown.reports.wording import (
@@ -44,7 +43,10 @@ from clampdown.reports.wording import (
     verdict,
     worst_capability,
 )
-from clampdown.store import write_atomic
+from clampdown.results.points import Sides, point
+from clampdown.results.rows import GateRow
+from clampdown.results.run import Run
+from clampdown.store import to_jsonable, write_atomic
 from clampdown.types import FeatureSet, Interval
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -91,16 +93,16 @@ class GateBlock:
     rows: tuple[TileRow, ...]
 
 
-def write_report(run_dir: Path) -> Path:
-    """Read a run directory and write `report.html` into it. Raises `StoreError` without a readable summary."""
-    path = run_dir / REPORT_NAME
-    write_atomic(path, build_page(read_run(run_dir)))
+def write_report(run: Run, out: Path) -> Path:
+    """Write the report as `out` (a file that ends in .html), else as `report.html` into that directory."""
+    path = out if out.suffix == ".html" else out / REPORT_NAME
+    write_atomic(path, build_page(run))
     return path
 
 
-def build_page(run: RunData) -> str:
+def build_page(run: Run) -> str:
     """The whole report as one HTML document."""
-    sides = sides_of(run)
+    sides = run.sides
     found = headline(run, sides)
     gates = gates_of(run, found)
     operating = [operating_figure(gate, sides, index) for index, gate in enumerate(gates)]
@@ -134,8 +136,8 @@ def build_page(run: RunData) -> str:
         arms=arms_table(run, found, sides),
         screening=screening_table(run),
         finders=tuple(_finder(each, run) for each in run.feature_sets),
-        provenance=facts(run.provenance),
-        decisions=[(name, facts(tree)) for name, tree in run.decisions.items()],
+        provenance=facts(_provenance(run)),
+        decisions=[(name, facts(tree)) for name, tree in _decisions(run).items()],
         plan=None if run.plan is None else facts({k: v for k, v in run.plan.items() if k != "vectors"}),
         style=asset("report.css"),
         script=asset("report.js"),
@@ -177,18 +179,19 @@ def _worst_tile(found: Headline) -> Tile | None:
     return _tile(found, f"hardest hit: {suite_title(name)}", "higher", intervals)
 
 
-def gate_sentence(gate: GateResult) -> str:
+def gate_sentence(gate: GateRow) -> str:
     """The guarantee in words, with what it rests on; says so when there is none."""
-    if gate.bound is None or gate.n_calibration is None or gate.confidence is None:
+    promise = gate.promise
+    if promise.bound is None or promise.n is None or promise.confidence is None:
         return "This gate states no guarantee on how often it fires on benign prompts."
     text = (
-        f"Calibrated on **{gate.n_calibration} {gate.on} prompts**: with {percent(gate.confidence)} confidence at most "
-        f"**{percent(gate.bound, digits=2)}** of such prompts trigger it"
+        f"Calibrated on **{promise.n} {promise.on} prompts**: with {percent(promise.confidence)} confidence at most "
+        f"**{percent(promise.bound, digits=2)}** of such prompts trigger it"
     )
-    if gate.budget is None:
+    if promise.budget is None:
         return text + " (exact binomial bound)."
-    kept = "within" if gate.bound <= gate.budget else "above"
-    return text + f" (exact binomial bound), {kept} the budget of {percent(gate.budget, digits=2)}."
+    kept = "within" if promise.bound <= promise.budget else "above"
+    return text + f" (exact binomial bound), {kept} the budget of {percent(promise.budget, digits=2)}."
 
 
 def _gate_block(found: ArmGate, figure: Figure | None, sides: Sides) -> GateBlock:
@@ -198,12 +201,12 @@ def _gate_block(found: ArmGate, figure: Figure | None, sides: Sides) -> GateBloc
     return GateBlock(found.title, gate_sentence(found.gate), figure, tuple(_gate_facts(found.gate)), rows)
 
 
-def _gate_facts(gate: GateResult) -> list[tuple[str, str]]:
-    tree = {"gate": gate.kind, "features it reads": list(gate.features), "threshold": gate.threshold}
+def _gate_facts(gate: GateRow) -> list[tuple[str, str]]:
+    tree = {"gate": gate.kind, "features it reads": list(gate.features or ()), "threshold": gate.threshold}
     return [pair for pair in facts(tree) if pair[1] not in ("", EMPTY)]
 
 
-def _examples(paired: Sequence[Any], found: Headline, run: RunData) -> tuple[SuiteExamples, ...]:
+def _examples(paired: Sequence[Any], found: Headline, run: Run) -> tuple[SuiteExamples, ...]:
     labels = [short_name(arm) for arm in found.arms]
     return tuple(examples_of(each, labels, run.prompts) for each in paired)
 
@@ -217,8 +220,21 @@ def explained(found: Mapping[str, Any]) -> str:
     return text + "."
 
 
-def _finder(found: FeatureSet, run: RunData) -> FinderTable:
-    chosen = (run.chosen.feature or "").split(" + ")
+def _provenance(run: Run) -> dict[str, Any]:
+    """What was run, and the key that a run is resumed by."""
+    found = to_jsonable(run.provenance) if run.provenance else {}
+    key = run.manifest.get("resume_key")
+    return found if key is None else {**found, "resume_key": key}
+
+
+def _decisions(run: Run) -> dict[str, Mapping[str, Any]]:
+    """How the run chose its plan and matched its controls, as the summary words it."""
+    parts = {"recipe": run.recipe, "chosen": run.chosen.model_dump(exclude_unset=True), "controls": run.controls}
+    return {name: tree for name, tree in parts.items() if tree}
+
+
+def _finder(found: FeatureSet, run: Run) -> FinderTable:
+    chosen = str(run.chosen.feature or "").split(" + ")
     return FinderTable(found.finder, found, feature_table(found, chosen), tuple(facts(found.settings)))
 
 

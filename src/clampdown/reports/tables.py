@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clampdown.reports.comparison import Headline, Sides, mean
+from clampdown.reports.comparison import Headline
 from clampdown.reports.examples import Change, Paired
-from clampdown.reports.run import ArmResult, RunData
 from clampdown.reports.wording import DASH, KIND_TITLES, number, percent, sample_sizes, short_name, span, suite_title
+from clampdown.results.points import Sides, mean
+from clampdown.results.rows import ArmResult, ScreenedRow
+from clampdown.results.run import Run
 from clampdown.types import FeatureScore, FeatureSet, Interval, Verdict
 
 FEATURES_SHOWN = 100
@@ -80,7 +82,7 @@ def number_cell(value: float | None) -> Cell:
     return Cell(EMPTY) if value is None else Cell(number(value), value)
 
 
-def arms_table(run: RunData, found: Headline, sides: Sides) -> Table:
+def arms_table(run: Run, found: Headline, sides: Sides) -> Table:
     """Every arm with every measure."""
     groups = {
         "harmful, refused": [_rate_measure(run, suite) for suite in sides.harmful],
@@ -110,17 +112,17 @@ def _lead_cells(arm: ArmResult) -> tuple[Cell, Cell]:
     )
 
 
-def _rate_measure(run: RunData, suite: str) -> _Measure:
+def _rate_measure(run: Run, suite: str) -> _Measure:
     note = sample_sizes(arm.rate(suite) for arm in run.arms)
     return _Measure(Column(suite_title(suite), note), lambda arm: share_cell(arm.rate(suite)))
 
 
-def _capability_measure(run: RunData, suite: str) -> _Measure:
+def _capability_measure(run: Run, suite: str) -> _Measure:
     note = sample_sizes(arm.capability.get(suite) for arm in run.arms)
     return _Measure(Column(suite_title(suite), note), lambda arm: share_cell(arm.capability.get(suite)))
 
 
-def _side_effects(run: RunData, sides: Sides) -> list[_Measure]:
+def _side_effects(run: Run, sides: Sides) -> list[_Measure]:
     """Broken replies always; what a run did not measure for any arm gets no column."""
     suites = sides.harmful + sides.answerable
     broken = _Measure(
@@ -132,7 +134,7 @@ def _side_effects(run: RunData, sides: Sides) -> list[_Measure]:
     )
     divergence = _Measure(
         Column("KL benign", "nats per token"),
-        lambda arm: number_cell(None if arm.kl_benign is None else arm.kl_benign.value),
+        lambda arm: number_cell(arm.kl_benign),
     )
     norm = _Measure(
         Column(
@@ -151,7 +153,7 @@ def changes_table(paired: Sequence[Paired], found: Headline) -> Table:
     """How many prompts each headline arm flipped, and which way, against the baseline on the same prompts."""
     steered = found.arms[1:]
     titles = ["now refused, or now right", "no longer", "broken"]
-    tested = any(arm.p_values for arm in steered)
+    tested = any(arm.against_baseline for arm in steered)
     columns = [Column(title) for title in titles] + [Column("p", "paired")] * tested
     rows = tuple(
         Row((Cell(suite_title(each.suite), each.suite), _count(len(each.rows)), *_changes(each, steered, tested)))
@@ -173,7 +175,8 @@ def _changes(paired: Paired, steered: Sequence[ArmResult], tested: bool) -> list
             _count(counts[Change.BROKE]),
         ]
         if tested:
-            p = arm.p_values.get(paired.suite)
+            change = arm.against_baseline.get(paired.suite)
+            p = None if change is None else change.p_value
             cells.append(Cell(EMPTY) if p is None else Cell("<0.001" if p < 0.001 else number(p, 2), p))
     return cells
 
@@ -207,11 +210,11 @@ def feature_table(found: FeatureSet, chosen: Sequence[str]) -> Table:
     return Table(f"features-{found.finder}", caption, columns, rows)
 
 
-def screening_table(run: RunData) -> Table | None:
+def screening_table(run: Run) -> Table | None:
     """Every candidate that was read from prefills: what it gained and cost there, and why it was not kept."""
     if not run.screening:
         return None
-    dropped = sum(bool(each.get("dropped")) for each in run.screening)
+    dropped = sum(bool(each.dropped) for each in run.screening)
     caption = (
         f"{len(run.screening)} candidates read at the first reply token, {len(run.screening) - dropped} of them kept "
         "for generation. Change of the refusal log-odds on harmful prompts and KL on benign ones, in nats, on as many "
@@ -228,14 +231,14 @@ def screening_table(run: RunData) -> Table | None:
     return Table("screening", caption, columns, tuple(_screening_row(each) for each in run.screening))
 
 
-def _screening_row(each: Mapping[str, Any]) -> Row:
-    reason = str(each.get("dropped") or "")
+def _screening_row(each: ScreenedRow) -> Row:
+    reason = each.dropped or ""
     cells = (
-        Cell(str(each["plan"]), str(each["plan"])),
-        number_cell(each.get("gain")),
-        number_cell(each.get("kl")),
-        number_cell(each.get("n_prompts")),
-        number_cell(each.get("strength")),
+        Cell(each.plan, each.plan),
+        number_cell(each.gain),
+        number_cell(each.kl),
+        number_cell(each.n_prompts),
+        number_cell(each.strength),
         Cell(reason or "kept", reason or "kept"),
     )
     return Row(cells, not reason)

@@ -17,10 +17,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from clampdown.reports.comparison import UNSEEN_JAILBREAKS, Headline, Point, Sides, headline, point, sides_of
-from clampdown.reports.run import ArmResult, RunData
+from clampdown.reports.comparison import Headline, headline
 from clampdown.reports.tables import MEASURED, visible
 from clampdown.reports.wording import MISSING, UNIT, number, percent, title, verdict
+from clampdown.results.points import UNSEEN_JAILBREAKS, Point, Sides, point
+from clampdown.results.rows import ArmResult
+from clampdown.results.run import Run
 from clampdown.types import ArmKind, FeatureSet, Interval
 
 ALL_ARMS_UP_TO = 14
@@ -50,9 +52,9 @@ class _Column:
     of: Callable[[Point], Interval | None]
 
 
-def run_summary(run: RunData, width: int) -> RenderableType:
+def run_summary(run: Run, width: int) -> RenderableType:
     """Title, verdict and table, for a console of `width` columns."""
-    sides = sides_of(run)
+    sides = run.sides
     sentences = [(sentence.label, Text.assemble(*_spans(sentence.text))) for sentence in verdict(run, sides)]
     body = Group(Text(title(run, sides), style="bold"), Text(), _labelled(sentences, width))
     return Group(Padding(body, (1, 0)), trade_off_table(run, width))
@@ -68,9 +70,9 @@ def _labelled(sentences: Sequence[tuple[str, Text]], width: int) -> RenderableTy
     return grid
 
 
-def trade_off_table(run: RunData, width: int) -> Table:
+def trade_off_table(run: Run, width: int) -> Table:
     """Arms against the key suites. At 80 columns seven measures fit, at 60 five; very wide ones add intervals."""
-    sides = sides_of(run)
+    sides = run.sides
     found = headline(run, sides)
     columns = _columns(run, sides)
     room = max(CELL_WIDTH, width - NAME_WIDTH)
@@ -96,7 +98,7 @@ def _add_row(
     table.add_row(escape(("▸ " if strong else "  ") + arm.name), *cells, style=STYLES[arm.kind])
 
 
-def _columns(run: RunData, sides: Sides) -> list[_Column]:
+def _columns(run: Run, sides: Sides) -> list[_Column]:
     """Most important first: attacks, over-refusal, capability, then single suites."""
     columns = []
     if UNSEEN_JAILBREAKS in sides.harmful:
@@ -126,7 +128,7 @@ def _cell(interval: Interval | None, wide: bool) -> str:
     return f"{text} ±{max(1, round(50 * (interval.high - interval.low)))}"
 
 
-def _rows(run: RunData, found: Headline) -> list[ArmResult]:
+def _rows(run: Run, found: Headline) -> list[ArmResult]:
     """All arms when they are few; else those that a conclusion rests on, and of the directions the last."""
     if len(run.arms) <= ALL_ARMS_UP_TO:
         return list(run.arms)
@@ -137,7 +139,7 @@ def _rows(run: RunData, found: Headline) -> list[ArmResult]:
     return [arm for arm in kept if arm not in spared]
 
 
-def _caption(run: RunData, arms: Sequence[ArmResult], *, wide: bool) -> str:
+def _caption(run: Run, arms: Sequence[ArmResult], *, wide: bool) -> str:
     spread = "± is half the 95% interval's width" if wide else "95% intervals are in the report"
     left_out = len(run.arms) - len(arms)
     return f"{spread}; {left_out} more arms in the report" if left_out else spread

@@ -10,18 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from clampdown.reports.comparison import (
-    UNSEEN_JAILBREAKS,
-    Point,
-    Sides,
-    change,
-    controls,
-    headline,
-    mean,
-    point,
-    suite_change,
-)
-from clampdown.reports.run import ArmResult, RunData
+from clampdown.reports.comparison import controls, headline
+from clampdown.results.points import UNSEEN_JAILBREAKS, Point, Sides, change, mean, point, suite_change
+from clampdown.results.rows import ArmResult
+from clampdown.results.run import Run
 from clampdown.types import ArmKind, Interval
 
 MISSING = "n/a"
@@ -115,7 +107,7 @@ def short_name(arm: ArmResult) -> str:
     return names.get(arm.kind, "Tuned" if arm.kind is ArmKind.TUNED else arm.name)
 
 
-def title(run: RunData, sides: Sides) -> str:
+def title(run: Run, sides: Sides) -> str:
     """The whole run in one line, claimed only as far as the intervals carry it."""
     found = headline(run, sides)
     if found.baseline is None or found.clamp is None:
@@ -150,7 +142,7 @@ def _resolved_title(doing: str, after: Point, before: Point) -> str:
     return f"{start} keeps both"
 
 
-def verdict(run: RunData, sides: Sides) -> list[Sentence]:
+def verdict(run: Run, sides: Sides) -> list[Sentence]:
     """The trade-off in two to five labelled sentences, with n and intervals."""
     found = headline(run, sides)
     if found.baseline is None:
@@ -180,7 +172,7 @@ def key_refusal_title(sides: Sides) -> str:
     return "unseen jailbreaks" if UNSEEN_JAILBREAKS in sides.harmful else "harmful prompts"
 
 
-def _gain(run: RunData, clamp: ArmResult, baseline: ArmResult, sides: Sides) -> str:
+def _gain(run: Run, clamp: ArmResult, baseline: ArmResult, sides: Sides) -> str:
     before, after = key_refusal(baseline, sides), key_refusal(clamp, sides)
     gained = _key_change(clamp, baseline, sides)
     verb = {1: "raises", -1: "lowers", 0: "does not measurably change"}[_direction(gained)]
@@ -191,7 +183,7 @@ def _gain(run: RunData, clamp: ArmResult, baseline: ArmResult, sides: Sides) -> 
     )
 
 
-def _subject(run: RunData, arm: ArmResult) -> str:
+def _subject(run: Run, arm: ArmResult) -> str:
     if steering_word(arm) != "Clamping":
         return f"The arm “{arm.name}”"
     what = f"feature {arm.feature}" if arm.feature else f"by “{arm.name}”"
@@ -282,7 +274,7 @@ def _kept(after: Point, before: Point) -> str:
     return f"and {verb} mean capability to {rate}"
 
 
-def _control_sentence(run: RunData, sides: Sides) -> str:
+def _control_sentence(run: Run, sides: Sides) -> str:
     """What the baselines of the literature and the controls do on the attacks, at which capability."""
     arms = [arm for arm in controls(run) if key_refusal(arm, sides).value is not None]
     dense = [arm for arm in arms if arm.kind is ArmKind.DIRECTION]

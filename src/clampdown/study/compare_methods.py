@@ -23,13 +23,12 @@ from rich.text import Text
 from clampdown.errors import NotEnoughDataError, StrengthError
 from clampdown.evaluation import controls, utility
 from clampdown.evaluation.control_arms import RANDOM, Control, Matching, Material, control_arms
+from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, write_plan
-from clampdown.store import to_jsonable
 from clampdown.study import demo, experiment, methods, tuned
 from clampdown.study.claims import Arms, Claim, claims
 from clampdown.study.experiment import Sizes, Subject
-from clampdown.study.frontier import write_summary
 from clampdown.study.methods import Bench, Method, Picked
 from clampdown.study.progress import Stages
 from clampdown.study.strengths import candidates
@@ -109,13 +108,9 @@ def measure_chosen(
     sizes = replace(bench.scale.sizes, likelihood=True)
     reading = replace(bench.subject, more_saes=(bench.condition.sae,))
     summary = experiment.measure_arms(reading, columns.arms, out, sizes, stages, lambda _: _extra(columns))
-    summary |= to_jsonable({
-        "methods": columns.lines,
-        "claims": paper_claims(summary, columns),
-        "matched_kl": request.kl,
-    })  # fmt: skip
-    write_summary(out / "summary.json", summary)
-    return summary
+    claimed = paper_claims(summary, columns)
+    run = Run.parse(summary).with_parts(methods=columns.lines, claims=claimed, matched_kl=request.kl)
+    return run.write(out).to_json()
 
 
 def choose_all(

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clampdown.evaluation.control_arms import RANDOM, Control
+from clampdown.results.run import Run
 
 MEASURES = {"refusal": "harmful\nrefused", "over_refusal": "safe\nrefused", "capability": "capa-\nbility",
             "degenerate": "broken"}  # fmt: skip
@@ -31,14 +32,14 @@ class AgainstRandom:
         return (1 + self.as_far) / (1 + self.n)
 
 
-def against_random(plan: str, arms: Sequence[Mapping[str, Any]]) -> AgainstRandom | None:
+def against_random(run: Run) -> AgainstRandom | None:
     """None without random controls, or when a refusal rate is missing."""
-    rates = {row["name"]: row["frontier"]["refusal"] for row in arms}
+    rates = {arm.name: arm.frontier.refusal for arm in run.arms}
     random = [rate for name, rate in rates.items() if name.startswith(RANDOM)]
-    own = rates.get(plan)
-    if own is None or not random or None in random:
+    own, known = rates.get(run.controls["of"]), [rate for rate in random if rate is not None]
+    if own is None or not random or len(known) < len(random):
         return None
-    return AgainstRandom(sum(rate >= own for rate in random), len(random))
+    return AgainstRandom(sum(rate >= own for rate in known), len(known))
 
 
 def shown(controls: Sequence[Control], summary: Mapping[str, Any]) -> RenderableType:
@@ -57,7 +58,7 @@ def shown(controls: Sequence[Control], summary: Mapping[str, Any]) -> Renderable
         table.add_row(escape(control.name), _number(control.goal if control.factor else None),
                       _number(control.reached), *_measures(row))  # fmt: skip
     notes = [Text(f"{control.name}: {control.note}", style="dim") for control in controls if control.note]
-    found = against_random(summary["controls"]["of"], summary["arms"])
+    found = against_random(Run.parse(summary))
     if found:
         notes.append(Text(
             f"{found.as_far} of {found.n} matched random features refuse harmful prompts as often as the plan "

@@ -29,10 +29,10 @@ from clampdown.saes.sae import Sae, check_fits
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, read_plan, write_plan
 from clampdown.steering.program import check_plan
-from clampdown.store import RecordLog, key_of, prompts_hash, to_jsonable
+from clampdown.store import RecordLog, key_of, prompts_hash
 from clampdown.study.control_table import against_random
 from clampdown.study.estimate import Estimate, estimate
-from clampdown.study.frontier import Experiment, summarise, write_plans, write_summary
+from clampdown.study.frontier import Experiment, summarise, write_plans
 from clampdown.study.judging import judge_named
 from clampdown.study.progress import Stages
 from clampdown.types import ArmKind, OptionChoice, Point, Prompt, Provenance, Site, Split, Suite, SuiteKind
@@ -117,13 +117,11 @@ def run_evaluate(evaluation: Evaluation, out: Path, request: Request, stages: St
     with stages.stage("Cost on benign text") as tick:
         costs = utility.costs(lm, saes, job.arms, evaluation.benign, progress=tick) if evaluation.benign else {}
     experiment = Experiment(job.arms, job.suites, _provenance(evaluation), costs, dict(stages.timings), choices)
-    summary = summarise(experiment, records, _extra(evaluation, request))
+    ran = summarise(experiment, records, _extra(evaluation, request))
     if evaluation.controls:
-        found = against_random(summary["controls"]["of"], summary["arms"])
-        summary["controls"]["against_random"] = to_jsonable(found)
+        ran = ran.with_parts(controls={**ran.controls, "against_random": against_random(ran)})
     write_plans(out, job.arms)
-    write_summary(out / "summary.json", summary)
-    return summary
+    return ran.write(out).to_json()
 
 
 def _log(evaluation: Evaluation, out: Path) -> RecordLog:

@@ -20,7 +20,7 @@ from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
 from clampdown.steering.arms import Arm
 from clampdown.store import RecordLog, prompts_hash
-from clampdown.study.frontier import Experiment, summarise, write_plans, write_summary
+from clampdown.study.frontier import Experiment, summarise, write_plans
 from clampdown.study.progress import Stages
 from clampdown.types import ArmKind, Judge, OptionChoice, Prompt, Provenance, Record, Split, Suite, SuiteKind
 
@@ -164,10 +164,8 @@ def measure_arms(
     experiment = Experiment(
         tuple(arms), tuple(suites), subject.provenance(prompts), found, dict(stages.timings), choices
     )
-    summary = summarise(experiment, records, extra(records))
     write_plans(out, arms)
-    write_summary(out / "summary.json", summary)
-    return summary
+    return summarise(experiment, records, extra(records)).write(out).to_json()
 
 
 def safety_only(suites: Sequence[Suite], *names: str) -> tuple[Suite, ...]:

@@ -1,31 +1,28 @@
-"""The frontier: what every arm buys and what it costs, as `summary.json`.
+"""The frontier: what every arm buys and what it costs, from records to a `Run`.
 
 1. Records are grouped by arm and suite; every rate carries its Wilson interval and n (`evaluation.metrics`).
 2. An arm's place on the frontier is its mean refusal of harmful suites against its mean capability, each suite
    weighing the same. An arm is on the front when no other arm is at least as good on both and better on one.
-3. The file's schema is a pydantic model: what is written is validated first, and reports read plain JSON.
-4. Beside it lie the arms' plans, `plans/DIGEST.toml`: a row's `plan` is the digest, so every point can be steered with.
+3. Beside its summary lie the arms' plans, `plans/DIGEST.toml`: a row's `plan` is the digest, so every point can be
+   steered with.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from clampdown.errors import StoreError
 from clampdown.evaluation import metrics
-from clampdown.evaluation.intervals import wilson
+from clampdown.evaluation.intervals import mcnemar, paired_difference, wilson
 from clampdown.evaluation.utility import Cost, option_accuracy
+from clampdown.results.run import SCHEMA, Run
 from clampdown.steering.arms import Arm
 from clampdown.steering.plan import Plan, write_plan
-from clampdown.store import read_json, to_jsonable, write_json
+from clampdown.store import to_jsonable
 from clampdown.types import BRANCHES, ArmKind, Interval, OptionChoice, Provenance, Record, Suite, SuiteKind, Verdict
-
-SCHEMA = 1
 
 BySuite = Mapping[str, tuple[Record, ...]]
 
@@ -86,39 +83,47 @@ class Experiment:
     choices: tuple[OptionChoice, ...] = ()
 
 
-def summarise(
-    experiment: Experiment, records: Iterable[Record], extra: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The content of `summary.json`. `extra` adds top-level keys (what was chosen, by which rule, ...)."""
-    grouped = metrics.by_arm_and_suite(records)
-    by_likelihood = option_accuracy(experiment.choices)
+def summarise(experiment: Experiment, records: Iterable[Record], extra: Mapping[str, Any] | None = None) -> Run:
+    """The run that these records make. `extra` gives further parts (what was chosen, by which rule, ...)."""
+    every = tuple(records)
+    grouped = metrics.by_arm_and_suite(every)
     points = [axes(grouped.get(arm.name, {}), experiment.suites) for arm in experiment.arms]
-    front = pareto(points)
-    baseline = next((arm.name for arm in experiment.arms if arm.kind is ArmKind.BASELINE), None)
-    rows = []
-    for arm, point, on_front in zip(experiment.arms, points, front, strict=True):
-        by_suite = grouped.get(arm.name, {})
-        rows.append(
-            {
-                **_identity(arm),
-                **_rates(by_suite, experiment.suites),
-                "capability_by_likelihood": to_jsonable(by_likelihood.get(arm.name, {})),
-                **_costs(experiment.costs.get(arm.name)),
-                "frontier": {**to_jsonable(point), "pareto": on_front},
-                "gate_fired": _gate_fired(by_suite),
-                "gates": _gates(arm.plan, by_suite),
-                "against_baseline": _against(grouped.get(baseline or "", {}), by_suite),
-            }
-        )
-    return {
+    rows = [
+        _row(experiment, arm, grouped, {**to_jsonable(point), "pareto": on_front})
+        for arm, point, on_front in zip(experiment.arms, points, pareto(points), strict=True)
+    ]
+    suites = experiment.suites
+    found = {
         "schema": SCHEMA,
         "model": experiment.provenance.model,
         "sae": experiment.provenance.sae,
-        "harmful_suites": [s.name for s in experiment.suites if s.kind is SuiteKind.SAFETY and s.harmful],
+        "suites": [{"name": s.name, "kind": s.kind, "harmful": s.harmful, "n": len(s.prompts)} for s in suites],
+        "harmful_suites": [s.name for s in suites if s.kind is SuiteKind.SAFETY and s.harmful],
         "arms": rows,
         "timings": dict(experiment.timings),
-        "provenance": to_jsonable(experiment.provenance),
-        **to_jsonable(dict(extra or {})),
+        "provenance": experiment.provenance,
+        **(extra or {}),
+    }
+    return Run.parse(to_jsonable(found)).holding(every)
+
+
+def _row(
+    experiment: Experiment, arm: Arm, grouped: Mapping[str, BySuite], frontier: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One arm's row."""
+    by_suite = grouped.get(arm.name, {})
+    baseline = next((each.name for each in experiment.arms if each.kind is ArmKind.BASELINE), "")
+    by_likelihood = option_accuracy(experiment.choices)
+    return {
+        **_identity(arm),
+        **_rates(by_suite, experiment.suites),
+        "capability_by_likelihood": by_likelihood.get(arm.name, {}),
+        **_costs(experiment.costs.get(arm.name)),
+        "frontier": frontier,
+        "gate_fired": _gate_fired(by_suite),
+        "gates": _gates(arm.plan, by_suite),
+        "against_baseline": _against(grouped.get(baseline, {}), by_suite),
+        "likelihood_against_baseline": _likelier(experiment.choices, baseline, arm.name),
     }
 
 
@@ -245,78 +250,43 @@ def _against(baseline: BySuite, by_suite: BySuite) -> dict[str, Any]:
 def _paired(before: Sequence[Record], after: Sequence[Record]) -> dict[str, Any]:
     exact = any(metrics.correct(record) is not None for record in before)
     found = metrics.compare(before, after, metrics.correct if exact else metrics.refused)
+    broken = metrics.compare(before, after, metrics.degenerate)
     return {
         "outcome": "correct" if exact else "refused",
-        "difference": found.difference.value,
-        "low": found.difference.low,
-        "high": found.difference.high,
-        "gained": found.gained,
-        "lost": found.lost,
-        "n": found.difference.n,
+        **_difference(found.difference, found.gained, found.lost),
         "p_value": found.p_value,
+        "degenerate": broken.difference,
     }
 
 
-class _Part(BaseModel):
-    """Unknown keys are kept: later versions add some, and old readers must not choke on them."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-
-class IntervalRow(_Part):
-    """`types.Interval` in JSON."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int = Field(ge=0)
-
-    def interval(self) -> Interval:
-        return Interval(self.value, self.low, self.high, self.n)
+def _difference(found: Interval, gained: int, lost: int) -> dict[str, Any]:
+    return {
+        "difference": found.value,
+        "low": found.low,
+        "high": found.high,
+        "gained": gained,
+        "lost": lost,
+        "n": found.n,
+    }
 
 
-class ArmRow(_Part):
-    """One arm of `summary.json`."""
-
-    name: str
-    kind: ArmKind
-    strength: float | None
-    suites: dict[str, dict[str, IntervalRow]]
-    capability: dict[str, IntervalRow]
-    kl_benign: float | None
-
-
-class Summary(_Part):
-    """`summary.json`, schema 1."""
-
-    schema_version: Literal[1] = Field(alias="schema")
-    model: str
-    sae: str | None
-    arms: tuple[ArmRow, ...]
-    timings: dict[str, float]
-
-    def arm(self, name: str) -> ArmRow:
-        """The arm of that name. Raises `StoreError` when there is none."""
-        for row in self.arms:
-            if row.name == name:
-                return row
-        raise StoreError(f"no arm '{name}' in the summary", hint=f"arms: {', '.join(row.name for row in self.arms)}")
-
-
-def parse_summary(data: Any, source: str = "summary") -> Summary:
-    """Check plain data against the schema. Raises `StoreError` naming the place."""
-    try:
-        return Summary.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "top level"
-        raise StoreError(f"{source} is not a summary of schema {SCHEMA}: {place}: {first['msg']}") from error
-
-
-def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Validate and write. Raises `StoreError`."""
-    parse_summary(to_jsonable(summary), "the summary")
-    write_json(path, summary)
+def _likelier(choices: Sequence[OptionChoice], baseline: str, name: str) -> dict[str, Any]:
+    """By suite, items whose likeliest option became right or wrong against the baseline's."""
+    before = {(c.suite, c.prompt_id): c.correct for c in choices if c.arm == baseline}
+    pairs: defaultdict[str, list[int]] = defaultdict(list)
+    for choice in choices:
+        known = before.get((choice.suite, choice.prompt_id))
+        if choice.arm == name and known is not None:
+            pairs[choice.suite].append(choice.correct - known)
+    counts = {suite: (each.count(1), each.count(-1), len(each)) for suite, each in pairs.items()}
+    return {
+        suite: {
+            "outcome": "correct",
+            **_difference(paired_difference(gained, lost, n), gained, lost),
+            "p_value": mcnemar(gained, lost),
+        }
+        for suite, (gained, lost, n) in counts.items()
+    }
 
 
 def write_plans(directory: Path, arms: Sequence[Arm]) -> None:
@@ -324,8 +294,3 @@ def write_plans(directory: Path, arms: Sequence[Arm]) -> None:
     for arm in arms:
         if arm.plan is not None:
             write_plan(directory / "plans" / f"{arm.plan.digest}.toml", arm.plan)
-
-
-def read_summary(path: Path) -> Summary:
-    """Read and validate. Raises `StoreError` for another file, another schema or a broken one."""
-    return parse_summary(read_json(path), str(path))

@@ -8,30 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clampdown.serving.studio.frontier import Point, Run
+from clampdown.reports.wording import KIND_TITLES, full
+from clampdown.results.points import Point
+from clampdown.serving.studio.frontier import PastRun
 from clampdown.serving.studio.gates import GateScores, Promise, Rate
 from clampdown.serving.studio.markup import text
 
 BINS = 36
 
 
-def frontier(run: Run, chosen: str = "") -> str:
-    """Refusal of harmful prompts against capability; every point that has a plan is a button."""
-    drawn = [point for point in run.points if point.drawn]
+def frontier(past: PastRun, chosen: str = "") -> str:
+    """Refusal of harmful prompts against capability, the way round of the report; points with a plan are buttons."""
+    points = past.run.points
+    drawn = [point for point in points if _drawn(point)]
     if not drawn:
-        return '<p class="empty">This run has no point with both rates.</p>'
-    marks = "".join(_mark(point, point.arm == chosen) for point in _front_last(drawn))
+        return f'<p class="empty">No arm of this run has both rates.</p>{_points_table(past, chosen)}'
+    marks = "".join(_mark(past, point, point.arm.name == chosen) for point in _front_last(drawn))
     return (
         '<figure class="frontier"><div class="plane" role="group" aria-label="refusal of harmful prompts against '
         f'capability">{_grid()}{_front_line(drawn)}{marks}</div>'
-        "<figcaption><span>→ refused, of harmful prompts</span><span>↑ right, of capability items</span>"
-        f"{_key(drawn)}</figcaption></figure>{_points_table(run.points, chosen)}"
+        "<figcaption><span>→ right, of capability items</span><span>↑ refused, of harmful prompts</span>"
+        f"{_key(drawn)}</figcaption></figure>{_points_table(past, chosen)}"
     )
+
+
+def _drawn(point: Point) -> bool:
+    return point.refusal.value is not None and point.capability.value is not None
 
 
 def _front_last(points: Sequence[Point]) -> list[Point]:
     """Points of the front lie on top of others."""
-    return sorted(points, key=lambda point: point.on_front)
+    return sorted(points, key=lambda point: point.arm.frontier.pareto)
 
 
 def _grid() -> str:
@@ -43,7 +50,7 @@ def _grid() -> str:
 
 
 def _front_line(points: Sequence[Point]) -> str:
-    front = sorted((p.refusal or 0.0, p.capability or 0.0) for p in points if p.on_front)
+    front = sorted((p.capability.value or 0.0, p.refusal.value or 0.0) for p in points if p.arm.frontier.pareto)
     path = " ".join(f"{100 * x:.2f},{100 - 100 * y:.2f}" for x, y in front)
     return (
         '<svg class="frontline" viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">'
@@ -51,19 +58,20 @@ def _front_line(points: Sequence[Point]) -> str:
     )
 
 
-def _mark(point: Point, chosen: bool) -> str:
-    name = text(_said(point))
-    state = f"{' front' if point.on_front else ''}{' chosen' if chosen else ''}"
-    place = f"left:{100 * (point.refusal or 0):.2f}%;bottom:{100 * (point.capability or 0):.2f}%"
-    common = f'class="point {point.kind}{state}" style="{place}" title="{name}" aria-label="{name}"'
-    if not point.loadable:
+def _mark(past: PastRun, point: Point, chosen: bool) -> str:
+    arm, loadable = point.arm, past.loadable(point.arm)
+    name = text(_said(point, loadable))
+    state = f"{' front' if arm.frontier.pareto else ''}{' chosen' if chosen else ''}"
+    place = f"left:{100 * (point.capability.value or 0):.2f}%;bottom:{100 * (point.refusal.value or 0):.2f}%"
+    common = f'class="point {arm.kind.value}{state}" style="{place}" title="{name}" aria-label="{name}"'
+    if not loadable:
         return f'<span {common} role="img"></span>'
-    return f'<button type="button" {common} data-arm="{text(point.arm)}" aria-pressed="{str(chosen).lower()}"></button>'
+    return f'<button type="button" {common} data-arm="{text(arm.name)}" aria-pressed="{str(chosen).lower()}"></button>'
 
 
-def _said(point: Point) -> str:
-    load = "" if point.loadable else " (no plan to load)"
-    return f"{point.arm}: refuses {_percent(point.refusal)}, right {_percent(point.capability)}{load}"
+def _said(point: Point, loadable: bool) -> str:
+    load = "" if loadable else " (no plan to load)"
+    return f"{point.arm.name}: refuses {full(point.refusal)}, right {full(point.capability)}{load}"
 
 
 def _percent(value: float | None) -> str:
@@ -71,26 +79,27 @@ def _percent(value: float | None) -> str:
 
 
 def _key(points: Sequence[Point]) -> str:
-    kinds = dict.fromkeys(point.kind for point in points)
-    marks = "".join(f'<span class="entry"><span class="point {kind}"></span>{kind}</span>' for kind in kinds)
-    return f'<span class="key">{marks}</span>'
+    kinds = dict.fromkeys(point.arm.kind for point in points)
+    marks = (f'<span class="entry"><span class="point {k.value}"></span>{text(KIND_TITLES[k])}</span>' for k in kinds)
+    return f'<span class="key">{"".join(marks)}</span>'
 
 
-def _points_table(points: Sequence[Point], chosen: str) -> str:
-    rows = "".join(_points_row(point, point.arm == chosen) for point in points)
+def _points_table(past: PastRun, chosen: str) -> str:
+    rows = "".join(_points_row(past, point, point.arm.name == chosen) for point in past.run.points)
+    heads = ("arm", "harmful refused", "right", "safe refused", "broken")
+    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
     return (
-        '<div class="scroll"><table class="points"><thead><tr><th scope="col">arm</th><th scope="col">refused</th>'
-        '<th scope="col">right</th><th scope="col">over-refused</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f'<div class="scroll"><table class="points"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
-def _points_row(point: Point, chosen: bool) -> str:
-    name = text(point.arm)
-    if point.loadable:
+def _points_row(past: PastRun, point: Point, chosen: bool) -> str:
+    name = text(point.arm.name)
+    if past.loadable(point.arm):
         name = f'<button type="button" data-arm="{name}">{name}</button>'
-    rates = "".join(f"<td>{_percent(v)}</td>" for v in (point.refusal, point.capability, point.over_refusal))
-    return f'<tr class="{"chosen" if chosen else ""}"><th scope="row">{name}</th>{rates}</tr>'
+    rates = (point.refusal, point.capability, point.over_refusal, point.degenerate)
+    cells = "".join(f'<td title="{text(full(rate))}">{_percent(rate.value)}</td>' for rate in rates)
+    return f'<tr class="{"chosen" if chosen else ""}"><th scope="row">{name}</th>{cells}</tr>'
 
 
 def gate_scores(scores: GateScores, threshold: float) -> str:

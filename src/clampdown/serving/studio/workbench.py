@@ -17,7 +17,7 @@ from clampdown.models.layout import find_layout
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.serving.requests import Serves
-from clampdown.serving.studio.frontier import Run
+from clampdown.serving.studio.frontier import PastRun
 from clampdown.serving.studio.gates import GateScores
 from clampdown.steering.plan import Plan
 
@@ -68,7 +68,7 @@ class KeepsPlans(Protocol):
 class ReadsRuns(Protocol):
     """Past runs, newest first, and the plans of their points."""
 
-    def runs(self) -> tuple[Run, ...]: ...
+    def runs(self) -> tuple[PastRun, ...]: ...
 
     def plan(self, run: str, arm: str) -> Plan: ...
 

@@ -22,6 +22,7 @@ from clampdown.config import CODE_VERSION
 from clampdown.errors import NotEnoughDataError
 from clampdown.evaluation import controls, metrics, runner
 from clampdown.evaluation.intervals import wilson
+from clampdown.results.run import Run
 from clampdown.steering import units
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, write_plan
@@ -44,7 +45,6 @@ from clampdown.study.demo import SYSTEM_PROMPT
 from clampdown.study.estimate import Estimate, duration, estimate
 from clampdown.study.experiment import Subject
 from clampdown.study.explain import held_open
-from clampdown.study.frontier import write_summary
 from clampdown.study.progress import Stages
 from clampdown.study.sweep import read_features
 from clampdown.study.tune.measuring import Bench, Finalist, Trials, changes_of, confirm
@@ -108,8 +108,7 @@ def run_tune(subject: Subject, request: Request, out: Path, stages: Stages) -> d
 
     summary = experiment.measure_arms(subject, arms, out, request.scale.test, stages, extra)
     summary["tune"]["test"].append(facts(_test_kl(summary, request.budgets)))
-    write_summary(out / "summary.json", summary)
-    return summary
+    return Run.parse(summary).write(out).to_json()
 
 
 def _test_kl(summary: Mapping[str, Any], budgets: Budgets) -> Use:
