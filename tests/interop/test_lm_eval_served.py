@@ -10,6 +10,7 @@ import pytest
 
 from clampdown.commands.serve import Options
 from clampdown.config import ORGANISM_WEIGHTS
+from clampdown.serving.limits import Limits
 from tests.interop.test_lm_eval import likelihoods, replies, run_harness, tasks
 from tests.serving.live import Live, running
 
@@ -20,7 +21,10 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pee
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory, plan_file: Path) -> Iterator[Live]:
-    with running(tmp_path_factory.mktemp("server"), Options(plans=(plan_file,), inline=None)) as found:
+    # In process the gate reads the context alone; this plan's fires on half of anything, scored replies too.
+    limits = Limits(gated_scoring="context")
+    options = Options(plans=(plan_file,), inline=None, limits=limits)
+    with running(tmp_path_factory.mktemp("server"), options) as found:
         yield found
 
 

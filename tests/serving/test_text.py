@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from clampdown.serving.intake import spans_to_starts
 from clampdown.serving.requests import Piece, Token
-from clampdown.serving.text import TextStream
+from clampdown.serving.text import TextStream, starts
+from clampdown.serving.vocabulary import byte_level, token_bytes
 
 
 def decode(ids: object) -> str:
@@ -79,3 +85,60 @@ def test_bytes_that_never_become_a_character_come_at_the_end() -> None:
     assert made.push(Token(0xE2, "")) is None
     last = made.finish()
     assert last is not None and last.text == "\ufffd" and len(last.tokens) == 1
+
+
+@given(st.text(alphabet="a က😀é\u0301", max_size=30))
+def test_tokens_begin_at_the_character_that_their_first_byte_is_of(text: str) -> None:
+    places = [place for place, character in enumerate(text) for _ in character.encode()]
+    assert starts(decode, list(text.encode())) == tuple(places)
+
+
+def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and one for two bytes in the middle of an emoji."""
+    characters = {byte: character for character, byte in byte_level().items()}
+    vocabulary = {characters[byte]: byte for byte in range(256)}
+    merged = characters[0x9F] + characters[0x98]
+    made = Tokenizer(models.BPE({**vocabulary, merged: 256}, [(characters[0x9F], characters[0x98])]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return fast(made)
+
+
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As sentencepiece's: a sign for the blank, which a text begins with, and bytes for what has no token."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "\u2581": 257, "\u2581a": 258}
+    made = Tokenizer(models.BPE(vocabulary, [("\u2581", "a")], byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    made.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ])  # fmt: skip
+    return fast(made)
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, fallback_tokenizer])
+@pytest.mark.parametrize("text", ["a aa", " a", "😀a naïve", "a\U0001f469‍🚀 é\u0301 a"])
+def test_bytes_of_tokens_are_the_text_s_own_and_spans_count_its_characters(
+    make: Callable[[], PreTrainedTokenizerFast], text: str
+) -> None:
+    tokenizer = make()
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    bytes_of = token_bytes(tokenizer)
+    own = [bytes_of(token) for token in encoded["input_ids"]]
+    written = b"".join(own)
+    assert written in (text.encode(), b" " + text.encode()), "sentencepiece writes a blank before a text"
+    before = len(written) - len(text.encode())
+    places = [place for place, character in enumerate(text) for _ in character.encode()]
+    begins = [max(0, sum(map(len, own[:i])) - before) for i in range(len(own))]
+    assert spans_to_starts(encoded["offset_mapping"]) == tuple(places[at] for at in begins)
+
+
+def test_bytes_of_marks_and_of_no_token() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<é>"})
+    bytes_of = token_bytes(tokenizer)
+    assert bytes_of(tokenizer.eos_token_id) == "<é>".encode()
+    assert bytes_of(-1) == bytes_of(10**6) == b""

@@ -32,6 +32,15 @@ _Canaries = Annotated[
 ]
 _CanaryEvery = Annotated[str, typer.Option("--canary-every", help="How often: 15m, 1h; 'never' for no canaries.")]
 
+_GatedScoring = Annotated[
+    str,
+    typer.Option(
+        "--gated-scoring",
+        help="What a gate reads of a text that is scored: 'read' (all, token by token), 'context', or 'off'.",
+    ),
+]
+_Raw = Annotated[bool, typer.Option("--raw/--no-raw", help="Take /v1/completions: prompts without the chat template.")]
+
 
 @app.command()
 def serve(
@@ -57,6 +66,8 @@ def serve(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Calibration prompts for edits in requests.")
     ] = None,
+    raw: _Raw = True,
+    gated_scoring: _GatedScoring = "read",
     max_multiple: _MaxMultiple = 4.0,
     max_edit_norm: _MaxEditNorm = 4.0,
     max_body: _MaxBody = 1 << 20,
@@ -77,7 +88,7 @@ def serve(
     from clampdown.commands.monitor import duration
     from clampdown.serving.app import create_app
     from clampdown.serving.inline import Bounds
-    from clampdown.serving.limits import Limits
+    from clampdown.serving.limits import Limits, scoring_mode
     from clampdown.serving.worker import Limits as EngineLimits
 
     options = job.Options(
@@ -86,7 +97,9 @@ def serve(
         plans=tuple(plans) if plans else None,
         name=name,
         api_keys=api_key_file,
-        limits=Limits(max_body, max_tokens, max_choices, max_concurrent),
+        limits=Limits(
+            max_body, max_tokens, max_choices, max_concurrent, raw=raw, gated_scoring=scoring_mode(gated_scoring)
+        ),
         engine=EngineLimits(rows=max_batch, queue=max_queue),
         inline=Bounds(max_multiple, max_edit_norm) if inline else None,
         prompts=prompts,

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import anyio
@@ -30,6 +31,7 @@ from clampdown.serving.limits import Keys, Limits
 from clampdown.serving.plans import PlanTable
 from clampdown.serving.replies import Answer, Form
 from clampdown.serving.requests import Done, Piece, Request, Serves, Stream
+from clampdown.serving.vocabulary import TokenBytes, token_bytes
 
 _WAITING_EVENTS = 16
 
@@ -46,9 +48,13 @@ class Served:
     limits: Limits = field(default_factory=Limits)
     keys: Keys = field(default_factory=lambda: Keys({}))
 
-    @property
+    @cached_property
     def intake(self) -> Intake:
-        return Intake(self.lm, self.plans, self.limits)
+        return Intake(self.lm, self.plans, self.limits, self.engine.places)
+
+    @cached_property
+    def bytes_of(self) -> TokenBytes:
+        return token_bytes(self.lm.tokenizer)
 
 
 class Feed:
@@ -139,8 +145,12 @@ class Desk:
             alternatives=job.sampling.top_logprobs,
             include_usage=job.include_usage,
             n=job.n,
+            raw=job.raw,
+            reread=job.reread,
+            placeholder=job.placeholder,
+            bytes_of=self.served.bytes_of,
         )
-        answers = [Answer(i, prompt.echoed) for i, prompt in enumerate(job.prompt_of)]
+        answers = [Answer(i, prompt.echoed, prompt.starts) for i, prompt in enumerate(job.prompt_of)]
         return Exchange(job, key, form, answers)
 
     async def _submitted(self, exchange: Exchange) -> list[Stream]:
@@ -154,6 +164,8 @@ class Desk:
                 sampling=job.sampling_of(i),
                 echo=bool(prompt.echoed) and job.sampling.top_logprobs is not None,
                 given=prompt.given,
+                reread=job.reread,
+                owner=exchange.key,
             )
             try:
                 streams.append(self.served.engine.submit(request))

@@ -19,6 +19,7 @@ from clampdown.saes.sae import FeatureSource
 from clampdown.serving.mailbox import Mailbox, Post
 from clampdown.serving.requests import Done, Load, Piece, Request
 from clampdown.serving.sampling import Drawing
+from clampdown.serving.scoring import beginnings
 from clampdown.serving.text import TextStream
 from clampdown.serving.ticket import Ticket
 from clampdown.serving.worker import Limits, Worker
@@ -122,7 +123,7 @@ class Engine:
             Mailbox(),
             Drawing.of(request.sampling),
             TextStream(self._decode, request.sampling.stop),
-            key,
+            f"{request.owner}\n{key}",
         )
         if self._worker is None or self._draining:
             raise QueueFullError("the server is shutting down", retry_after=30.0)
@@ -131,6 +132,10 @@ class Engine:
                 f"{self._limits.queue} requests are waiting already", retry_after=self._seconds_to_wait()
             )
         return RequestStream(ticket)
+
+    @property
+    def places(self) -> int:
+        return self._limits.queue
 
     def load(self) -> Load:
         queued, running = self._worker.counts() if self._worker else (0, 0)
@@ -146,6 +151,14 @@ class Engine:
         if n > self._context or (n == self._context and request.sampling.max_tokens > 0):
             raise RequestError(
                 f"the prompt has {n} tokens, the model's context {self._context}", hint="send a shorter prompt"
+            )
+        again = sum(beginnings(request))
+        if again > self._limits.reread_tokens:
+            raise RequestError(
+                f"the plan's gate would read {again} tokens again to score this text; at most "
+                f"{self._limits.reread_tokens} are read",
+                code="too_long_to_score",
+                hint="score shorter texts, or without a gate",
             )
         plan = request.plan
         digest = plan.digest if plan else ""

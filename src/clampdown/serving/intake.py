@@ -2,8 +2,9 @@
 
 1. Conversations become token ids by the model's own template; texts by its tokenizer; token ids are checked.
 2. What is not said is what the model's generation config says: greedy for most models, sampling where it asks for that.
-3. A likelihood request (`echo` and `logprobs`, at most one new token) ends with the text that is scored. It lies after
-   the template's assistant header, where there is one: the plan's gate reads the context alone, as it does in process.
+3. A likelihood request (`echo` and `logprobs`, at most one new token) ends with the text that is scored, and generates
+   nothing. That text lies after the template's assistant header, where there is one. What a gate reads of it is the
+   operator's to say (`Limits.gated_scoring`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from clampdown.serving.plans import Choice, PlanTable
 from clampdown.serving.replies import Endpoint
 from clampdown.serving.requests import Sampling
 from clampdown.serving.schemas import ChatRequest, CompletionRequest
+from clampdown.serving.text import starts
 from clampdown.types import Message, Prompt
 
 
@@ -31,11 +33,18 @@ class Prompted:
     asked: str
     given: int = 0
     echoed: str = ""
+    starts: tuple[int, ...] = ()
+    """Where each token begins in what is echoed, in characters, for those who want log-probabilities of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one HTTP request asks of the engine: prompts x `n` choices under one plan."""
+    """What one HTTP request asks of the engine: prompts x `n` choices under one plan.
+
+    A `scored` one generates nothing; with `reread` its gate reads what is scored, and with `placeholder` a token was
+    asked for after it, which clients cut off unseen. A `raw` prompt was written by the client whole, control tokens and
+    all.
+    """
 
     endpoint: Endpoint
     model: str
@@ -44,6 +53,9 @@ class Job:
     n: int
     sampling: Sampling
     scored: bool = False
+    reread: bool = False
+    raw: bool = False
+    placeholder: bool = False
     stream: bool = False
     include_usage: bool = False
 
@@ -65,6 +77,8 @@ class Intake:
     lm: LanguageModel
     plans: PlanTable
     limits: Limits
+    places: int
+    """How many requests the engine can have waiting: it takes all choices of a job or none."""
 
     def chat(self, body: ChatRequest) -> Job:
         """Raises `RequestError`, `ChatTemplateError` and what a plan's lookup raises."""
@@ -75,6 +89,10 @@ class Intake:
 
     def text(self, body: CompletionRequest) -> Job:
         """Raises `RequestError` and what a plan's lookup raises."""
+        if not self.limits.raw:
+            raise RequestError(
+                "this server takes conversations only: /v1/chat/completions", status=403, code="raw_disabled"
+            )
         choice = self.plans.choose(body.model, body.steering)
         if not body.prompts:
             raise RequestError("there is no prompt in the list", param="prompt", code="empty_prompt")
@@ -85,6 +103,7 @@ class Intake:
     ) -> Job:
         scored = _is_scored(body)
         self._check_choices(len(prompts) * (body.n or 1))
+        reread = self._reread(body, choice) if isinstance(body, CompletionRequest) else False
         return Job(
             endpoint=endpoint,
             model=body.model,
@@ -93,14 +112,37 @@ class Intake:
             n=body.n or 1,
             sampling=self._sampling(body, max(len(prompt.ids) for prompt in prompts)),
             scored=scored,
+            reread=reread,
+            raw=endpoint == "text",
+            placeholder=scored and body.limit == 1,
             stream=bool(body.stream),
             include_usage=body.include_usage,
         )
 
-    def _check_choices(self, asked: int) -> None:
-        if asked > self.limits.choices:
+    def _reread(self, body: CompletionRequest, choice: Choice) -> bool:
+        """Whether a gate reads what is scored. Raises `RequestError` where the operator does not want it scored."""
+        if not (body.echo and body.logprobs is not None and choice.plan is not None and choice.plan.gates):
+            return False
+        if self.limits.gated_scoring == "off":
             raise RequestError(
-                f"{asked} choices in one request; this server gives at most {self.limits.choices} (prompts x n)",
+                "this server gives no log-probabilities of prompts under plans with a gate",
+                status=403,
+                code="scoring_disabled",
+                param="echo",
+            )
+        if not _is_scored(body):
+            raise RequestError(
+                "under a plan with a gate, `echo` with `logprobs` scores a text and generates nothing",
+                code="scores_or_generates",
+                param="max_tokens",
+            )
+        return self.limits.gated_scoring == "read"
+
+    def _check_choices(self, asked: int) -> None:
+        most = min(self.limits.choices, self.places)
+        if asked > most:
+            raise RequestError(
+                f"{asked} choices in one request; this server gives at most {most} (prompts x n)",
                 code="too_many_choices",
                 param="n",
             )
@@ -116,13 +158,25 @@ class Intake:
         if not ids:
             raise RequestError("a prompt is empty", param="prompt", code="empty_prompt")
         reply = given_reply(self.lm, ids) if _is_scored(body) else 0
-        return Prompted(tuple(ids), text, reply, text if body.echo else "")
+        starts = self._starts(given, ids) if body.echo and body.logprobs is not None else ()
+        return Prompted(tuple(ids), text, reply, text if body.echo else "", starts)
+
+    def _starts(self, given: str | list[int], ids: Sequence[int]) -> tuple[int, ...]:
+        """Where tokens begin in the text that is echoed."""
+        tokenizer: Any = self.lm.tokenizer
+        if not isinstance(given, str):
+            return starts(lambda some: tokenizer.decode(some, skip_special_tokens=False), ids)
+        encoded = tokenizer(given, add_special_tokens=self._unmarked(given), return_offsets_mapping=True)
+        return spans_to_starts(encoded["offset_mapping"])
+
+    def _unmarked(self, text: str) -> bool:
+        """A text that opens with the begin-of-text mark was written by a template: it is not marked again."""
+        bos = self.lm.tokenizer.bos_token
+        return not (bool(bos) and text.startswith(str(bos)))
 
     def _tokenized(self, text: str) -> list[int]:
-        """A text that opens with the begin-of-text mark was written by a template: it is not marked again."""
         tokenizer: Any = self.lm.tokenizer
-        marked = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        return list(tokenizer.encode(text, add_special_tokens=not marked))
+        return list(tokenizer.encode(text, add_special_tokens=self._unmarked(text)))
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         size = int(self.lm.model.get_input_embeddings().num_embeddings)
@@ -149,14 +203,15 @@ class Intake:
 
     def _max_tokens(self, body: ChatRequest | CompletionRequest, longest: int) -> int:
         """What was asked for, or what there is room for. A prompt that leaves no room is an error."""
-        asked, limits = body.limit, self.limits
+        scored, limits = _is_scored(body), self.limits
+        asked = 0 if scored else body.limit
         if asked is not None and asked > limits.tokens:
             raise RequestError(
                 f"max_tokens is {asked}; this server writes at most {limits.tokens}",
                 param="max_tokens",
                 code="too_long",
             )
-        if asked == 0 and not _is_scored(body):
+        if asked == 0 and not scored:
             raise RequestError("max_tokens 0 is for `echo` with `logprobs`", param="max_tokens", code="nothing_to_do")
         positions = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
         room = limits.tokens if positions is None else int(positions) - longest
@@ -175,6 +230,16 @@ def _is_scored(body: ChatRequest | CompletionRequest) -> bool:
     if not isinstance(body, CompletionRequest) or not body.echo or body.logprobs is None:
         return False
     return body.max_tokens is not None and body.max_tokens <= 1
+
+
+def spans_to_starts(spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Where tokens begin, from the tokenizer's own spans. Those may leave out a blank that belongs to its token, are
+    the same for all tokens of a character, and (0, 0) for marks that are not in the text."""
+    found, end = [], 0
+    for begin, stop in spans:
+        found.append(end if stop == 0 else min(begin, end))
+        end = max(end, stop)
+    return tuple(found)
 
 
 def given_reply(lm: LanguageModel, ids: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from clampdown.errors import RequestError
 from clampdown.serving.audit import AuditLog
 from clampdown.serving.intake import Job
 from clampdown.serving.metrics import Metrics
-from clampdown.serving.replies import Answer, Form, agreed, receipt_fields
+from clampdown.serving.replies import Answer, Form, agreed
 from clampdown.serving.requests import Done, Piece
 
 CLIENT_WENT = 499
@@ -102,7 +102,7 @@ class Ledger:
         said = {"prompt": prompt.asked, "reply": answer.text} if self.log_prompts else {}
         self.metrics.steered(choice.name, done.receipt)
         return {
-            **receipt_fields(choice, done.receipt),
+            **exchange.form.receipt(done),
             "n_prompt": done.n_prompt,
             "n_generated": done.n_generated,
             "reason": done.reason,
@@ -154,6 +154,7 @@ class Ledger:
             "code": code,
             "stream": job.stream,
             "scored": job.scored,
+            "raw": job.raw,
             "seconds": round(moment - exchange.began, 4),
             "first_token_seconds": None if first is None else round(first - exchange.began, 4),
             **plan,

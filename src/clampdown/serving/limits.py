@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from starlette.exceptions import HTTPException
 
 from clampdown.errors import ClampdownError, RequestError
 
+GatedScoring = Literal["read", "context", "off"]
 MIN_KEY_LENGTH = 16
 ANYBODY = "anonymous"
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+(?P<key>[\x21-\x7e]+)")
@@ -25,13 +26,25 @@ _LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+(?P<key>[\x21-\x7e]+)")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most that one request, and all together, may ask for."""
+    """The most that one request, and all together, may ask for. `raw`: whether prompts may come without the chat
+    template. `gated_scoring`: what a gate reads of a text that is scored under it, token by token (`read`) or the
+    context alone (`context`); or such texts are not scored (`off`)."""
 
     body_bytes: int = 1 << 20
     tokens: int = 1024
     choices: int = 64
     concurrent: int = 256
     default_tokens: int = 256
+    raw: bool = True
+    gated_scoring: GatedScoring = "read"
+
+
+def scoring_mode(name: str) -> GatedScoring:
+    """What an operator says of scoring under gated plans. Raises `ClampdownError` for another word."""
+    modes: tuple[GatedScoring, ...] = get_args(GatedScoring)
+    if name not in modes:
+        raise ClampdownError(f"'{name}' is no way to score under a gate", hint=f"one of: {', '.join(modes)}")
+    return name
 
 
 @dataclass(frozen=True)

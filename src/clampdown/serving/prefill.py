@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A pass that is done. `logits` are those of the last position, or of all that were computed. Row i's keys and
+    """A pass that is done. `logits` are those of the last position, or of the columns asked for. Row i's keys and
     values end at the caches' last column; `reused[i]` of its tokens were not computed. `sizes` are per computed column.
     """
 
@@ -71,7 +71,9 @@ class Prefilled:
         return Prefix(part.tokens[:n], tuple(states), sums[0], sums[1])
 
 
-def prefill(lm: LanguageModel, saes_of: SaesOf, parts: Sequence[Part], *, all_logits: bool) -> Prefilled:
+def prefill(
+    lm: LanguageModel, saes_of: SaesOf, parts: Sequence[Part], *, columns: Int[Tensor, " columns"] | None = None
+) -> Prefilled:
     """Run the pass. Plans that read different SAEs at one site, and parts of different `given`, cannot share one."""
     computed = max(len(part.tokens) - part.cached for part in parts)
     reused = [max(len(part.tokens) - computed, 0) for part in parts]
@@ -95,7 +97,7 @@ def prefill(lm: LanguageModel, saes_of: SaesOf, parts: Sequence[Part], *, all_lo
             position_ids=_positions(mask, batch.input_ids.shape[1]),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=0 if all_logits else 1,
+            logits_to_keep=1 if columns is None else columns,
         )
         sizes = steering.sizes()
         seats = _seats(steering, parts, reused)

@@ -1,9 +1,10 @@
-"""Beginnings of prompts whose pass is done, kept for prompts that begin alike. Never across plans.
+"""Beginnings of prompts whose pass is done, kept for prompts that begin alike. Never across plans, nor across owners:
+what is found, and how fast an answer comes, would tell one what another has asked.
 
 What a block caches of a token depends on the tokens before it and on what was done to them. So an entry belongs to one
-plan (its digest) and serves a prompt up to the first token that differs, if what the plan did there holds however the
-prompt goes on: no gate, and scopes that are `LOCAL`. Of a plan that is not the same for prompts and replies only the
-prompt's part is kept. Receipts count what was done to reused tokens too: the entry knows it per token.
+key (an owner and a plan's digest) and serves a prompt up to the first token that differs, if what the plan did there
+holds however the prompt goes on: no gate, and scopes that are `LOCAL`. Of a plan that is not the same for prompts and
+replies only the prompt's part is kept. Receipts count what was done to reused tokens too: the entry knows it per token.
 
 Entries leave in the order of their last use, once they hold more than `limit` bytes. One that begins another goes at
 once.
@@ -61,7 +62,7 @@ def reusable(request: Request) -> int:
 
 
 class PrefixCache:
-    """Prefixes by (plan's digest, tokens), the most recently used last."""
+    """Prefixes by (owner and plan's digest, tokens), the most recently used last."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from clampdown.serving.plans import Choice
 from clampdown.serving.requests import Done, Token
+from clampdown.serving.vocabulary import TokenBytes
 from clampdown.types import Receipt
 
 Endpoint = Literal["chat", "text"]
@@ -26,6 +27,7 @@ class Answer:
 
     index: int
     echoed: str = ""
+    starts: tuple[int, ...] = ()
     pieces: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     done: Done | None = None
@@ -84,6 +86,15 @@ class Form:
     alternatives: int | None
     include_usage: bool
     n: int = 1
+    raw: bool = False
+    reread: bool = False
+    placeholder: bool = False
+    bytes_of: TokenBytes = field(default=lambda _token: b"", repr=False)
+
+    def receipt(self, done: Done) -> dict[str, Any]:
+        """What was done to one reply, and how its prompt came."""
+        found = {**receipt_fields(self.choice, done.receipt), "raw": self.raw}
+        return {**found, "tokens_rescored": done.rescored} if self.reread else found
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -102,23 +113,22 @@ class Form:
         return self._chunk(answer, {"text": answer.echoed}) if answer.echoed else None
 
     def piece(self, answer: Answer, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
-        """A chunk of text. Its tokens must not have been added to the answer yet: offsets go on from there."""
+        """A chunk of text."""
         if self.endpoint == "chat":
             return self._chunk(answer, {"delta": {"content": text}}, self._chat_logprobs(tokens))
-        offset = len(answer.echoed) + sum(len(token.text) for token in answer.tokens)
-        return self._chunk(answer, {"text": text}, self._text_logprobs(tokens, offset))
+        return self._chunk(answer, {"text": text}, self._text_logprobs(tokens, _offsets(answer, tokens)))
 
     def closing(self, answer: Answer) -> dict[str, Any]:
         """The last chunk of a choice: why it ended, and its receipt."""
         done = _done(answer)
-        receipt = receipt_fields(self.choice, done.receipt)
+        receipt = self.receipt(done)
         said = {"delta": {}} if self.endpoint == "chat" else {"text": ""}
         chunk = self._chunk(answer, {**said, "finish_reason": _reason(done), "steering": receipt})
         return {**chunk, "steering": receipt}
 
     def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """What a stream ends with when it was asked to count: usage, and the receipt once more."""
-        receipts = [receipt_fields(self.choice, _done(answer).receipt) for answer in answers]
+        receipts = [self.receipt(_done(answer)) for answer in answers]
         return {
             **self._head(self._chunk_object),
             "choices": [],
@@ -143,33 +153,38 @@ class Form:
         common = {
             "index": answer.index,
             "finish_reason": _reason(done),
-            "steering": receipt_fields(self.choice, done.receipt),
+            "steering": self.receipt(done),
         }
         if self.endpoint == "chat":
             message = {"role": "assistant", "content": answer.text, "refusal": None}
             return {**common, "message": message, "logprobs": self._chat_logprobs(answer.tokens)}
-        tokens = [*done.prompt, *(answer.tokens or _nothing(done))]
-        return {**common, "text": answer.echoed + answer.text, "logprobs": self._text_logprobs(tokens, 0)}
+        # Scored texts are followed by the one token that was asked for, which clients cut off: it is nothing.
+        written = [Token(-1, "")] if self.placeholder else answer.tokens
+        offsets = [*answer.starts[: len(done.prompt)], *_offsets(answer, written)]
+        logprobs = self._text_logprobs([*done.prompt, *written], offsets)
+        return {**common, "text": answer.echoed + answer.text, "logprobs": logprobs}
 
     def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self.alternatives is None:
             return None
-        return {"content": [_chat_token(token) for token in tokens], "refusal": None}
+        return {"content": [self._chat_token(token) for token in tokens], "refusal": None}
 
-    def _text_logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+    def _chat_token(self, token: Token) -> dict[str, Any]:
+        top = [self._alternative(*alternative) for alternative in token.top]
+        return {**self._alternative(token.id, token.text, token.logprob), "top_logprobs": top}
+
+    def _alternative(self, token: int, text: str, value: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": _logprob(value), "bytes": list(self.bytes_of(token))}
+
+    def _text_logprobs(self, tokens: Sequence[Token], offsets: list[int]) -> dict[str, Any] | None:
         if self.alternatives is None:
             return None
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [_logprob(token.logprob) for token in tokens],
             "top_logprobs": [_top_texts(token) if self.alternatives else None for token in tokens],
-            "text_offset": _offsets(tokens, offset),
+            "text_offset": offsets,
         }
-
-
-def _nothing(done: Done) -> tuple[Token, ...]:
-    """Scored texts are followed by one token, which clients cut off unseen: also where the model would end here."""
-    return (Token(-1, ""),) if done.prompt and done.reason == "stop" else ()
 
 
 def usage(answers: Iterable[Answer], n: int) -> dict[str, Any]:
@@ -198,15 +213,6 @@ def _logprob(value: float | None) -> float | None:
     return MINUS_INFINITY if value == -math.inf else finite(value)
 
 
-def _chat_token(token: Token) -> dict[str, Any]:
-    top = [_chat_alternative(text, value) for _, text, value in token.top]
-    return {**_chat_alternative(token.text, token.logprob), "top_logprobs": top}
-
-
-def _chat_alternative(text: str, value: float | None) -> dict[str, Any]:
-    return {"token": text, "logprob": _logprob(value), "bytes": list(text.encode("utf-8", "replace"))}
-
-
 def _top_texts(token: Token) -> dict[str, float | None] | None:
     """Alternatives by text; of tokens that read the same, the likeliest."""
     if token.logprob is None and not token.top:
@@ -217,9 +223,6 @@ def _top_texts(token: Token) -> dict[str, float | None] | None:
     return found
 
 
-def _offsets(tokens: Sequence[Token], start: int) -> list[int]:
-    offsets = []
-    for token in tokens:
-        offsets.append(start)
-        start += len(token.text)
-    return offsets
+def _offsets(answer: Answer, tokens: Sequence[Token]) -> list[int]:
+    """Where the reply's tokens begin in the text that is returned."""
+    return [len(answer.echoed) + token.offset for token in tokens]

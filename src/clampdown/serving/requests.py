@@ -33,7 +33,10 @@ class Request:
     `echo` also returns the prompt's own log-probabilities (`Done.prompt`), which is what log-likelihood suites read;
     then `max_tokens` may be 0. The last `given` tokens of the prompt are the beginning of a reply: they count as
     generated, so no gate reads them and the scope 'prompt' leaves them alone, as when the model had written them. In a
-    likelihood request (`echo`, `max_tokens` 0 or 1) that is the continuation which is scored.
+    likelihood request (`echo`, `max_tokens` 0) that is the continuation which is scored.
+
+    With `reread` (a likelihood request under a gated plan) the gate does read it, token by token (`scoring.py`).
+    `owner` is whose request it is: nobody else's prompts share its prefixes.
     """
 
     id: str
@@ -42,19 +45,23 @@ class Request:
     sampling: Sampling
     echo: bool = False
     given: int = 0
+    reread: bool = False
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
     """A token with the log-probability of being drawn there, in nats, and the likeliest others.
 
-    The first token of a prompt has no log-probability. Both are those of the steered model, at temperature 1.
+    The first token of a prompt has no log-probability. Both are those of the steered model, at temperature 1. `offset`
+    is how many characters of a reply come before the one that the token begins in, for tokens with log-probabilities.
     """
 
     id: int
     text: str
     logprob: float | None = None
     top: tuple[tuple[int, str, float], ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,8 @@ class Done:
     prompt: tuple[Token, ...] = field(default=())
     n_reused: int = 0
     """Prompt tokens whose pass was found in the prefix cache."""
+    rescored: int = 0
+    """Scored tokens before which the gate, having read the reply so far, decided otherwise than on its context."""
 
 
 @runtime_checkable
@@ -107,6 +116,11 @@ class Serves(Protocol):
     def submit(self, request: Request) -> Stream: ...
 
     def load(self) -> Load: ...
+
+    @property
+    def places(self) -> int:
+        """How many requests may wait: more than that are never taken together."""
+        ...
 
     async def start(self) -> None: ...
 

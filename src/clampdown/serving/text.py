@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from clampdown.serving.requests import Piece, Token
 
@@ -29,14 +30,15 @@ class TextStream:
         self._before = 0  # characters of the window that have become text already
         self._text = ""  # text that was not given out yet
         self._given = 0  # characters that were
-        self._partial: list[Token] = []  # tokens of a character that is not complete
+        self._partial: list[Token] = []  # tokens since the last complete character
         self._waiting: list[tuple[int, Token]] = []  # (characters of the reply up to this token's end, token)
         self.stopped = False
 
     def push(self, token: Token) -> Piece | None:
         """One token more. Returns what has become certain, if anything has."""
         self._window.append(token.id)
-        self._partial.append(token)
+        # Only tokens with figures are asked where they begin.
+        self._partial.append(token if token.logprob is None else replace(token, offset=self.length))
         window = self._decode(self._window)
         if window.endswith(_CUT):
             return None
@@ -44,6 +46,11 @@ class TextStream:
         self._renew()
         self._look_for_stop()
         return self._give(len(self._text) - (0 if self.stopped else self._held()))
+
+    @property
+    def length(self) -> int:
+        """Complete characters so far: the place in the text of what the next token begins, or goes on with."""
+        return self._given + len(self._text)
 
     def finish(self) -> Piece | None:
         """What was held back, when the reply has ended without a stop string. One may still stand before an incomplete
@@ -72,7 +79,7 @@ class TextStream:
     def _complete(self, window: str) -> None:
         self._text += window[self._before :]
         self._before = max(self._before, len(window))
-        end = self._given + len(self._text)
+        end = self.length
         self._waiting += [(end, token) for token in self._partial]
         self._partial = []
 
@@ -88,3 +95,12 @@ class TextStream:
         tokens = tuple(token for end, token in self._waiting if end <= self._given)
         self._waiting = [(end, token) for end, token in self._waiting if end > self._given]
         return Piece(text, tokens) if text or tokens else None
+
+
+def starts(decode: Decode, ids: Sequence[int]) -> tuple[int, ...]:
+    """Where each token begins in the text of them all, in characters. Tokens of one character begin where it does."""
+    text, found = TextStream(decode), []
+    for token in ids:
+        found.append(text.length)
+        text.push(Token(token, ""))
+    return tuple(found)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from clampdown.saes.sae import FeatureSource
 from clampdown.serving.mailbox import Mailbox
 from clampdown.serving.prefix import NOTHING, Prefix, reusable
 from clampdown.serving.requests import Request, Token
 from clampdown.serving.sampling import Drawing
 from clampdown.serving.text import TextStream
+from clampdown.steering.decoding import SaesOf
 
 
 @dataclass(eq=False)
@@ -29,6 +32,7 @@ class Ticket:
     looked: bool = False
     n_reused: int = 0
     n_found: int = 0
+    n_rescored: int = 0
 
     @property
     def last(self) -> int:
@@ -38,3 +42,20 @@ class Ticket:
     def reusable(self) -> int:
         """How many of the prompt's first tokens may come from another's pass, or serve another's."""
         return 0 if self.request.echo else reusable(self.request)
+
+
+def alike(group: Sequence[Ticket], saes_of: SaesOf) -> list[Ticket]:
+    """The first ticket and all that can share its pass. Plans that read different SAEs at one site cannot, nor can
+    prompts that end with replies of different lengths: a pass has one column where replies begin. A prompt of which
+    much is cached would compute more beside one of which nothing is."""
+    saes: dict[str, FeatureSource] = {}
+    together: list[Ticket] = []
+    for ticket in group:
+        plan = ticket.request.plan
+        own = {sae.cfg.site.name: sae for sae in (saes_of(plan) if plan else ())}
+        same = all(saes.get(site, sae) is sae for site, sae in own.items())
+        first = group[0]
+        if same and ticket.request.given == first.request.given and bool(ticket.n_reused) == bool(first.n_reused):
+            saes |= own
+            together.append(ticket)
+    return together

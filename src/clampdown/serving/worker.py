@@ -4,6 +4,7 @@
    those who decode wait for at most one such pass. Their prompts run inside `steer`: every kind of plan works.
 2. Rows then join the decoding batch (`pool.py`, `steering/decoding.py`), whatever plans the others have.
 3. A request that ended, or was cancelled, leaves before the next pass.
+4. What a gate has yet to read of scored texts comes in passes of a budget too, one between two stretches of decoding.
 
 What goes wrong in a prompt's pass is one request's: the others of that pass are tried again alone. What goes wrong
 while decoding ends the requests that were decoding, and no others. What goes wrong between the two, where rows join the
@@ -26,14 +27,14 @@ from transformers.cache_utils import Cache
 
 from clampdown.errors import ModelError
 from clampdown.models.loading import LanguageModel
-from clampdown.saes.sae import FeatureSource
 from clampdown.serving.mailbox import Item, Mailbox
 from clampdown.serving.pool import Pool
 from clampdown.serving.prefill import Part, prefill
 from clampdown.serving.prefix import PrefixCache
-from clampdown.serving.requests import Done, Request, Token
+from clampdown.serving.requests import Done, Token
 from clampdown.serving.sampling import choose, describe
-from clampdown.serving.ticket import Ticket
+from clampdown.serving.scoring import Rereading, beginnings, echoed
+from clampdown.serving.ticket import Ticket, alike
 from clampdown.steering.decoding import Decoding, SaesOf
 from clampdown.steering.receipts import Seat
 from clampdown.types import Receipt
@@ -46,13 +47,16 @@ class Limits:
     """How much the engine does at once. `rows` decode together; `queue` wait, at most `gather_seconds` of that for
     company in a prompts' pass while others decode; such a pass has at most
     `prefill_tokens` columns times rows, or is one prompt's; `prefix_bytes` is how much is kept of prompts that are done
-    (0: nothing)."""
+    (0: nothing). `echo_logits` is how many logits of echoed prompts exist at a time, `reread_tokens` how many tokens a
+    gate reads again for one scored text."""
 
     rows: int = 32
     queue: int = 256
     prefill_tokens: int = 2048
     prefix_bytes: int = 256 * 2**20
     gather_seconds: float = 0.02
+    echo_logits: int = 2**26
+    reread_tokens: int = 2**18
 
 
 class Worker:
@@ -64,10 +68,12 @@ class Worker:
         self._saes_of = saes_of
         self._send = send
         self._context = context
+        self._vocabulary = int(lm.model.get_output_embeddings().weight.shape[0])
         self._wake = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._rows: list[Ticket] = []
         self._admitting: list[Ticket] = []
+        self._rereading: deque[Rereading] = deque()
         self._pool, self._decoding = Pool(lm), Decoding(lm, saes_of)
         self._letters: list[tuple[Mailbox, Item]] = []
         self._texts: dict[int, str] = {}
@@ -83,8 +89,10 @@ class Worker:
         self._thread.start()
 
     def offer(self, ticket: Ticket) -> bool:
-        """Put a request into the queue. False when it is full."""
+        """Put a request into the queue. False when it is full; who has gone away takes no place."""
         with self._wake:
+            if len(self._waiting) >= self._limits.queue:
+                self._waiting = deque(waits for waits in self._waiting if not waits.cancelled)
             if len(self._waiting) >= self._limits.queue:
                 return False
             self._waiting.append(ticket)
@@ -94,7 +102,8 @@ class Worker:
     def counts(self) -> tuple[int, int]:
         """How many wait and how many run."""
         with self._wake:  # between queue and batch a request is in neither: a server that drains would leave it behind
-            return len(self._waiting), len(self._rows) + len(self._admitting)
+            waiting = sum(not ticket.cancelled for ticket in self._waiting)
+            return waiting, len(self._rows) + len(self._admitting) + len(self._rereading)
 
     def rate(self) -> float:
         """Requests that ended per second, of late."""
@@ -103,7 +112,8 @@ class Worker:
 
     def cancel_all(self) -> None:
         with self._wake:
-            for ticket in (*self._waiting, *self._admitting, *self._rows):
+            rereading = [reading.ticket for reading in list(self._rereading)]
+            for ticket in (*self._waiting, *self._admitting, *self._rows, *rereading):
                 ticket.cancelled = True
 
     def close(self) -> None:
@@ -121,14 +131,15 @@ class Worker:
             while self._wait_for_work():
                 self._leave_cancelled()
                 self._admit()
+                self._reread()
                 self._post()
                 if self._rows:
                     self._guarded_stretch()
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            self._wake.wait_for(lambda: self._waiting or self._rows or self._closing)
-            return bool(self._waiting or self._rows)
+            self._wake.wait_for(lambda: self._waiting or self._rows or self._rereading or self._closing)
+            return bool(self._waiting or self._rows or self._rereading)
 
     def _post(self) -> None:
         letters, self._letters = self._letters, []
@@ -159,7 +170,7 @@ class Worker:
         group = self._next_group() if self._due() else []
         self._gathering = None if group else self._gathering
         while group:
-            together = _alike(group, self._saes_of)
+            together = self._bounded(alike(group, self._saes_of))
             self._prefill_all(together)
             group = [ticket for ticket in group if ticket not in together]
         self._admitting = []
@@ -181,6 +192,13 @@ class Worker:
                 group.append(self._waiting.popleft())
             self._admitting = group
         return group
+
+    def _bounded(self, group: list[Ticket]) -> list[Ticket]:
+        """Of requests that could share a pass, as many as echo no more logits than may exist."""
+        if not any(ticket.request.echo for ticket in group):
+            return group
+        width = max(len(ticket.request.prompt) for ticket in group)
+        return group[: max(1, self._limits.echo_logits // (width * self._vocabulary))]
 
     def _look_up(self, ticket: Ticket) -> None:
         """Find how much of a prompt's pass is done. The last token is always computed: its logits are wanted."""
@@ -214,7 +232,7 @@ class Worker:
         """Compute a piece of a long prompt. The request then waits again, at the head of the queue."""
         tokens = ticket.request.prompt[: ticket.n_reused + self._limits.prefill_tokens]
         part = Part(tokens, ticket.request.plan, 0, ticket.prefix, ticket.n_reused)
-        done = prefill(self._lm, self._saes_of, [part], all_logits=False)
+        done = prefill(self._lm, self._saes_of, [part])
         ticket.prefix, ticket.n_reused = done.prefix(0, len(tokens)), len(tokens)
         with self._wake:
             self._waiting.appendleft(ticket)
@@ -222,11 +240,12 @@ class Worker:
     def _prefill(self, group: Sequence[Ticket]) -> None:
         """The prompts' pass of some requests, and their first tokens."""
         parts = [Part(t.request.prompt, t.request.plan, t.request.given, t.prefix, t.n_reused) for t in group]
-        echo = any(ticket.request.echo for ticket in group)
-        done = prefill(self._lm, self._saes_of, parts, all_logits=echo)
+        if any(ticket.request.echo for ticket in group):
+            limit = self._limits.echo_logits
+            done = echoed(self._lm, self._saes_of, group, parts, limit, self._vocabulary, self._text_of)
+        else:
+            done = prefill(self._lm, self._saes_of, parts)
         for row, ticket in enumerate(group):
-            if ticket.request.echo:
-                ticket.prompt = self._prompt_tokens(ticket.request, done.logits[row])
             ticket.n_reused = done.reused[row]
             known = ticket.request.prompt[: ticket.reusable]
             if known and not self._prefixes.holds(ticket.key, known):
@@ -239,7 +258,7 @@ class Worker:
         """Give each request its first token; those that go on join the batch."""
         silent = [i for i, ticket in enumerate(group) if ticket.request.sampling.max_tokens < 1]
         for i in silent:
-            self._tell(group[i], _done(group[i], "length", seats[i].receipt()))
+            self._end_scored(group[i], seats[i])
         speaking = [i for i in range(len(group)) if i not in silent]
         if not speaking:
             return
@@ -249,14 +268,35 @@ class Worker:
         self._pool.join(cache, joining, [len(group[i].request.prompt) for i in joining])
         self._rows += [group[i] for i in joining]
 
-    def _prompt_tokens(self, request: Request, logits: Float[Tensor, "pos vocab"]) -> tuple[Token, ...]:
-        """The prompt's tokens, each as predicted from those before it."""
-        ids = request.prompt
-        first = Token(ids[0], self._text_of(ids[0]))
-        if len(ids) == 1:
-            return (first,)
-        n_top = [request.sampling.top_logprobs or 0] * (len(ids) - 1)
-        return (first, *describe(logits[-len(ids) : -1], ids[1:], n_top, self._text_of))
+    def _end_scored(self, ticket: Ticket, seat: Seat) -> None:
+        """A request that generates nothing ends here, if its gate has nothing more to read."""
+        if left := beginnings(ticket.request):
+            self._rereading.append(Rereading(ticket, seat, left))
+        else:
+            self._tell(ticket, _done(ticket, "length", seat.receipt()))
+
+    def _reread(self) -> None:
+        """One pass for the first of those whose gates read on; then it is the next one's turn."""
+        if not self._rereading:
+            return
+        reading = self._rereading[0]  # it counts as running meanwhile
+        ended = self._read_on(reading)
+        self._rereading.popleft()
+        if ended is None:
+            self._rereading.append(reading)
+        else:
+            self._tell(reading.ticket, ended)
+
+    def _read_on(self, reading: Rereading) -> Item | None:
+        """How a scored request has ended, if it has."""
+        ticket, receipt = reading.ticket, reading.seat.receipt()
+        if ticket.cancelled:
+            return _done(ticket, "cancelled", receipt)
+        try:
+            over = reading.step(self._lm, self._saes_of, self._limits.prefill_tokens, self._text_of)
+        except Exception as error:
+            return error
+        return _done(ticket, "length", receipt) if over else None
 
     # ---- decoding --------------------------------------------------------------------------------------------
 
@@ -286,7 +326,7 @@ class Worker:
 
     def _somebody_waits(self) -> bool:
         """Somebody to let in or out, looked at without the lock: what is missed now is seen after the next step."""
-        return self._due() or self._closing or any(ticket.cancelled for ticket in self._rows)
+        return self._due() or self._closing or bool(self._rereading) or any(ticket.cancelled for ticket in self._rows)
 
     def _leave_cancelled(self) -> None:
         gone = {i for i, ticket in enumerate(self._rows) if ticket.cancelled}
@@ -346,23 +386,7 @@ class Worker:
         return self._texts[token]
 
 
-def _alike(group: Sequence[Ticket], saes_of: SaesOf) -> list[Ticket]:
-    """The first ticket and all that can share its pass. Plans that read different SAEs at one site cannot, nor can
-    prompts that end with replies of different lengths: a pass has one column where replies begin. A prompt of which
-    much is cached would compute more beside one of which nothing is."""
-    saes: dict[str, FeatureSource] = {}
-    together: list[Ticket] = []
-    for ticket in group:
-        plan = ticket.request.plan
-        own = {sae.cfg.site.name: sae for sae in (saes_of(plan) if plan else ())}
-        same = all(saes.get(site, sae) is sae for site, sae in own.items())
-        first = group[0]
-        if same and ticket.request.given == first.request.given and bool(ticket.n_reused) == bool(first.n_reused):
-            saes |= own
-            together.append(ticket)
-    return together
-
-
 def _done(ticket: Ticket, reason: Literal["stop", "length", "cancelled"], receipt: Receipt | None) -> Done:
     n_prompt = len(ticket.request.prompt)
-    return Done(reason, n_prompt, len(ticket.ids), receipt, ticket.prompt, min(ticket.n_found, ticket.n_reused))
+    n_reused = min(ticket.n_found, ticket.n_reused)
+    return Done(reason, n_prompt, len(ticket.ids), receipt, ticket.prompt, n_reused, ticket.n_rescored)
