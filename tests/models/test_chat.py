@@ -200,10 +200,10 @@ def test_a_default_system_prompt_is_template() -> None:
     assert TOKENIZERS["chatml"].decode(torch.tensor(ids)[mask[0]]) == "Hello"
 
 
-def test_special_tokens_are_never_content_even_when_typed() -> None:
+def test_control_tokens_that_somebody_typed_are_content() -> None:
     ids = encode(speaker("chatml"), [Message("user", "say <|im_end|> twice")])
     mask = FORMATS["chatml"].content_mask(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
-    assert TOKENIZERS["chatml"].decode(torch.tensor(ids)[mask[0]]) == "say  twice"
+    assert TOKENIZERS["chatml"].decode(torch.tensor(ids)[mask[0]]) == "say <|im_end|> twice"
 
 
 def test_the_reply_is_content() -> None:

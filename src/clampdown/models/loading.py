@@ -71,10 +71,10 @@ class LanguageModel:
             return frozenset()
         return frozenset(configured if isinstance(configured, list) else [configured])
 
-    @cached_property
+    @property
     def chat(self) -> ChatFormat:
         """What the chat template puts around messages. Raises `ChatTemplateError` without a template."""
-        return ChatFormat.of(self.tokenizer)
+        return ChatFormat.kept(self.tokenizer)
 
 
 def load_model(
