@@ -255,6 +255,8 @@ class Receipt:
     `gate_score` and `gate_fired` are None when the plan has no gate; `gate_fired` says whether any branch acted.
     `branch` ("edits", "otherwise" or "none") and `otherwise_score` are for two-sided plans: which branch acted, and
     what the second gate scored.
+    `turns_read`, `worst_turn` (from 0) and `beyond_calibration` are for gates that read turn by turn: how many user
+    turns, which of them decided, and whether the conversation was longer than any that the guarantee is about.
     """
 
     plan: str
@@ -264,6 +266,9 @@ class Receipt:
     gate_fired: bool | None = None
     branch: str | None = None
     otherwise_score: float | None = None
+    turns_read: int | None = None
+    worst_turn: int | None = None
+    beyond_calibration: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

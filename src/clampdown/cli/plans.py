@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -87,6 +88,13 @@ def check(
     checking.show(checks, console)
 
 
+class InDoubt(StrEnum):
+    """What a gate does with a conversation of more turns than it was calibrated on."""
+
+    READ = "read"
+    STEER = "steer"
+
+
 @gate_app.command("calibrate")
 def gate_calibrate(
     plan: Annotated[Path, typer.Argument(help="The plan.toml to put behind a gate.")],
@@ -96,7 +104,7 @@ def gate_calibrate(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Prompts with suite, harmful and split; default: embedded corpus.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Benign calibration prompts at most.")] = 800,
+    n: Annotated[int, typer.Option("--n", min=1, help="Benign calibration prompts at most.")] = 1600,
     otherwise: Annotated[
         Path | None, typer.Option("--otherwise", help="A plan for over-refused prompts: makes it two-sided.")
     ] = None,
@@ -109,10 +117,14 @@ def gate_calibrate(
     down_budget: Annotated[
         float, typer.Option("--down-budget", help="With --first down: share of harmful prompts that it may take.")
     ] = 0.0025,
-    features: Annotated[int | None, typer.Option("--features", help="Features of a probe at most; default 40.")] = None,
+    features: Annotated[int | None, typer.Option("--features", help="Features of a probe at most; default 80.")] = None,
     inverse_penalty: Annotated[
         float | None, typer.Option("--inverse-penalty", help="A probe's C: smaller holds its weights smaller.")
     ] = None,
+    turns: Annotated[int, typer.Option("--turns", min=1, help="Turns of a conversation that the bound covers.")] = 9,
+    in_doubt: Annotated[
+        InDoubt, typer.Option("--in-doubt", help="What to do with longer conversations: read them, or steer.")
+    ] = InDoubt.READ,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("gated.toml"),
     seed: SeedOption = 0,
 ) -> None:
@@ -122,13 +134,13 @@ def gate_calibrate(
     names = names_in(borderline)
     request = job.Request(
         plan, kind, budget, confidence, prompts, otherwise, names, n, limit, site, seed, first, down_budget, features,
-        inverse_penalty,
+        inverse_penalty, turns, in_doubt.value,
     )  # fmt: skip
     found = job.calibrate(request, out, stages())
     for gate in found.plan.gates:
         console.print(f"{gate.kind} gate at {gate.site}, fires above {gate.threshold:.4g}", highlight=False)
         if gate.guarantee:
-            console.print(job.promise(gate.guarantee), soft_wrap=True, highlight=False)
+            console.print(job.promise(gate.guarantee, gate.turns_calibrated), soft_wrap=True, highlight=False)
     console.print(job.shown(found))
     console.print(f"written: {out}", soft_wrap=True)
 

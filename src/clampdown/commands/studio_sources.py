@@ -28,6 +28,8 @@ from clampdown.steering.gate_fitting import FittedGate, Pooled, gate_reading
 from clampdown.steering.plan import Gate, Plan, read_plan, write_plan
 from clampdown.steering.program import check_plan
 from clampdown.steering.selftest import require_self_test
+from clampdown.steering.turn_promise import conversation_maxima
+from clampdown.steering.turn_reading import read_prompts, window_scores
 from clampdown.types import Site, Split, Suite
 
 LAST_RUNS = 12
@@ -164,6 +166,8 @@ class GateReader:
         if gate is None or not gate.site:
             raise PlanError("only gates that read the model's activations have scores to show here")
         benign, shown = self._suites()
+        if gate.window:
+            return self._turn_by_turn(gate, plan, benign, shown)
         prompts = [prompt for suite in (*benign, *shown) for prompt in suite.prompts]
         reading = gate_reading(Site.parse(gate.site), self.saes.at(gate.site))
         scores = _scores(gate, plan, Pooled.of(collect(plan_pass(self.lm, [reading], prompts), tick)))
@@ -172,6 +176,17 @@ class GateReader:
         calibration = tuple(score for part in parts[: len(benign)] for score in part)
         suites = zip(shown, parts[len(benign) :], strict=True)
         return GateScores(calibration, tuple(SuiteScores(s.name, s.harmful, part) for s, part in suites))
+
+    def _turn_by_turn(self, gate: Gate, plan: Plan, benign: Sequence[Suite], shown: Sequence[Suite]) -> GateScores:
+        """A gate that reads turn by turn promises something of conversations: theirs are the benign scores."""
+        reading = (self.lm, gate, plan.vectors, self.saes.at(gate.site))
+        scores, owner = window_scores(*reading, [prompt for suite in benign for prompt in suite.prompts])
+        maxima = conversation_maxima(scores, owner, max(gate.turns_calibrated, 1))
+        suites = (
+            SuiteScores(s.name, s.harmful, tuple(read.score for read in read_prompts(*reading, s.prompts)))
+            for s in shown
+        )
+        return GateScores(tuple(maxima.tolist()), tuple(suites))
 
     def _suites(self) -> tuple[Sequence[Suite], Sequence[Suite]]:
         """(benign calibration prompts, validation prompts)."""

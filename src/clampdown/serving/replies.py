@@ -55,6 +55,10 @@ def receipt_fields(choice: Choice, receipt: Receipt | None) -> dict[str, Any]:
         "gate_threshold": plan.gate.threshold if plan and plan.gate else None,
         "branch": _branch(receipt),
     }
+    if plan and plan.gate and plan.gate.window:
+        found["turns_read"] = receipt and receipt.turns_read
+        found["worst_turn"] = receipt and receipt.worst_turn
+        found["beyond_calibration"] = receipt and receipt.beyond_calibration
     if plan and plan.otherwise:
         found["otherwise_score"] = finite(receipt.otherwise_score) if receipt else None
         found["otherwise_threshold"] = plan.otherwise.gate.threshold

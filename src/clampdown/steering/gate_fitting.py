@@ -97,13 +97,17 @@ class FittedGate:
         vectors = {new: self.vectors[old] for new, old in zip(names, self.gate.vectors, strict=True)}
         return FittedGate(self.gate.model_copy(update={"vectors": names}), vectors)
 
+    def changed(self, **fields: object) -> FittedGate:
+        """With other values for some of the gate's fields, checked as a plan's are."""
+        return replace(self, gate=Gate.model_validate({**dict(self.gate), **fields}))
+
     def calibrated(
         self, scores: Scores, *, budget: float, confidence: float, on: Literal["benign", "harmful"] = "benign"
     ) -> FittedGate:
         """With the threshold that keeps triggers within the budget on prompts like those with these scores, which are
         benign or, for a gate that turns refusals down, harmful. Raises `NotEnoughDataError`."""
         threshold, guarantee = choose_threshold(scores, budget=budget, confidence=confidence, on=on)
-        return replace(self, gate=self.gate.model_copy(update={"threshold": threshold, "guarantee": guarantee}))
+        return self.changed(threshold=threshold, guarantee=guarantee)
 
 
 def auroc(scores: Scores, positive: Labels) -> float:
@@ -132,7 +136,7 @@ def _fit_probe(pooled: Pooled, positive: Labels, seed: int) -> FittedGate:
 
 
 def fit_probe_of(
-    pooled: Pooled, positive: Labels, *, max_features: int = 40, inverse_penalty: float = 10.0, seed: int = 0
+    pooled: Pooled, positive: Labels, *, max_features: int = 80, inverse_penalty: float = 10.0, seed: int = 0
 ) -> FittedGate:
     """A sparse probe of a size and a penalty of its own. Raises as `fit_gate` does."""
     _needs_sae(pooled)

@@ -58,7 +58,7 @@ def fit_probe(
     pooled: Pooled,
     harmful: Bool[np.ndarray, " prompts"],
     *,
-    max_features: int = 40,
+    max_features: int = 80,
     inverse_penalty: float = 10.0,
     seed: int = 0,
 ) -> Probe:

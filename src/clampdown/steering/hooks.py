@@ -2,7 +2,8 @@
 
 1. A pre-hook on the decoder learns what the pass computes: a new prompt, or a continuation of the one before. It
    counts columns, so scopes hold under any KV cache.
-2. Gate hooks read the prompt's own tokens at prefill and fix, per row, whether anything is done this turn.
+2. Gate hooks read the prompt's own tokens at prefill and fix, per row, whether anything is done this turn. Gates that
+   read turn by turn have decided before, in passes of their own (`windows.py`).
 3. Site hooks return a new tensor x + delta. While decoding, masks are constants and the whole edit is a handful of
    small operations; what the receipts need is kept by reference and reduced every `FLUSH_EVERY` passes.
 4. Rows that show the model the same prompt may share its pass below the lowest edit (`prompt_of`, `widening.py`).
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,9 +36,10 @@ from clampdown.steering.gate_kinds import external_score
 from clampdown.steering.ownership import owning, steers_here
 from clampdown.steering.plan import Plan
 from clampdown.steering.program import Reach, Rows, check_plan, gate_programs, site_programs
-from clampdown.steering.receipts import Seat, make_receipt
+from clampdown.steering.receipts import Seat, TurnsRead, make_receipt
 from clampdown.steering.scopes import LOCAL, SCOPES, Window, last_run
 from clampdown.steering.turn import Tally, Turn, columns_real, edit_sizes, real_columns
+from clampdown.steering.turn_reading import GateReading, read_ahead
 from clampdown.steering.widening import (
     Spread,
     as_index,
@@ -72,6 +75,7 @@ class Steering:
         self._spread: Spread | None = None
         self._like: list[int] = []
         self._gates_read: set[str] = set()
+        self._ahead: dict[tuple[int, int], GateReading] = {}
         self._prefill = False
         self._plans: Rows = ()
         self._turn: Turn | None = None
@@ -100,8 +104,8 @@ class Steering:
         # Rows that were computed as one did the same, except that a shut gate has a score of its own.
         done = [values[i] for i in self._like] if self._like else values
         return [
-            None if plan is None else make_receipt(plan, *row[:2], *own[2:])
-            for plan, row, own in zip(self._plans, done, values, strict=True)
+            None if plan is None else make_receipt(plan, row[0], row[1], own[2], own[3], self._turns_read(i))
+            for i, (plan, row, own) in enumerate(zip(self._plans, done, values, strict=True))
         ]
 
     def sizes(self) -> tuple[Float[Tensor, "rows pos"], Float[Tensor, "rows pos"]] | None:
@@ -119,7 +123,11 @@ class Steering:
         tally.flush(turn.alive)
         columns = (turn.fired.T, tally.touched, tally.norm, tally.gate_score.T, tally.fired.T)
         found = zip(self._plans, *(column.tolist() for column in columns), strict=True)
-        return [Seat(plan, tuple(acts), *rest) for plan, acts, *rest in found]
+        return [Seat(plan, tuple(acts), *rest, read=self._turns_read(i)) for i, (plan, acts, *rest) in enumerate(found)]
+
+    def _turns_read(self, row: int) -> TurnsRead | None:
+        read = self._ahead.get((0, row))
+        return read and TurnsRead(read.turns, read.turn, read.beyond)
 
     @property
     def spread(self) -> Spread:
@@ -213,7 +221,7 @@ class Steering:
             raise SteeringNotAppliedError(f"the prompt has {prompt_width} columns, the first pass only {width}")
         prompt_of = prompt_of.to(device)
         self._tally = Tally.empty(n_rows, device)
-        self._like, self._gates_read = [], set()
+        self._like, self._gates_read, self._ahead = [], set(), {}
         self._turn = Turn(
             programs=site_programs(plans, self._lm, self._saes),
             gates=gate_programs(plans, self._lm, self._saes),
@@ -244,6 +252,31 @@ class Steering:
             turn.last_user = last_run(self._content(turn))[turn.prompt_of]
         if any(gate.scorer for plan in self._plans if plan is not None for gate in plan.gates):
             self._score_texts(turn)
+        if any(gate.window for plan in self._plans if plan is not None for gate in plan.gates):
+            self._read_ahead(turn)
+
+    def _read_ahead(self, turn: Turn) -> None:
+        """Gates that read turn by turn decide before the prompt's pass, except on prompts that are one turn."""
+        assert turn.prompt_ids is not None
+        _, tally = self._require_turn()
+        real, content = self._real_prompts(turn), self._content(turn)
+        prompts = [
+            (ids[kept].tolist(), inside[kept].tolist())
+            for ids, inside, kept in zip(turn.prompt_ids[:, : turn.prompt_width], content, real, strict=True)
+        ]
+        self._ahead = read_ahead(self._lm, self._plans, self._saes, prompts, turn.prompt_of.tolist())
+        decided = torch.zeros_like(turn.opened)
+        for (branch, row), read in self._ahead.items():
+            decided[branch, row] = True
+            turn.opened[branch, row] = read.opens
+            tally.gate_score[branch, row] = read.score
+        turn.gates = tuple(replace(gate, gated=gate.gated & ~decided[gate.branch]) for gate in turn.gates)
+        tally.fired[:, turn.alive] = turn.fired
+
+    def _real_prompts(self, turn: Turn) -> Bool[Tensor, "prompts prompt"]:
+        real = torch.zeros(turn.n_prompts, turn.prompt_width, dtype=torch.bool, device=turn.real.device)
+        real[turn.prompt_of] = turn.real[:, : turn.prompt_width]
+        return real
 
     def _score_texts(self, turn: Turn) -> None:
         """External gates decide before the model runs, from the text of each row's prompt."""
@@ -252,7 +285,7 @@ class Steering:
         found: dict[tuple[str, str], float] = {}
         for row, plan in enumerate(self._plans):
             for branch, gate in enumerate(plan.gates if plan is not None else ()):
-                if gate.scorer:
+                if gate.scorer and not gate.window:
                     key = (gate.scorer, texts[int(turn.prompt_of[row])])
                     score = found[key] = found[key] if key in found else external_score(*key)
                     one = torch.arange(len(turn.alive), device=turn.alive.device) == row
@@ -262,10 +295,7 @@ class Steering:
 
     def _content(self, turn: Turn) -> Bool[Tensor, "prompts prompt"]:
         assert turn.prompt_ids is not None
-        prompt = turn.prompt_ids[:, : turn.prompt_width]
-        real = torch.zeros_like(prompt)
-        real[turn.prompt_of] = turn.real[:, : turn.prompt_width].long()
-        return self._lm.chat.content_mask(prompt, real)
+        return self._lm.chat.content_mask(turn.prompt_ids[:, : turn.prompt_width], self._real_prompts(turn).long())
 
     def _open_window(self, past: int, n_rows: int, width: int, mask: Tensor | None, ids: Tensor | None) -> None:
         """Set the per-scope weights of the columns that this pass computes."""
@@ -336,7 +366,8 @@ class Steering:
     def _share_verdicts(self, site: str, tally: Tally) -> None:
         """A gate above the widening read one row for all that are computed as that one: they have its verdict."""
         for row, (plan, first) in enumerate(zip(self._plans, self._like, strict=True)):
-            if row != first and plan is not None and any(gate.site == site for gate in plan.gates):
+            same = row != first and (0, row) not in self._ahead
+            if same and plan is not None and any(gate.site == site for gate in plan.gates):
                 tally.gate_score[:, row], tally.fired[:, row] = tally.gate_score[:, first], tally.fired[:, first]
 
     def _widen(self, x: Float[Tensor, "prompts pos d_model"]) -> Tensor | None:

@@ -30,6 +30,16 @@ def steers_here(key: int, owner: object) -> bool:
 
 
 @contextmanager
+def aside(key: int) -> Iterator[None]:
+    """Inside the block the running context only reads the decoder `key`: hooks of steering skip its passes."""
+    token = _ACTIVE.set({**_ACTIVE.get(), key: object()})
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+@contextmanager
 def owning(key: int, owner: object, attach: Callable[[], list[Any]]) -> Iterator[None]:
     """Inside the block the hooks that `attach` registers are on, and the running context steers with `owner`.
 

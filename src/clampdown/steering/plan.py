@@ -40,9 +40,9 @@ from clampdown.steering.scopes import SCOPES
 from clampdown.store import content_hash, write_atomic
 from clampdown.types import Site
 
-SCHEMA_VERSIONS = (1, 2)
-"""2 added gates of other kinds than `probe`, and `otherwise`. A plan that uses none of them is written as 1,
-as ever."""
+SCHEMA_VERSIONS = (1, 2, 3)
+"""2 added gates of other kinds than `probe`, and `otherwise`; 3 added gates that read turn by turn. A plan
+is written in the oldest version that can say it."""
 
 
 def _unpack(value: Any) -> Any:
@@ -164,6 +164,10 @@ class Gate(_Part):
     What a channel is, `kind` says (`gate_kinds.py`): feature `features[i]` under `poolings[i]`, or the plan's vector
     `vectors[i]` against the residual under `poolings[i]`. A feature or vector may appear under several poolings. An
     `external` gate has none of these and no site: its score comes from the scorer registered as `scorer`.
+
+    With a `window` every user turn is read alone, in windows of at most so many tokens (`windows.py`); 0: the prompt as
+    it stands. `turns` says which turns count, `turns_calibrated` how many windows the guarantee's conversations had,
+    and `when_in_doubt` what to do with a conversation of more.
     """
 
     kind: Literal["feature", "probe", "dense", "cosine", "external"] = "probe"
@@ -176,16 +180,27 @@ class Gate(_Part):
     guarantee: Guarantee | None = None
     vectors: tuple[str, ...] = ()
     scorer: str | None = None
+    window: int = Field(default=0, ge=0)
+    turns: Literal["worst", "last"] = "worst"
+    turns_calibrated: int = Field(default=0, ge=0)
+    when_in_doubt: Literal["read", "steer"] = "read"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not all(map(math.isfinite, (*self.weights, self.bias, self.threshold))):
             raise PlanError("a gate's weights, bias and threshold must be finite")
+        self._check_window()
         if GATE_KINDS[self.kind].reads == "text":
             self._check_text()
         else:
             self._check_channels()
         return self
+
+    def _check_window(self) -> None:
+        if not self.window and (self.turns != "worst" or self.turns_calibrated or self.when_in_doubt != "read"):
+            raise PlanError("`turns`, `turns_calibrated` and `when_in_doubt` are for gates with a `window`")
+        if self.when_in_doubt == "steer" and not self.turns_calibrated:
+            raise PlanError("when in doubt about what? `turns_calibrated` says how long a conversation may be")
 
     def _check_text(self) -> None:
         if not self.scorer or self.site or self.features or self.vectors or self.weights or self.poolings:
@@ -214,8 +229,15 @@ class Gate(_Part):
                 )
 
 
-_ADDED_TO_GATES = {"vectors": [], "scorer": None}
-"""Fields of schema 2 with the values that mean what schema 1 meant, as JSON."""
+_ADDED_TO_GATES = {
+    "vectors": [],
+    "scorer": None,
+    "window": 0,
+    "turns": "worst",
+    "turns_calibrated": 0,
+    "when_in_doubt": "read",
+}
+"""Fields of later schemas with the values that mean what schema 1 meant, as JSON."""
 
 
 class Branch(_Part):
@@ -288,6 +310,8 @@ class Plan(_Part):
     @property
     def schema_version(self) -> int:
         """The oldest version of the format that can say what this plan says."""
+        if any(gate.window for gate in self.gates):
+            return 3
         added = self.otherwise or any(g.kind != "probe" or g.vectors or g.scorer for g in self.gates)
         return 2 if added else 1
 

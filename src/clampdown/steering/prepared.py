@@ -33,6 +33,7 @@ from clampdown.saes.sae import FeatureSource, check_fits
 from clampdown.steering.compiled import refuse_compiled
 from clampdown.steering.plan import Plan
 from clampdown.steering.program import check_plan
+from clampdown.steering.receipts import make_receipt
 from clampdown.steering.seating import Seating, prompt_spans
 from clampdown.steering.slots import GateSlots, PromptMarks, SiteSlots, Tokens, move_rows
 from clampdown.types import Receipt, Site
@@ -325,7 +326,7 @@ class PreparedSteering:
         """One receipt per row of the batch; None for rows without a plan."""
         self._collect()
         return [
-            None if plan is None else _receipt(plan, *tally[:4])
+            None if plan is None else make_receipt(plan, *tally[:2], [tally[2]], [tally[3]])
             for plan, tally in zip(self._plans, self._tallies, strict=True)
         ]
 
@@ -360,13 +361,6 @@ class PreparedSteering:
                         f"scope {edit.scope} never covered a token of this run",
                         hint="a 'generated' scope cannot act on log-likelihoods; use 'all', 'prompt' or 'assistant'",
                     )
-
-
-def _receipt(plan: Plan, touched: float, norm: float, score: float, fired: bool) -> Receipt:
-    mean = norm / touched if touched else 0.0
-    if plan.gate is None:
-        return Receipt(plan.name, int(touched), mean)
-    return Receipt(plan.name, int(touched), mean, score, fired)
 
 
 def prepare(

@@ -327,31 +327,47 @@ def gate_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSourc
             if GATE_KINDS[gate.kind].reads != "text":
                 found.setdefault((branch, gate.site, GATE_KINDS[gate.kind].readout), {})[row] = gate
     return tuple(
-        _gate_program(rows, branch, readout, gates, saes.get(site), lm.device)
+        _gate_program(
+            {row: _gate_channels(gate, rows[row].vectors) for row, gate in gates.items()},  # type: ignore[union-attr]
+            len(rows),
+            branch,
+            readout,
+            gates,
+            saes.get(site),
+            lm.device,
+        )
         for (branch, site, readout), gates in found.items()
     )
 
 
-def _gate_channels(plan: Plan | None, gate: Gate) -> Sequence[Any]:
+def gate_program(
+    gate: Gate, vectors: Mapping[str, tuple[float, ...]], sae: FeatureSource | None, device: torch.device
+) -> GateProgram:
+    """The reader of one gate, for prompts of which each is scored by it."""
+    channels = {0: _gate_channels(gate, vectors)}
+    return _gate_program(channels, 1, 0, GATE_KINDS[gate.kind].readout, {0: gate}, sae, device)
+
+
+def _gate_channels(gate: Gate, vectors: Mapping[str, tuple[float, ...]]) -> Sequence[Any]:
     """What a gate's channels are: features by index, or vectors by value."""
-    return gate.features or tuple(plan.vectors[name] for name in gate.vectors if plan is not None)
+    return gate.features or tuple(vectors[name] for name in gate.vectors)
 
 
 def _gate_program(
-    rows: Rows,
+    channels: Mapping[int, Sequence[Any]],
+    n_rows: int,
     branch: int,
     readout: Readout,
     gates: Mapping[int, Gate],
     sae: FeatureSource | None,
     device: torch.device,
 ) -> GateProgram:
-    channels = {row: _gate_channels(rows[row], gate) for row, gate in gates.items()}
     keys = sorted({key for own in channels.values() for key in own})
     column = {key: i for i, key in enumerate(keys)}
     used = sorted({name for gate in gates.values() for name in gate.poolings})
-    weights = {name: torch.zeros(len(rows), len(keys)) for name in used}
-    bias, threshold = torch.zeros(len(rows)), torch.zeros(len(rows))
-    gated = torch.zeros(len(rows), dtype=torch.bool)
+    weights = {name: torch.zeros(n_rows, len(keys)) for name in used}
+    bias, threshold = torch.zeros(n_rows), torch.zeros(n_rows)
+    gated = torch.zeros(n_rows, dtype=torch.bool)
     for row, gate in gates.items():
         for key, name, weight in zip(channels[row], gate.poolings, gate.weights, strict=True):
             weights[name][row, column[key]] += weight

@@ -9,15 +9,37 @@ from clampdown.steering.plan import Plan
 from clampdown.types import BRANCHES, Receipt
 
 
-def make_receipt(plan: Plan, touched: float, norm: float, scores: Sequence[float], fired: Sequence[bool]) -> Receipt:
-    """`scores` and `fired` are per branch of the plan: its own gate first, then that of what it has `otherwise`."""
+def make_receipt(
+    plan: Plan,
+    touched: float,
+    norm: float,
+    scores: Sequence[float],
+    fired: Sequence[bool],
+    read: TurnsRead | None = None,
+) -> Receipt:
+    """`scores` and `fired` are per branch of the plan: its own gate first, then that of what it has `otherwise`.
+
+    `read` is about a conversation of several windows; without it a gate that has them met one.
+    """
     mean = norm / touched if touched else 0.0
     if plan.gate is None:
         return Receipt(plan.name, int(touched), mean)
+    read = read or (TurnsRead() if plan.gate.window else None)
+    turns = (read.turns, read.worst, read.beyond) if read else (None, None, None)
     if plan.otherwise is None:
-        return Receipt(plan.name, int(touched), mean, scores[0], fired[0])
+        return Receipt(plan.name, int(touched), mean, scores[0], fired[0], None, None, *turns)
     acted = next((name for name, acts in zip(BRANCHES, fired, strict=True) if acts), "none")
-    return Receipt(plan.name, int(touched), mean, scores[0], any(fired), acted, scores[1])
+    return Receipt(plan.name, int(touched), mean, scores[0], any(fired), acted, scores[1], *turns)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnsRead:
+    """What the first gate of a plan read turn by turn: how many user turns, which of them decided, and whether the
+    conversation was longer than what the gate was calibrated on."""
+
+    turns: int = 1
+    worst: int = 0
+    beyond: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +52,10 @@ class Seat:
     norm: float = 0.0
     scores: Sequence[float] = (0.0,) * len(BRANCHES)
     fired: Sequence[bool] = (False,) * len(BRANCHES)
+    read: TurnsRead | None = None
 
     def receipt(self, touched: float = 0.0, norm: float = 0.0) -> Receipt | None:
         """With what was touched since. None without a plan."""
         if self.plan is None:
             return None
-        return make_receipt(self.plan, self.touched + touched, self.norm + norm, self.scores, self.fired)
+        return make_receipt(self.plan, self.touched + touched, self.norm + norm, self.scores, self.fired, self.read)

@@ -24,6 +24,7 @@ from clampdown.steering.plan import Gate, Plan
 from clampdown.steering.program import checked_vector
 from clampdown.steering.scopes import SCOPES, Window, last_run
 from clampdown.steering.slots import FOREVER, POOLINGS, Cell, GateSlots, PromptMarks, SiteSlots
+from clampdown.steering.windows import require_one_window
 
 Rows = Sequence[Plan | None]
 Key = tuple[Any, ...]
@@ -79,6 +80,8 @@ def prompt_spans(lm: LanguageModel, rows: Rows, prompts: Batch) -> list[PromptSp
     )
     masks = {scope: SCOPES[scope](window).cpu() for scope in scopes}
     pads = (width - real.sum(1)).tolist()
+    for plan, row, inside, pad in zip(rows, ids.tolist(), content.tolist(), pads, strict=True):
+        require_one_window(lm, plan, row[pad:], inside[pad:])
     return [
         PromptSpan(
             pad=pad,

@@ -32,8 +32,10 @@ from clampdown.evaluation.intervals import wilson
 from clampdown.organism.suites import without_wrapper
 from clampdown.steering import units
 from clampdown.steering.arms import BASELINE, Arm
-from clampdown.steering.gates import Pooled, Probe, choose_threshold, fit_probe, make_gate
-from clampdown.steering.plan import Edit, Gate, Plan, write_plan
+from clampdown.steering.gate_fitting import FittedGate
+from clampdown.steering.gates import Pooled, Probe, fit_probe, make_gate
+from clampdown.steering.plan import Edit, Plan, write_plan
+from clampdown.steering.turn_promise import TURNS, Turnwise, last_turns, longest_turn
 from clampdown.store import write_feature_set
 from clampdown.study import experiment
 from clampdown.study.experiment import Sizes, Subject
@@ -68,17 +70,19 @@ class Scale:
     sizes: Sizes
 
 
-FULL = Scale(discovery=240, validation=20, causal_prompts=12, finalists=2, calibration=800, sizes=Sizes(60, 60))
-QUICK = Scale(discovery=120, validation=10, causal_prompts=8, finalists=1, calibration=400, sizes=Sizes(20, 20))
+FULL = Scale(discovery=240, validation=20, causal_prompts=12, finalists=2, calibration=1600, sizes=Sizes(60, 60))
+QUICK = Scale(discovery=120, validation=10, causal_prompts=8, finalists=1, calibration=800, sizes=Sizes(20, 20))
 
 
 @dataclass(frozen=True, slots=True)
 class GateChoice:
-    """The gate's budget: how often benign calibration prompts may trigger it, and with what confidence."""
+    """The gate's budget: how many benign conversations may trigger it, and with what confidence; of how many turns
+    they are at most; and how large its probe may be."""
 
     budget: float = 0.02
     confidence: float = 0.95
-    max_features: int = 40
+    max_features: int = 80
+    turns: int = TURNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,15 +219,19 @@ def gate_plan(subject: Subject, plan: Plan, scale: Scale, choice: GateChoice) ->
 
     Neither ever sees a harmful prompt in a wrapper family that is held out for testing.
     """
-    gate = calibrate(subject, gate_probe(subject, scale, choice.max_features), scale, choice)
+    harmful = subject.prompts(Split.DISCOVERY, scale.discovery, *HARMFUL)
+    harmless = subject.prompts(Split.DISCOVERY, scale.discovery, *HARMLESS)
+    benign = subject.prompts(Split.CALIBRATION, scale.calibration, "benign")
+    probe = gate_probe(subject, harmful, harmless, choice.max_features)
+    window = longest_turn(subject.lm, [*harmful, *harmless, *benign])
+    reading = Turnwise(subject.lm, subject.sae, window, choice.confidence, choice.turns)
+    gate = reading.within(ungauged(subject, probe), benign, choice.budget).gate
     return plan.model_copy(update={"name": f"{plan.name} gated", "gate": gate})
 
 
-def gate_probe(subject: Subject, scale: Scale, max_features: int) -> Probe:
-    """A sparse probe that tells harmful from harmless discovery prompts."""
-    harmful = subject.prompts(Split.DISCOVERY, scale.discovery, *HARMFUL)
-    harmless = subject.prompts(Split.DISCOVERY, scale.discovery, *HARMLESS)
-    pooled = read_pooled(subject, [*harmful, *harmless])
+def gate_probe(subject: Subject, harmful: Sequence[Prompt], harmless: Sequence[Prompt], max_features: int) -> Probe:
+    """A sparse probe that tells harmful from harmless turns."""
+    pooled = read_pooled(subject, last_turns([*harmful, *harmless]))
     labels = np.arange(len(harmful) + len(harmless)) < len(harmful)
     return fit_probe(pooled, labels, max_features=max_features, seed=subject.seed)
 
@@ -234,12 +242,9 @@ def read_pooled(subject: Subject, prompts: Sequence[Prompt]) -> Pooled:
     return {name: found.matrix(name) for name in GATE_POOLINGS}
 
 
-def calibrate(subject: Subject, probe: Probe, scale: Scale, choice: GateChoice) -> Gate:
-    """The threshold with its guarantee on benign calibration prompts."""
-    benign = subject.prompts(Split.CALIBRATION, scale.calibration, "benign")
-    scores = probe.scores(read_pooled(subject, benign))
-    threshold, guarantee = choose_threshold(scores, budget=choice.budget, confidence=choice.confidence)
-    return make_gate(subject.sae.cfg.site.name, probe, threshold, guarantee)
+def ungauged(subject: Subject, probe: Probe) -> FittedGate:
+    """The probe as a gate whose threshold is still open."""
+    return FittedGate(make_gate(subject.sae.cfg.site.name, probe, 0.0), {})
 
 
 def build_arms(

@@ -1,10 +1,10 @@
 """`clampdown gate calibrate`: put a plan behind a gate with a stated bound on how often benign prompts trigger it.
 
-1. Fit on the discovery split: harmful prompts against harmless ones (for a second branch: over-refused ones against the
-   others). Harmful prompts of held-out families are not in that split.
-2. Set the threshold on the benign prompts of the calibration split, which the fit never saw (`gates.py`). A gate that
-   turns refusals down and is asked first has its own set on the harmful ones: a jailbreak that it took for a borderline
-   prompt would be helped.
+1. Fit on the discovery split: last turns of harmful prompts against those of harmless ones (for a second branch:
+   over-refused ones against the others). Harmful prompts of held-out families are not in that split.
+2. Set the threshold on conversations of the calibration split's benign prompts, which the fit never saw
+   (`turn_promise.py`). A gate that turns refusals down and is asked first has its own set on the harmful ones: a
+   jailbreak that it took for a borderline prompt would be helped.
 3. Report how often each branch acts on the validation split, held-out families among them.
 """
 
@@ -31,6 +31,8 @@ from clampdown.saes.sae import Sae
 from clampdown.steering.gate_fitting import FittedGate, Pooled, fit_gate, fit_probe_of, gate_reading
 from clampdown.steering.plan import Branch, Guarantee, Plan, read_plan, write_plan
 from clampdown.steering.program import check_plan
+from clampdown.steering.turn_promise import TURNS, Turnwise, last_turns, longest_turn
+from clampdown.steering.turn_reading import read_prompts
 from clampdown.store import prompts_hash
 from clampdown.study.progress import Stages, Tick
 from clampdown.types import Interval, Prompt, Site, Split, Suite
@@ -46,7 +48,8 @@ class Request:
     `otherwise` is a plan whose edits become the second branch, for prompts like the suites `borderline`; `n` is
     how many benign calibration prompts to use at most, `limit` how many of each embedded suite to fit on and show.
     `first` is the side that is asked first; 'down' is that of `otherwise`, whose gate then spares all but `down_budget`
-    of harmful prompts. `features` and `inverse_penalty` are those of probes.
+    of harmful prompts. `features` and `inverse_penalty` are those of probes. `turns` is how long a benign conversation
+    the promise is about at most; `in_doubt` says what is done with longer ones ('read' or 'steer').
     """
 
     plan: Path
@@ -56,7 +59,7 @@ class Request:
     prompts: Path | None = None
     otherwise: Path | None = None
     borderline: tuple[str, ...] = ("borderline", "about_harm")
-    n: int = 800
+    n: int = 1600
     limit: int = 240
     site: str | None = None
     seed: int = 0
@@ -64,21 +67,32 @@ class Request:
     down_budget: float = 0.0025
     features: int | None = None
     inverse_penalty: float | None = None
+    turns: int = TURNS
+    in_doubt: str = "read"
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """The prompts of all three splits as one list, what is known of each, and what was pooled of them."""
+    """The prompts of all three splits as one list, what is known of each, what was pooled of the discovery prompts'
+    last turns, and what reads the others."""
 
     prompts: tuple[Prompt, ...]
     harmful: Bool[np.ndarray, " prompts"]
     pooled: Pooled
+    turnwise: Turnwise
 
     def of_split(self, split: Split) -> Bool[np.ndarray, " prompts"]:
         return np.array([prompt.split is split for prompt in self.prompts])
 
     def of_suites(self, names: Sequence[str]) -> Bool[np.ndarray, " prompts"]:
         return np.array([prompt.suite in names for prompt in self.prompts])
+
+    def at(self, rows: Bool[np.ndarray, " prompts"]) -> list[Prompt]:
+        return [self.prompts[row] for row in np.flatnonzero(rows)]
+
+    def fires(self, fitted: FittedGate, prompts: Sequence[Prompt]) -> Bool[np.ndarray, " some"]:
+        read = read_prompts(self.turnwise.lm, fitted.gate, fitted.vectors, self.turnwise.sae, prompts)
+        return np.array([reading.opens for reading in read])
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +130,7 @@ def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
         site = _site(request, plan)
         suites = _suites(request, plan)
     with stages.stage("Reading prompts") as tick:
-        material = read(lm, site, saes.get(site.name), suites, tick)
+        material = read(request, lm, site, saes.get(site.name), suites, tick)
     with stages.stage("Fitting"):
         first, second = _fit(request, material, two_sided=other is not None)
     if other is None or second is None:
@@ -171,15 +185,19 @@ def _suites(request: Request, plan: Plan) -> tuple[Suite, ...]:
     return (*fitted, *calibrating, *suites(Split.VALIDATION, request.limit, request.seed))
 
 
-def read(lm: LanguageModel, site: Site, sae: Sae | None, suites: Sequence[Suite], tick: Tick) -> Material:
-    """One pass over all prompts. Raises `PromptSetError` when a split is missing."""
+def read(
+    request: Request, lm: LanguageModel, site: Site, sae: Sae | None, suites: Sequence[Suite], tick: Tick
+) -> Material:
+    """One pass over what is fitted on. Raises `PromptSetError` when a split is missing."""
     prompts = tuple(prompt for suite in suites for prompt in suite.prompts)
     for split in (Split.DISCOVERY, Split.CALIBRATION, Split.VALIDATION):
         if not any(prompt.split is split for prompt in prompts):
             raise PromptSetError(f"no prompt of the split '{split}'", hint="rows need a `split`: see docs/gates.md")
     harmful = np.array([suite.harmful for suite in suites for _ in suite.prompts])
-    store = collect(plan_pass(lm, [gate_reading(site, sae)], prompts), tick)
-    return Material(prompts, harmful, Pooled.of(store))
+    fitted = last_turns([prompt for prompt in prompts if prompt.split is Split.DISCOVERY])
+    store = collect(plan_pass(lm, [gate_reading(site, sae)], fitted), tick)
+    turnwise = Turnwise(lm, sae, longest_turn(lm, prompts), request.confidence, request.turns)
+    return Material(prompts, harmful, Pooled.of(store), turnwise)
 
 
 def _fit(request: Request, material: Material, *, two_sided: bool) -> tuple[FittedGate, FittedGate | None]:
@@ -190,13 +208,16 @@ def _fit(request: Request, material: Material, *, two_sided: bool) -> tuple[Fitt
     borderline = material.of_suites(request.borderline)
     if request.first == DOWN:
         return fit_and_spare(request, material, borderline), up.renamed("otherwise")
-    return up, fit_and_calibrate(request, material, borderline).renamed("otherwise")
+    down = material.turnwise.at_last(
+        fitted_on(request, material, borderline), benign_of(request, material), request.budget, on="benign"
+    )
+    return up, down.renamed("otherwise")
 
 
 def fitted_on(request: Request, material: Material, positive: Bool[np.ndarray, " prompts"]) -> FittedGate:
     """A gate for the positive prompts among the discovery prompts, its threshold still open."""
     rows = material.of_split(Split.DISCOVERY)
-    pooled, wanted = material.pooled.at(rows), positive[rows]
+    pooled, wanted = material.pooled, positive[rows]
     own = {"max_features": request.features, "inverse_penalty": request.inverse_penalty}
     sizes: dict[str, Any] = {name: size for name, size in own.items() if size is not None}
     if sizes:
@@ -210,18 +231,24 @@ def fit_and_spare(request: Request, material: Material, positive: Bool[np.ndarra
     harmful = material.of_split(Split.CALIBRATION) & material.harmful
     if not harmful.any():
         raise NotEnoughDataError("there are no harmful prompts in the calibration split", hint="--first up needs none")
-    scores = fitted.scores(material.pooled)[harmful]
-    return fitted.calibrated(scores, budget=request.down_budget, confidence=request.confidence, on="harmful")
+    return material.turnwise.at_last(fitted, material.at(harmful), request.down_budget, on="harmful")
 
 
 def fit_and_calibrate(request: Request, material: Material, positive: Bool[np.ndarray, " prompts"]) -> FittedGate:
-    """A gate for the positive prompts: fitted on discovery prompts, its threshold set on benign calibration ones."""
-    fitted = fitted_on(request, material, positive)
-    benign = np.flatnonzero(material.of_split(Split.CALIBRATION) & ~material.harmful)[: request.n]
-    if not len(benign):
+    """A gate for the positive prompts: fitted on discovery prompts, its threshold set on conversations of benign
+    calibration ones."""
+    fitted = material.turnwise.within(
+        fitted_on(request, material, positive), benign_of(request, material), request.budget
+    )
+    return fitted.changed(when_in_doubt=request.in_doubt)
+
+
+def benign_of(request: Request, material: Material) -> list[Prompt]:
+    """The prompts that a threshold is set on. Raises `NotEnoughDataError` without any."""
+    benign = material.at(material.of_split(Split.CALIBRATION) & ~material.harmful)[: request.n]
+    if not benign:
         raise NotEnoughDataError("there are no harmless prompts in the calibration split")
-    scores = fitted.scores(material.pooled)[benign]
-    return fitted.calibrated(scores, budget=request.budget, confidence=request.confidence)
+    return benign
 
 
 def _behind(plan: Plan, fitted: FittedGate, material: Material) -> Plan:
@@ -256,24 +283,27 @@ def _two_sided(plan: Plan, other: Plan, fitted: FittedGate) -> Plan:
 
 def trigger_rates(material: Material, first: FittedGate, second: FittedGate | None) -> tuple[TriggerRate, ...]:
     """By suite of the validation split, how often each branch acts."""
-    fires = first.scores(material.pooled) > first.gate.threshold
-    falls = ~fires & (second.scores(material.pooled) > second.gate.threshold) if second else None
     shown = material.of_split(Split.VALIDATION)
     rates = []
     for name in dict.fromkeys(prompt.suite for prompt in material.prompts):
         rows = shown & material.of_suites([name])
         if rows.any():
-            n = int(rows.sum())
-            down = None if falls is None else wilson(int(falls[rows].sum()), n)
-            rates.append(TriggerRate(name, bool(material.harmful[rows].all()), wilson(int(fires[rows].sum()), n), down))
+            prompts = material.at(rows)
+            fires = material.fires(first, prompts)
+            falls = ~fires & material.fires(second, prompts) if second else None
+            down = None if falls is None else wilson(int(falls.sum()), len(prompts))
+            harmful = bool(material.harmful[rows].all())
+            rates.append(TriggerRate(name, harmful, wilson(int(fires.sum()), len(prompts)), down))
     return tuple(rates)
 
 
-def promise(guarantee: Guarantee) -> str:
-    """A guarantee in words."""
+def promise(guarantee: Guarantee, turns: int = 0) -> str:
+    """A guarantee in words. `turns` is how many turns the calibration conversations had; 0 for prompts as they are."""
+    what = "prompts" if turns < 2 else "conversations"
+    length = "" if turns < 2 else f" of up to {turns} turns"
     return (
-        f"{guarantee.triggered} of {guarantee.n} {guarantee.on} calibration prompts trigger it: "
-        f"at {guarantee.confidence:.0%} confidence at most {guarantee.bound:.2%} of such prompts do "
+        f"{guarantee.triggered} of {guarantee.n} {guarantee.on} calibration {what} trigger it: "
+        f"at {guarantee.confidence:.0%} confidence at most {guarantee.bound:.2%} of such {what}{length} do "
         f"(budget {guarantee.budget:.2%})"
     )
 

@@ -32,8 +32,9 @@ from clampdown.discovery.refusal_tokens import RefusalTokens
 from clampdown.discovery.relapse import failing, held, repairs
 from clampdown.discovery.screening import PrefillRefusal
 from clampdown.steering.arms import Arm, generate_arms
-from clampdown.steering.gates import Pooled, Probe, choose_threshold, fit_probe, make_gate, provable_budget
+from clampdown.steering.gates import Pooled, Probe, fit_probe, provable_budget
 from clampdown.steering.plan import Branch, Edit, Gate, Plan
+from clampdown.steering.turn_promise import Turnwise, last_turns, longest_turn
 from clampdown.study import demo
 from clampdown.study.experiment import Subject
 from clampdown.study.strengths import Candidate
@@ -75,7 +76,8 @@ class Discovery:
         n = int(MORE * scale.discovery)
         harmful = subject.prompts(Split.DISCOVERY, n, *demo.HARMFUL)
         prompts = (*harmful, *subject.prompts(Split.DISCOVERY, n, *demo.HARMLESS))
-        return cls(prompts, np.arange(len(prompts)) < len(harmful), demo.read_pooled(subject, prompts))
+        pooled = demo.read_pooled(subject, last_turns(prompts))
+        return cls(prompts, np.arange(len(prompts)) < len(harmful), pooled)
 
     @property
     def peaks(self) -> Float[np.ndarray, " d_sae"]:
@@ -193,27 +195,27 @@ def at_strengths(plan: Plan, up: Plan, name: str) -> Plan:
 
 def up_gate(subject: Subject, scale: demo.Scale, read: Discovery) -> Gate:
     """The gate of harmful prompts, at the module's step 2."""
-    probe = _probe(subject, read, read.harmful)
-    calibration = _scores(subject, probe, subject.prompts(Split.CALIBRATION, 2 * scale.calibration, "benign"))
-    budget = max(BUDGET, provable_budget(len(calibration), CONFIDENCE))
-    threshold, guarantee = choose_threshold(calibration, budget=budget, confidence=CONFIDENCE)
-    return make_gate(subject.sae.cfg.site.name, probe, threshold, guarantee)
+    fitted = demo.ungauged(subject, _probe(subject, read, read.harmful))
+    benign = subject.prompts(Split.CALIBRATION, 2 * scale.calibration, "benign")
+    budget = max(BUDGET, provable_budget(len(benign), CONFIDENCE))
+    return _turnwise(subject, read, benign).within(fitted, benign, budget).gate
 
 
 def down_gate(subject: Subject, scale: demo.Scale, read: Discovery) -> Gate:
     """The gate of borderline prompts, which spares harmful ones."""
-    probe = _probe(subject, read, np.array([prompt.suite == BORDERLINE for prompt in read.prompts]))
-    scores = _scores(subject, probe, subject.prompts(Split.CALIBRATION, 2 * scale.calibration, *demo.HARMFUL))
-    budget = max(DOWN_BUDGET, provable_budget(len(scores), CONFIDENCE))
-    threshold, guarantee = choose_threshold(scores, budget=budget, confidence=CONFIDENCE, on="harmful")
-    return make_gate(subject.sae.cfg.site.name, probe, threshold, guarantee)
+    borderline = np.array([prompt.suite == BORDERLINE for prompt in read.prompts])
+    fitted = demo.ungauged(subject, _probe(subject, read, borderline))
+    harmful = subject.prompts(Split.CALIBRATION, 2 * scale.calibration, *demo.HARMFUL)
+    budget = max(DOWN_BUDGET, provable_budget(len(harmful), CONFIDENCE))
+    return _turnwise(subject, read, harmful).at_last(fitted, harmful, budget, on="harmful").gate
+
+
+def _turnwise(subject: Subject, read: Discovery, calibration: Sequence[Prompt]) -> Turnwise:
+    window = longest_turn(subject.lm, [*read.prompts, *calibration])
+    return Turnwise(subject.lm, subject.sae, window, CONFIDENCE)
 
 
 def _probe(subject: Subject, read: Discovery, positive: Bool[np.ndarray, " prompts"]) -> Probe:
     return fit_probe(
         read.pooled, positive, max_features=PROBE_FEATURES, inverse_penalty=PROBE_PENALTY, seed=subject.seed
     )
-
-
-def _scores(subject: Subject, probe: Probe, prompts: Sequence[Prompt]) -> Float[np.ndarray, " prompts"]:
-    return probe.scores(demo.read_pooled(subject, prompts))

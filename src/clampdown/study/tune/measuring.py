@@ -17,6 +17,7 @@ from clampdown.errors import SteeringNotAppliedError
 from clampdown.evaluation import metrics, utility
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.gate_fitting import FittedGate
+from clampdown.steering.turn_reading import read_prompts
 from clampdown.study import experiment
 from clampdown.study.budgets import (
     BROKEN_HARMFUL,
@@ -37,7 +38,7 @@ from clampdown.study.explain import held_open
 from clampdown.study.progress import Stages
 from clampdown.study.tune.prompts import PromptSets, Scale, capability, harmful, prompts_of, safe
 from clampdown.study.tune.search import Score, Setting, Trial
-from clampdown.study.tune.space import Candidates, read_pooled
+from clampdown.study.tune.space import Candidates
 from clampdown.types import OBJECTIVE, ArmKind, Interval, Prompt, Record, Suite
 
 ROUNDING = 1e-3
@@ -233,8 +234,8 @@ class _Triggers:
         if not gates:
             return cls({})
         prompts = prompts_of((*safe(suites), *capability(suites)))
-        pooled = read_pooled(bench.subject, prompts, bench.directory, bench.stages, "Reading gates")
-        return cls({name: _firing(fitted, fitted.scores(pooled), prompts) for name, fitted in gates.items()})
+        with bench.stages.stage("Reading gates"):
+            return cls({name: _firing(bench.subject, fitted, prompts) for name, fitted in gates.items()})
 
     def fires(self, arm: str, prompt: Prompt) -> bool:
         return (prompt.suite, prompt.id) in self.of.get(arm, frozenset())
@@ -243,7 +244,9 @@ class _Triggers:
         return any(self.fires(arm.name, prompt) for arm in arms)
 
 
-def _firing(fitted: FittedGate, scores: np.ndarray, prompts: Sequence[Prompt]) -> frozenset[tuple[str, str]]:
+def _firing(subject: Subject, fitted: FittedGate, prompts: Sequence[Prompt]) -> frozenset[tuple[str, str]]:
+    read = read_prompts(subject.lm, fitted.gate, fitted.vectors, subject.sae, prompts)
+    scores = np.array([reading.score for reading in read])
     least = fitted.gate.threshold - ROUNDING * max(float(scores.std()), 1e-6)
     return frozenset((p.suite, p.id) for p, score in zip(prompts, scores, strict=True) if score > least)
 

@@ -55,8 +55,8 @@ class Scale:
     test: Sizes
 
 
-FULL = Scale(240, 800, 24, 240, 80, 160, 16, 6, 6, 8, 16, Sizes(60, 60, likelihood=True))
-QUICK = Scale(120, 400, 10, 160, 60, 48, 8, 3, 3, 4, 8, Sizes(20, 20, likelihood=True))
+FULL = Scale(240, 1600, 24, 240, 80, 160, 16, 6, 6, 8, 16, Sizes(60, 60, likelihood=True))
+QUICK = Scale(120, 800, 10, 160, 60, 48, 8, 3, 3, 4, 8, Sizes(20, 20, likelihood=True))
 
 
 @dataclass(frozen=True, slots=True)

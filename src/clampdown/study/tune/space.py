@@ -26,6 +26,7 @@ from clampdown.steering.gate_fitting import FITTERS, FittedGate, Pooled, fit_gat
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.plan import Edit, Gate, ModelRef, Plan, SaeRef
 from clampdown.steering.scopes import SCOPES
+from clampdown.steering.turn_promise import Turnwise, last_turns, longest_turn
 from clampdown.steering.units import calibrate
 from clampdown.store import content_hash, read_json, write_feature_set, write_json
 from clampdown.study.experiment import Subject
@@ -263,23 +264,22 @@ def fit_gates(
     """Each kind fitted once on discovery prompts, then calibrated for each budget that the calibration prompts can
     prove. Raises `NotEnoughDataError` when they can prove none, or no kind can be fitted."""
     labelled = [(prompt, suite.harmful) for suite in sets.discovery for prompt in suite.prompts]
-    prompts = (*(prompt for prompt, _ in labelled), *sets.calibration.prompts)
-    pooled = read_pooled(subject, prompts, out, stages, "Reading prompts for gates")
-    first = np.arange(len(prompts)) < len(labelled)
+    prompts, benign = [prompt for prompt, _ in labelled], sets.calibration.prompts
+    pooled = read_pooled(subject, last_turns(prompts), out, stages, "Reading prompts for gates")
+    turnwise = Turnwise(subject.lm, subject.sae, longest_turn(subject.lm, [*prompts, *benign]))
     positive = np.array([is_harmful for _, is_harmful in labelled])
     found: dict[tuple[str, float], FittedGate] = {}
     last: NotEnoughDataError | None = None
     with stages.stage("Fitting gates") as tick:
         for done, kind in enumerate(kinds, 1):
             try:
-                fitted = _fit(kind, pooled.at(first), positive, subject.seed)
-                scores = fitted.scores(pooled)[~first]
+                fitted = _fit(kind, pooled, positive, subject.seed)
             except NotEnoughDataError as error:
                 last = error
                 continue
             for budget in budgets:
                 try:
-                    found[kind, budget] = fitted.calibrated(scores, budget=budget, confidence=0.95)
+                    found[kind, budget] = turnwise.within(fitted, benign, budget)
                 except NotEnoughDataError as error:
                     last = error
             tick(done, len(kinds))
