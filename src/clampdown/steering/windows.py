@@ -5,7 +5,7 @@ a gate that is read in context finds 7 of 30 harmful questions there, and 29 of 
 reads each user turn as if it had been the whole conversation, and keeps the worst:
 
 1. The prompt's token ids give its messages: runs of content tokens. A run behind the template's assistant header is a
-   reply and is not read.
+   reply and is not read, except one that the model is to go on with: that is read in context with its question.
 2. A turn of more than `window` tokens is cut into windows that overlap by half. Each window gets the template of a lone
    user turn. A prompt that is one such window is its own reading: it costs no pass, and scores as it always did.
 3. A system message is read with the first turn, in context, and the turn is read alone as well.
@@ -97,16 +97,18 @@ class Conversation:
 def conversation(lone: LoneTurn, ids: Sequence[int], content: Sequence[bool], size: int) -> Conversation:
     """A prompt, without padding, as windows of at most `size` content tokens."""
     ids = tuple(ids)
-    asked = [run for run in _runs(content) if not _is_reply(lone, ids, run)]
+    runs = _runs(content)
+    asked = [run for run in runs if not _is_reply(lone, ids, run)]
     everything = Window(ids, tuple(content), 0)
-    if not asked or (len(asked) == 1 and asked[0][1] - asked[0][0] <= size and _lone(lone, ids, asked[0])):
+    if not asked or (len(runs) == 1 and asked[0][1] - asked[0][0] <= size and _lone(lone, ids, asked[0])):
         return Conversation((everything,), whole=True)
     first = asked[0][0]
     has_system = ids[:first] != lone.before
     opening = [] if not has_system else [_opening(lone, ids, content, asked)]
     turns = asked[1:] if has_system and len(asked) > 1 else asked
     windows = [window for number, run in enumerate(turns) for window in _cut(lone, ids, run, size, number)]
-    return Conversation((*opening, *windows), whole=False)
+    begun = [] if runs[-1] == asked[-1] else [_begun(lone, ids, content, asked[-1][0], len(turns) - 1)]
+    return Conversation((*opening, *windows, *begun), whole=False)
 
 
 def _runs(content: Sequence[bool]) -> list[tuple[int, int]]:
@@ -131,6 +133,12 @@ def _opening(lone: LoneTurn, ids: Ids, content: Sequence[bool], asked: Sequence[
     if len(asked) == 1 or len(ids) == stop + len(lone.after):
         return Window(ids, tuple(content), 0)
     return Window((*ids[:stop], *lone.after), (*content[:stop], *(False for _ in lone.after)), 0)
+
+
+def _begun(lone: LoneTurn, ids: Ids, content: Sequence[bool], start: int, turn: int) -> Window:
+    """The last turn and the beginning of a reply to it."""
+    outside = (False for _ in lone.before)
+    return Window((*lone.before, *ids[start:]), (*outside, *content[start:]), turn)
 
 
 def _cut(lone: LoneTurn, ids: Ids, run: tuple[int, int], size: int, turn: int) -> list[Window]:
