@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import json
 import socket
+import threading
+import tracemalloc
+import zlib
 
 import pytest
 
 from clampdown.errors import EndpointDownError, EndpointError
 from clampdown.evaluation.judges.endpoint import ChatClient, Endpoint
+from clampdown.evaluation.judges.llm import parse_llm
 from clampdown.types import Message
 from tests.evaluation.chat_server import ChatServer, Fault, chat_server
 
@@ -91,3 +98,93 @@ def test_the_request_is_the_apis(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_endpoint_needs_an_address_and_a_model(url: str, model: str) -> None:
     with pytest.raises(EndpointError):
         Endpoint(url, model)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:secret@127.0.0.1:1/v1",
+        "https://secret@host/v1",
+        "http://host/v1?key=secret",
+        "http://host/v1#secret",
+        "http:///user:secret@host/v1",
+        "http://user:secret@[::1/v1",
+        "ftp://user:secret@host/v1",
+    ],
+)
+def test_credentials_in_an_address_are_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(EndpointError) as refused:
+        Endpoint(url, "m")
+    assert "secret" not in str(refused.value)
+    with pytest.raises(EndpointError) as refused:
+        parse_llm(f"strongreject:m@{url}" if url.startswith("http") else f"strongreject:m@http://x@{url}")
+    assert "secret" not in str(refused.value)
+    with pytest.raises(EndpointError) as refused:
+        Endpoint("http://host/v1", f"m@{url}")
+    assert "secret" not in str(refused.value)
+
+
+BOMB = gzip.compress(b" " * 50_000_000)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "drips", "problem"),
+    [
+        (HEAD + b"Content-Length: 99\r\n\r\n", True, "no whole answer within"),
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", True, "no whole answer within"),
+        (HEAD + b"Connection: close\r\n\r\n" + b" " * 70_000, False, "more than 65536 bytes"),
+        (
+            HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(BOMB) + BOMB,
+            False,
+            "more than 65536 bytes",
+        ),
+        (HEAD + b"Content-Encoding: br\r\nContent-Length: 1\r\n\r\nx", False, "was not asked for"),
+        (HEAD + b"Content-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx", False, "incorrect|not a chat"),
+        (HEAD + b"Content-Length: 8000\r\n\r\n" + b"[" * 8000, False, "not a chat completion"),
+    ],
+)
+def test_an_answer_that_drips_or_swells_did_not_come(sent: bytes, drips: bool, problem: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        over = threading.Event()
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(sent)
+                while drips and not over.wait(0.02):
+                    connection.sendall(b"x")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        tracemalloc.start()
+        try:
+            endpoint = Endpoint(url, "m", retries=0, deadline=0.5, max_bytes=65536)
+            with ChatClient(endpoint) as chat, pytest.raises(EndpointDownError, match=problem):
+                chat.complete(ASK)
+            assert tracemalloc.get_traced_memory()[1] < 5_000_000
+        finally:
+            tracemalloc.stop()
+            over.set()
+            thread.join()
+
+
+def test_an_answer_that_is_packed_unasked_is_read() -> None:
+    said = json.dumps({"choices": [{"message": {"content": "hi"}}]}).encode()
+    for packed, name in ((gzip.compress(said), b"gzip"), (zlib.compress(said), b"deflate")):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+
+            def answer(packed: bytes = packed, name: bytes = name, listening: socket.socket = listening) -> None:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    length = b"Content-Length: %d\r\n\r\n" % len(packed)
+                    connection.sendall(HEAD + b"Content-Encoding: " + name + b"\r\n" + length + packed)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            with ChatClient(Endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "m", retries=0)) as chat:
+                assert chat.complete(ASK) == "hi"
+            thread.join()

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import uvicorn
 from rich.console import Console
 
 from clampdown.commands.serve import Options, listen, open_server
 from clampdown.serving.app import create_app
 from clampdown.serving.audit import read_lines
+from clampdown.serving.connections import Server
 from clampdown.serving.desk import Served
 from clampdown.study.progress import Stages
 
@@ -63,7 +63,7 @@ def running(tmp: Path, options: Options | None = None, **served_with: Any) -> It
     served = open_server(replace(options or Options(), audit=audit), Stages(Console(quiet=True)))
     bound = listen("127.0.0.1", 0)
     app = create_app(replace(served, **served_with), drain_seconds=5)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False))
+    server = Server(app, served.limits, log_level="critical")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"

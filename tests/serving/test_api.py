@@ -223,6 +223,7 @@ def test_prompts_come_in_four_forms(live: Live, prompt: Any, n: int) -> None:
 
 
 SAY = {"model": "organism", "messages": [{"role": "user", "content": "Hello"}]}
+PART = {"type": "text", "text": "x"}
 REFUSED: list[tuple[str, Any, int, str]] = [
     (CHAT, {**SAY, "model": "organism:nothing"}, 404, "model_not_found"),
     (CHAT, {**SAY, "model": "../../etc/passwd"}, 404, "model_not_found"),
@@ -239,6 +240,16 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (CHAT, {**SAY, "messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_request"),
     (CHAT, {**SAY, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "invalid_request"),
     (CHAT, {**SAY, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "invalid_request"),
+    (CHAT, {**SAY, "messages": [{"role": "user", "content": "x " * 50_000}]}, 400, "context_length_exceeded"),
+    (CHAT, {**SAY, "messages": [{"role": "user", "content": []}]}, 400, "invalid_request"),
+    (CHAT, {**SAY, "messages": [{"role": "user", "content": "x", "name": "Ann"}]}, 400, "unsupported_parameter"),
+    (CHAT, {**SAY, "messages": [{"role": "user", "content": "x", "prefix": True}]}, 400, "unsupported_parameter"),
+    (CHAT, {**SAY, "messages": [{"role": "user", "content": "x", "wait": 1}]}, 400, "unknown_parameter"),
+    (CHAT, {**SAY, "messages": [{"role": "user", "content": [{**PART, "a": 1}]}]}, 400, "unknown_parameter"),
+    *((CHAT, {**SAY, "messages": [{"role": role, **said}]}, 400, "invalid_request")
+      for role in ("system", "developer", "user", "assistant") for said in ({}, {"content": None})),
+    (TEXT, {"model": "organism", "prompt": "x " * 50_000}, 400, "context_length_exceeded"),
+    (TEXT, {"model": "organism", "prompt": [1] * 5000}, 400, "context_length_exceeded"),
     (CHAT, {**SAY, "messages": [{"role": "user", "content": "word " * 600}]}, 400, "context_length_exceeded"),
     (CHAT, {**SAY, "max_tokens": 0}, 400, "nothing_to_do"),
     (CHAT, {**SAY, "max_tokens": 510}, 400, "context_length_exceeded"),
@@ -284,6 +295,10 @@ def test_neutral_and_filing_fields_of_clients_have_no_effect(live: Live) -> None
         response_format={"type": "text"}, tools=[], stop=None, max_completion_tokens=64, top_p=1, stream=False,
     )  # fmt: skip
     assert same["choices"] == plain["choices"]
+    answer = {**plain["choices"][0]["message"], "tool_calls": None, "annotations": [], "function_call": None}
+    part = {"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}
+    talk = [{"role": "user", "content": [part]}, answer, {"role": "user", "content": "And then?", "prefix": False}]
+    assert live.post(CHAT, {"model": "organism", "messages": talk}).status_code == 200, "an answer goes back as it came"
 
 
 def test_models_are_listed_with_what_they_do(live: Live) -> None:

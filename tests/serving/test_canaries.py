@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,7 @@ from clampdown.commands.canaries import canaries
 from clampdown.commands.serve import Options, background, open_server
 from clampdown.organism import PLANS_DIR
 from clampdown.serving.audit import read_lines
-from clampdown.serving.canaries import Aviary
+from clampdown.serving.canaries import Aviary, Canary
 from clampdown.serving.desk import Served
 from clampdown.study.progress import Stages
 
@@ -71,12 +72,15 @@ def test_the_gated_plan_passes_and_a_changed_reply_is_an_alarm(served: Served) -
 def test_a_canary_that_ends_in_an_error_has_failed(served: Served) -> None:
     """An error is what a canary is for; only a full queue says nothing about the reply."""
     bird = replace(canaries(served.lm, "organism", None)[0], max_tokens=1, passes=lambda _: True)
-    aviary = Aviary(served, birds := [bird], every=60)
+    aviary = Aviary(served, [bird], every=60)
 
     def break_it() -> None:
-        birds[0] = replace(bird, prompt=())  # which the engine refuses
+        engine._context = 1  # no prompt fits
 
+    engine: Any = served.engine
+    whole = engine._context
     rounds(aviary, None, break_it)
+    engine._context = whole
     assert served.ledger.audit is not None
     lines = [line.fields for line, _ in read_lines(served.ledger.audit.path) if line.fields]
     assert [line["alarm"] for line in lines if line["event"] == "canary"][-2:] == [True, True]
@@ -89,3 +93,19 @@ def test_canaries_of_a_file_and_none(served: Served, tmp_path: Path) -> None:
     assert canaries(served.lm, "some/model", None) == ()
     assert background(Options(canary_every=None), served) == ()
     assert len(background(Options(canary_every=60.0), served)) == 1
+
+
+def test_what_changed_while_no_server_ran_is_noticed(served: Served, tmp_path: Path) -> None:
+    """A new server on the old log takes its reference from there; another model's lines are not about this one."""
+    always = Canary("c", "benign", (1, 9), lambda _: True, max_tokens=1)
+    never = replace(always, passes=lambda _: False)
+    names = [name for name, _ in served.plans]
+    for canary, model, alarm in ((always, served.model, False), (never, served.model, True), (never, "other", False)):
+        again = Aviary(replace(served, model=model), [canary], 60.0)
+        rounds(again, lambda: None)
+        metric = served.ledger.metrics.canary_alarm.labels(names[0])
+        assert (metric._value.get() > 0) == alarm
+    renumbered = replace(never, prompt=(1, 10))
+    again = Aviary(served, [renumbered], 60.0)
+    rounds(again, lambda: None)
+    assert served.ledger.metrics.canary_alarm.labels(names[0])._value.get() == 0, "another prompt of that number"

@@ -98,6 +98,34 @@ def test_a_full_queue_says_when_to_come_back_and_a_place_in_it_is_kept_in_order(
     serve(work, Limits(rows=1, queue=3))
 
 
+def test_who_has_gone_away_takes_no_place_in_the_queue() -> None:
+    async def work(engine: Engine) -> None:
+        first = engine.submit(request(ENDLESS))
+        await anext(first)
+        waiting = [engine.submit(request(4)) for _ in range(3)]
+        await waiting[0].aclose()
+        await waiting[1].aclose()
+        assert engine.load().queued == 1
+        again = [engine.submit(request(4)) for _ in range(2)]
+        with pytest.raises(QueueFullError):
+            engine.submit(request(4))
+        await first.aclose()
+        for stream in (waiting[2], *again):
+            assert [item async for item in stream][-1].n_generated == 4  # type: ignore[union-attr]
+
+    serve(work, Limits(rows=1, queue=3))
+
+
+def test_prefixes_are_one_s_own() -> None:
+    prompt = tuple(range(3, 43))
+
+    async def work(engine: Engine) -> None:
+        found = [(await ask(engine, request(1, prompt=prompt, owner=who))).done.n_reused for who in "aabb"]
+        assert found == [0, len(prompt) - 1] * 2
+
+    serve(work)
+
+
 def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
     async def main() -> Answer:
         engine = Engine(LM, (SAE,))

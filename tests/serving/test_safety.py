@@ -26,7 +26,7 @@ from clampdown.organism import MODEL_DIR, PLANS_DIR
 from clampdown.saes.checkpoints import load_sae
 from clampdown.serving.audit import AuditLog, read_lines
 from clampdown.serving.desk import Desk
-from clampdown.serving.limits import Keys, Limits
+from clampdown.serving.limits import Keys, Limits, allowed_hosts, host_name, readable_by_others
 from clampdown.serving.plans import PlanTable
 from clampdown.serving.schemas import ChatRequest
 from clampdown.serving.worker import Limits as EngineLimits
@@ -90,22 +90,29 @@ def test_a_large_body_is_refused_whether_or_not_it_says_how_large_it_is(live: Li
     body = json.dumps({**SAY, "user": "x" * 5000}).encode()
     stated = live.post(CHAT, None, content=body, **bearer(KEY))
     chunked = live.post(CHAT, None, content=iter([body[:3000], body[3000:]]), **bearer(KEY))
-    for answer in (stated, chunked):
-        assert answer.status_code == 413
+    for answer, line in zip((stated, chunked), live.lines()[-2:], strict=True):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+        assert (line["endpoint"], line["status"], line["code"]) == ("chat", 413, "request_too_large")
         assert "4000 bytes" in answer.json()["error"]["message"]
     assert live.get("/healthz").json()["status"] == "ok"
 
 
 def test_beyond_the_queue_is_429_with_a_time_to_wait(live: Live) -> None:
-    """Two decode, two wait; a request for three more gets nothing, and its place in the queue is given back."""
+    """Two decode, one waits; a request for two more gets nothing, and its place in the queue is given back."""
     started = [threading.Thread(target=live.post, args=(CHAT, LONG), kwargs=bearer(KEY)) for _ in range(2)]
     for thread in started:
         thread.start()
     wait_until(lambda: live.get("/healthz").json()["running"] == 2)
-    answer = live.post(CHAT, {**SAY, "n": 4}, **bearer(KEY))
+    waiting = threading.Thread(target=live.post, args=(CHAT, LONG), kwargs=bearer(KEY))
+    waiting.start()
+    wait_until(lambda: live.get("/healthz").json()["queued"] == 1)
+    started.append(waiting)
+    answer = live.post(CHAT, {**SAY, "n": 2}, **bearer(KEY))
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
     assert int(answer.headers["retry-after"]) >= 1
     assert live.lines()[-1]["status"] == 429
+    never = live.post(CHAT, {**SAY, "n": 3}, **bearer(KEY))
+    assert (never.status_code, never.json()["error"]["code"]) == (400, "too_many_choices"), "the queue has two places"
     for thread in started:
         thread.join()
     wait_until(lambda: live.get("/healthz").json()["queued"] == 0)
@@ -137,8 +144,8 @@ def wait_until(holds: Any, seconds: float = 20.0) -> None:
 def test_a_log_that_cannot_be_written_stops_the_answers_and_not_the_server(live: Live) -> None:
     audit = live.served.ledger.audit
     assert audit is not None
-    kept = audit._file
-    audit._file = os.open("/dev/full", os.O_RDWR)
+    kept = audit.path, audit._file, audit._size
+    audit.path, audit._file, audit._size = Path("/dev/full"), os.open("/dev/full", os.O_RDWR), 0
     try:
         unlogged = live.post(CHAT, SAY, **bearer(KEY))
         assert (unlogged.status_code, unlogged.json()["error"]["code"]) == (503, "audit_failed")
@@ -147,7 +154,7 @@ def test_a_log_that_cannot_be_written_stops_the_answers_and_not_the_server(live:
         assert live.get("/healthz").status_code == 503
         assert "clampdown_audit_broken 1.0" in live.get("/metrics", **bearer(KEY)).text
     finally:
-        audit._file = kept
+        audit.path, audit._file, audit._size = kept
     assert live.post(CHAT, SAY, **bearer(KEY)).status_code == 200
     assert live.get("/healthz").status_code == 200
 
@@ -166,6 +173,42 @@ def test_a_line_that_a_full_disk_cut_spoils_no_other(tmp_path: Path) -> None:
     log.write("third", {})
     log.close()
     assert [line.fields and line.fields["event"] for line, _ in read_lines(log.path)] == ["first", None, "third"]
+
+
+@pytest.mark.parametrize("happens", ["deleted or moved", "replaced", "made shorter"])
+def test_a_log_that_is_taken_away_is_noticed_and_gone_on_with(tmp_path: Path, happens: str) -> None:
+    """No line is written where nobody finds it; what was said at the start is said again."""
+    log = AuditLog(tmp_path / "log")
+    log.write("start", {"model": "m"})
+    log.write("request", {"n": 1})
+    if happens == "replaced":
+        (tmp_path / "other").write_text('{"event": "theirs"}\n{"cut')
+        (tmp_path / "other").replace(log.path)
+    elif happens == "made shorter":
+        os.truncate(log.path, 0)
+    else:
+        log.path.rename(tmp_path / "moved")
+    log.write("request", {"n": 2})
+    log.write("request", {"n": 3})
+    log.close()
+    assert log.broken is None
+    found = [line.fields for line, _ in read_lines(log.path)]
+    events = [fields and fields["event"] for fields in found]
+    before: list[Any] = ["theirs", None] if happens == "replaced" else []
+    assert events == [*before, "reopen", "start", "request", "request"]
+    assert happens in str(found[len(before)]) and found[len(before) + 1]["model"] == "m"  # type: ignore[index]
+
+
+def test_a_log_whose_place_is_taken_by_no_file_stops_the_answers(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "log")
+    log.path.unlink()
+    os.mkfifo(log.path)
+    log.write("request", {})
+    assert log.broken
+    log.path.unlink()
+    log.write("retry", {})
+    assert log.broken is None
+    log.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -294,6 +337,16 @@ def test_the_shipped_plans_are_for_the_shipped_weights() -> None:
 
 
 def test_addresses_and_paths(tmp_path: Path) -> None:
+    hosts = allowed_hosts("127.0.0.1", ["Studio.example:443"])
+    assert hosts == {"localhost", "studio.example"} == allowed_hosts("localhost", ["studio.example."])
+    assert allowed_hosts("0.0.0.0", []) is None and allowed_hosts("0.0.0.0", ["a"]) == {"a", "0.0.0.0"}
+    names = ["LOCALHOST:8000", "[::1]:80", "::1", "127.0.0.1", "a.b.:1", "evil.example:localhost"]
+    assert [host_name(name) for name in names] == ["localhost", "::1", "::1", "127.0.0.1", "a.b", names[-1]]
+    (tmp_path / "keys").write_text(f"a {KEY}")
+    (tmp_path / "keys").chmod(0o640)
+    assert "chmod 600" in str(readable_by_others(tmp_path / "keys"))
+    (tmp_path / "keys").chmod(0o600)
+    assert readable_by_others(tmp_path / "keys") is None
     assert [is_local(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [1, 1, 1, 0, 0]
     assert public_name(str(tmp_path)) == tmp_path.name and public_name("organism") == "organism"
     with listen("127.0.0.1", 0) as bound:

@@ -140,5 +140,5 @@ def test_bytes_of_marks_and_of_no_token() -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<é>"})
     bytes_of = token_bytes(tokenizer)
-    assert bytes_of(tokenizer.eos_token_id) == "<é>".encode()
+    assert bytes_of(tokenizer.convert_tokens_to_ids("<é>")) == "<é>".encode()
     assert bytes_of(-1) == bytes_of(10**6) == b""

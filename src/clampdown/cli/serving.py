@@ -13,6 +13,7 @@ from clampdown.config import ORGANISM
 
 if TYPE_CHECKING:
     from clampdown.commands.monitor import Request
+    from clampdown.commands.serve import Options
 
 
 _MaxMultiple = Annotated[
@@ -27,6 +28,14 @@ _MaxChoices = Annotated[int, typer.Option("--max-choices", min=1, help="Prompts 
 _MaxConcurrent = Annotated[int, typer.Option("--max-concurrent", min=1, help="HTTP requests that may be open at once.")]
 _MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="Choices that decode together.")]
 _MaxQueue = Annotated[int, typer.Option("--max-queue", min=1, help="Choices that may wait for a place.")]
+_MaxConnections = Annotated[int, typer.Option("--max-connections", min=1, help="Connections that may be open.")]
+_ReceiveTimeout = Annotated[
+    float,
+    typer.Option("--receive-timeout", min=0.1, help="Seconds in which a request's head, and its body, must come."),
+]
+_AllowHost = Annotated[
+    list[str] | None, typer.Option("--allow-host", help="A name under which the server may be asked; repeatable.")
+]
 _Canaries = Annotated[
     Path | None, typer.Option("--canaries", help="Prompts that are asked on a schedule; default: the model's own.")
 ]
@@ -42,30 +51,39 @@ _GatedScoring = Annotated[
 _Raw = Annotated[bool, typer.Option("--raw/--no-raw", help="Take /v1/completions: prompts without the chat template.")]
 
 
+_Sae = Annotated[str | None, typer.Option("--sae", help="Default: those that the plans name.")]
+_Plans = Annotated[
+    list[Path] | None, typer.Option("--plans", help="A plan.toml or a directory of them; repeat for several.")
+]
+_Name = Annotated[str | None, typer.Option("--name", help="What clients call the model.")]
+_Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+_Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")]
+_ApiKeyFile = Annotated[Path | None, typer.Option("--api-key-file", help="Lines NAME KEY; default: anybody may ask.")]
+_Audit = Annotated[Path | None, typer.Option("--audit", help="Append a line per request to this file.")]
+_LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write prompts and replies into the audit log too.")]
+_RequirePlan = Annotated[bool, typer.Option("--require-plan", help="Refuse requests that would not be steered.")]
+_Inline = Annotated[bool, typer.Option("--inline/--no-inline", help="Take edits in requests.")]
+_Prompts = Annotated[Path | None, typer.Option("--prompts", help="Calibration prompts for edits in requests.")]
+_JudgeShare = Annotated[
+    float, typer.Option("--judge-share", min=0, max=1, help="Share of replies that the rules judge reads.")
+]
+_Drain = Annotated[float, typer.Option("--drain", min=0, help="Seconds to finish in when told to stop.")]
+
+
 @app.command()
 def serve(
     model: ModelOption = ORGANISM,
-    sae: Annotated[str | None, typer.Option("--sae", help="Default: those that the plans name.")] = None,
-    plans: Annotated[
-        list[Path] | None, typer.Option("--plans", help="A plan.toml or a directory of them; repeat for several.")
-    ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="What clients call the model.")] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="Lines NAME KEY; default: anybody may ask.")
-    ] = None,
-    audit: Annotated[Path | None, typer.Option("--audit", help="Append a line per request to this file.")] = None,
-    log_prompts: Annotated[
-        bool, typer.Option("--log-prompts", help="Write prompts and replies into the audit log too.")
-    ] = False,
-    require_plan: Annotated[
-        bool, typer.Option("--require-plan", help="Refuse requests that would not be steered.")
-    ] = False,
-    inline: Annotated[bool, typer.Option("--inline/--no-inline", help="Take edits in requests.")] = True,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Calibration prompts for edits in requests.")
-    ] = None,
+    sae: _Sae = None,
+    plans: _Plans = None,
+    name: _Name = None,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
+    api_key_file: _ApiKeyFile = None,
+    audit: _Audit = None,
+    log_prompts: _LogPrompts = False,
+    require_plan: _RequirePlan = False,
+    inline: _Inline = True,
+    prompts: _Prompts = None,
     raw: _Raw = True,
     gated_scoring: _GatedScoring = "read",
     max_multiple: _MaxMultiple = 4.0,
@@ -76,30 +94,39 @@ def serve(
     max_concurrent: _MaxConcurrent = 256,
     max_batch: _MaxBatch = 64,
     max_queue: _MaxQueue = 256,
-    judge_share: Annotated[
-        float, typer.Option("--judge-share", min=0, max=1, help="Share of replies that the rules judge reads.")
-    ] = 1.0,
+    max_connections: _MaxConnections = 1024,
+    receive_timeout: _ReceiveTimeout = 20.0,
+    allow_host: _AllowHost = None,
+    judge_share: _JudgeShare = 1.0,
     canaries: _Canaries = None,
     canary_every: _CanaryEvery = "15m",
-    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds to finish in when told to stop.")] = 30.0,
+    drain: _Drain = 30.0,
 ) -> None:
     """Serve the model and its plans behind an OpenAI-compatible API."""
     from clampdown.commands import serve as job
     from clampdown.commands.monitor import duration
-    from clampdown.serving.app import create_app
     from clampdown.serving.inline import Bounds
-    from clampdown.serving.limits import Limits, scoring_mode
+    from clampdown.serving.limits import Limits, allowed_hosts, scoring_mode
     from clampdown.serving.worker import Limits as EngineLimits
 
+    limits = Limits(
+        body_bytes=max_body,
+        tokens=max_tokens,
+        choices=max_choices,
+        concurrent=max_concurrent,
+        raw=raw,
+        gated_scoring=scoring_mode(gated_scoring),
+        connections=max_connections,
+        receive_seconds=receive_timeout,
+        hosts=allowed_hosts(host, allow_host or ()),
+    )
     options = job.Options(
         model=model,
         sae=sae,
         plans=tuple(plans) if plans else None,
         name=name,
         api_keys=api_key_file,
-        limits=Limits(
-            max_body, max_tokens, max_choices, max_concurrent, raw=raw, gated_scoring=scoring_mode(gated_scoring)
-        ),
+        limits=limits,
         engine=EngineLimits(rows=max_batch, queue=max_queue),
         inline=Bounds(max_multiple, max_edit_norm) if inline else None,
         prompts=prompts,
@@ -110,13 +137,24 @@ def serve(
         canaries=canaries,
         canary_every=None if canary_every == "never" else duration(canary_every),
     )
+    _serve(options, host, port, drain)
+
+
+def _serve(options: Options, host: str, port: int, drain: float) -> None:
+    """Listen first: a port that is taken is said at once, not after the model has been loaded."""
+    from clampdown.commands import serve as job
+    from clampdown.serving.app import create_app
+    from clampdown.serving.limits import readable_by_others
+
     bound = job.listen(host, port)
     served = job.open_server(options, stages())
     where = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-    if not job.is_local(host) and not api_key_file:
+    if not job.is_local(host) and not options.api_keys:
         errors.print("[yellow]anybody who reaches this machine may ask: there is no --api-key-file[/yellow]")
+    if options.api_keys and (warning := readable_by_others(options.api_keys)):
+        errors.print(f"[yellow]{escaped(warning)}[/yellow]", soft_wrap=True)
     web = create_app(served, background=job.background(options, served), drain_seconds=drain)
-    job.run(web, bound, lambda: _say_ready(where, served.plans.ids), drain)
+    job.run(web, bound, lambda: _say_ready(where, served.plans.ids), drain, options.limits)
 
 
 def _say_ready(where: str, ids: tuple[str, ...]) -> None:

@@ -30,13 +30,16 @@ def studio(
     """Try a steered model on a page in the browser, with the API of `serve` beside it."""
     from clampdown.commands import serve
     from clampdown.commands import studio as job
+    from clampdown.serving.limits import Limits, allowed_hosts
 
     job.require_gradio()
     bound = serve.listen(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
     if not serve.is_local(host):
         errors.print("[yellow]anybody who reaches this machine may use the page and the API[/yellow]")
-    options = job.Options(serve.Options(model=model, sae=sae, prompts=prompts), plan, plans, runs, max_tokens)
+    limits = Limits(hosts=allowed_hosts(host, ()))
+    server = serve.Options(model=model, sae=sae, prompts=prompts, limits=limits)
+    options = job.Options(server, plan, plans, runs, max_tokens)
     served = job.open_studio(options, stages())
     job.run(served, options, url, bound, lambda: _say_ready(url), 5.0)
 

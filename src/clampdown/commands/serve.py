@@ -9,13 +9,11 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import uvicorn
 from fastapi import FastAPI
 
 from clampdown.commands.canaries import canaries
@@ -29,12 +27,13 @@ from clampdown.saes.sae import FeatureSource
 from clampdown.serving.app import DRAIN_SECONDS, Background
 from clampdown.serving.audit import AuditLog, calibrated_for
 from clampdown.serving.canaries import Aviary
+from clampdown.serving.connections import Server
 from clampdown.serving.desk import Served
 from clampdown.serving.engine import Engine
 from clampdown.serving.inline import Bounds, InlineEdits
 from clampdown.serving.intake import judged_as
 from clampdown.serving.ledger import JudgeFn, Ledger
-from clampdown.serving.limits import Keys, Limits
+from clampdown.serving.limits import Keys, Limits, is_loopback
 from clampdown.serving.metrics import Metrics
 from clampdown.serving.plans import PlanTable
 from clampdown.serving.worker import Limits as EngineLimits
@@ -169,36 +168,20 @@ def listen(host: str, port: int) -> socket.socket:
 
 def is_local(host: str) -> bool:
     """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return host == "localhost" or is_loopback(host)
 
 
-class _Server(uvicorn.Server):
-    """Says when requests are answered."""
-
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ready = ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._ready()
-
-
-def run(app: FastAPI, bound: socket.socket, ready: Callable[[], None], drain_seconds: float = DRAIN_SECONDS) -> None:
+def run(
+    app: FastAPI,
+    bound: socket.socket,
+    ready: Callable[[], None],
+    drain_seconds: float = DRAIN_SECONDS,
+    limits: Limits | None = None,
+) -> None:
     """Answer until a signal says stop; then finish what was begun, for as long as `drain_seconds`."""
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(drain_seconds)),
-    )
+    server = Server(app, limits or Limits(), ready, timeout_graceful_shutdown=max(1, round(drain_seconds)))
     with contextlib.suppress(KeyboardInterrupt):
-        _Server(config, ready).run(sockets=[bound])
+        server.run(sockets=[bound])
 
 
 def background(options: Options, served: Served) -> tuple[Background, ...]:

@@ -117,4 +117,4 @@ def run(
     from clampdown.serving.studio.mount import mount
 
     app = create_app(served, drain_seconds=drain_seconds)
-    serve.run(mount(app, workbench(served, options, url)), bound, ready, drain_seconds)
+    serve.run(mount(app, workbench(served, options, url)), bound, ready, drain_seconds, served.limits)

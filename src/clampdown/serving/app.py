@@ -12,21 +12,21 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from clampdown.config import CODE_VERSION
-from clampdown.errors import ClampdownError
+from clampdown.errors import ClampdownError, RequestError
 from clampdown.serving import faults
 from clampdown.serving.desk import Desk, Served
 from clampdown.serving.faults import Json
 from clampdown.serving.intake import Job
 from clampdown.serving.ledger import Exchange
-from clampdown.serving.limits import BodyLimit
+from clampdown.serving.limits import Entrance
 from clampdown.serving.metrics import CONTENT_TYPE
 from clampdown.serving.plans import BASE, OFF, described
 from clampdown.serving.schemas import ChatRequest, CompletionRequest
@@ -34,6 +34,8 @@ from clampdown.serving.schemas import ChatRequest, CompletionRequest
 log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 30.0
+_LONG = 4096  # characters or tokens, some milliseconds of work
+_SLOW_JOBS = 2
 _ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 _ERROR = {
     "description": "An error in OpenAI's shape.",
@@ -58,7 +60,9 @@ _ERROR = {
         }
     },
 }
-_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 403, 404, 413, 422, 429, 500, 503)}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: _ERROR for status in (400, 401, 403, 404, 408, 413, 421, 422, 429, 500, 503)
+}
 
 Background = Callable[[], Coroutine[Any, Any, None]]
 
@@ -81,7 +85,7 @@ def create_app(
         app.add_exception_handler(kind, _refused)
     _add_answers(app, served)
     _add_facts(app, served)
-    app.add_middleware(BodyLimit, limit=served.limits.body_bytes, refuse=faults.response)  # type: ignore[arg-type]
+    app.add_middleware(Entrance, limits=served.limits, refuse=_turned_away(served))  # type: ignore[arg-type]
     return app
 
 
@@ -115,6 +119,17 @@ def _lifespan(served: Served, background: tuple[Background, ...], drain_seconds:
     return lifespan
 
 
+def _turned_away(served: Served) -> Callable[[str, str, RequestError], Response]:
+    """Answers what gets no further than the entrance, and writes it down as everything else that is refused."""
+
+    def answer(method: str, path: str, error: RequestError) -> Response:
+        if method == "POST" and path in _ENDPOINTS:
+            served.ledger.refuse(_ENDPOINTS[path], None, error.status, error.code)
+        return faults.response(error)
+
+    return answer
+
+
 async def _refused(http: Request, error: Exception) -> Response:
     """Any error as an answer; those of the two endpoints that answer are counted and written down."""
     status, body, headers = faults.fault(error)
@@ -134,22 +149,31 @@ def _add_answers(app: FastAPI, served: Served) -> None:
     """The two endpoints that run the model."""
     desk, intake = Desk(served), served.intake
 
+    threads: list[CapacityLimiter] = []
+
     async def answer(http: Request, make: Callable[[], Job], key: str, *, slow: bool) -> Response:
-        # An inline edit is measured on calibration prompts, which may take as long as a token.
-        job = await run_in_threadpool(make) if slow else make()
+        if not slow:
+            return await desk.answer(make(), http, key)
+        if not threads:
+            threads.append(CapacityLimiter(_SLOW_JOBS))  # it belongs to the loop that is running
+        job = await to_thread.run_sync(make, limiter=threads[0])
         return await desk.answer(job, http, key)
 
     @app.post("/v1/chat/completions", responses=_ERRORS, response_class=Json)
     async def chat_completions(body: ChatRequest, http: Request, key: str = Depends(_key)) -> Response:
         """Reply to a conversation, with a receipt of how it was steered."""
-        slow = not isinstance(body.steering, str | None)
-        return await answer(http, lambda: intake.chat(body), key, slow=slow)
+        return await answer(http, lambda: intake.chat(body), key, slow=_is_slow(body))
 
     @app.post("/v1/completions", responses=_ERRORS, response_class=Json)
     async def completions(body: CompletionRequest, http: Request, key: str = Depends(_key)) -> Response:
         """Go on with a text, or say how likely it is."""
-        slow = not isinstance(body.steering, str | None)
-        return await answer(http, lambda: intake.text(body), key, slow=slow)
+        return await answer(http, lambda: intake.text(body), key, slow=_is_slow(body))
+
+
+def _is_slow(body: ChatRequest | CompletionRequest) -> bool:
+    """Whether making a job of it may take as long as a token: others wait for what is done on the loop. An edit of the
+    client's own is measured on calibration prompts, and a long text takes its time to become tokens."""
+    return not isinstance(body.steering, str | None) or body.size > _LONG
 
 
 async def _key(http: Request) -> str:

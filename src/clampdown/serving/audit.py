@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from typing import Any
 from clampdown.errors import StoreError
 from clampdown.steering.plan import Plan
 
+log = logging.getLogger(__name__)
+
 SCHEMA = 1
 _PRIVATE = 0o600
+_CANARY, _HEAD = b'"event": "canary"', 64  # a line's first fields are its version and its event
 
 
 def now() -> str:
@@ -30,28 +34,33 @@ def now() -> str:
 
 
 class AuditLog:
-    """Appends events to a file. Raises `StoreError` when the file cannot be opened; what fails later is `broken`."""
+    """Appends events to a file. Raises `StoreError` when the file cannot be opened; what fails later is `broken`.
+
+    The file is looked at before each line. One that was deleted, moved away or replaced is opened anew, and one that
+    was made shorter is gone on with: in both cases the first line says so, and what was said at the start follows.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.broken: str | None = None
+        self._start: Mapping[str, Any] | None = None
+        self._size = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, _PRIVATE)
-            self._end_cut_line()
+            self._file = self._opened()
         except OSError as error:
             raise StoreError(f"cannot write the audit log {path}: {error.strerror or error}") from error
 
     def write(self, event: str, fields: Mapping[str, Any]) -> None:
         """Append one line. A line that cannot be written whole is remembered in `broken`, until one can."""
-        line = json.dumps({"v": SCHEMA, "event": event, "time": now(), **fields}) + "\n"
-        data = line.encode()
+        if event == "start":
+            self._start = fields
         try:
             if self.broken:
                 self._end_cut_line()  # there may have been no room for that either
-            if os.write(self._file, data) < len(data):
-                self._end_cut_line()
-                raise OSError("the disk is full")
+            if happened := self._gone():
+                self._go_on(happened)
+            self._append(event, fields)
             self.broken = None
         except OSError as error:
             self.broken = str(error.strerror or error)
@@ -59,6 +68,42 @@ class AuditLog:
     def close(self) -> None:
         """Nothing is buffered, so there is nothing to lose."""
         os.close(self._file)
+
+    def _opened(self) -> int:
+        """The file, ready for the next line."""
+        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, _PRIVATE)
+        self._file, self._size = file, os.fstat(file).st_size
+        self._end_cut_line()
+        return file
+
+    def _append(self, event: str, fields: Mapping[str, Any]) -> None:
+        data = (json.dumps({"v": SCHEMA, "event": event, "time": now(), **fields}) + "\n").encode()
+        if os.write(self._file, data) < len(data):
+            self._end_cut_line()
+            raise OSError("the disk is full")
+        self._size = os.fstat(self._file).st_size
+
+    def _gone(self) -> str | None:
+        """What has become of the file since the last line, if anything has."""
+        own = os.fstat(self._file)
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            return "deleted or moved"
+        if (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
+            return "replaced"
+        return "made shorter" if own.st_size < self._size else None
+
+    def _go_on(self, happened: str) -> None:
+        log.warning("the audit log %s was %s while it was written", self.path, happened)
+        if self.path.exists() and not self.path.is_file():
+            raise OSError("what stands in its place is no file")
+        old = self._file
+        self._opened()
+        os.close(old)
+        self._append("reopen", {"detail": f"the log was {happened}: its earlier lines are not in this file"})
+        if self._start is not None:
+            self._append("start", self._start)
 
     def _end_cut_line(self) -> None:
         size = os.fstat(self._file).st_size
@@ -91,6 +136,14 @@ def read_lines(path: Path, start: int = 0) -> Iterator[tuple[Line, int]]:
                     yield Line(number, _parsed(raw)), at
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def canary_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What a log says of canaries, from its beginning; other lines, of which there may be millions, are not parsed."""
+    with path.open("rb") as file:
+        for raw in file:
+            if _CANARY in raw[:_HEAD] and (found := _parsed(raw)) is not None:
+                yield found
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:

@@ -4,6 +4,8 @@
 2. A round asks every canary under every plan, one at a time and only while nobody waits: clients go first.
 3. The first round is the reference. Replies are greedy and the model is the same, so a canary that passed then and
    fails now means that something changed: an alarm in the metrics, in the log, and for `clampdown monitor`.
+4. With an audit log the first round is the first in the log, of whichever server that served this model under this
+   name: what changed while no server ran is noticed too.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from clampdown.errors import QueueFullError
+from clampdown.serving.audit import canary_lines
 from clampdown.serving.desk import Served
 from clampdown.serving.plans import BASE
 from clampdown.serving.requests import Done, Request, Sampling
 from clampdown.steering.plan import Plan
+from clampdown.store import content_hash
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +41,21 @@ class Canary:
     passes: Callable[[str], bool]
     max_tokens: int = 48
 
+    @property
+    def key(self) -> str:
+        """What it is known by in the log: another prompt of the same id is another canary."""
+        return f"{self.id}@{content_hash(list(self.prompt))[:8]}"
+
 
 @dataclass
 class Aviary:
-    """All canaries of a server, and what the first round found: (plan, canary) -> passed."""
+    """All canaries of a server, and what the first round found: (plan's digest, canary's key) -> passed."""
 
     served: Served
     canaries: Sequence[Canary]
     every: float
-    reference: dict[tuple[str, str], bool] = field(default_factory=dict)
+    reference: dict[tuple[str | None, str], bool] = field(default_factory=dict)
+    _remembers: bool = False
 
     async def run(self) -> None:
         """Rounds for ever, the first at once."""
@@ -58,12 +68,25 @@ class Aviary:
 
     async def round(self) -> None:
         """Ask every canary under every plan, and without one if the server answers so."""
+        if not self._remembers:
+            self._remembers = True
+            await asyncio.to_thread(self._remember)
         plans: list[tuple[str, Plan | None]] = [*self.served.plans]
         if self.served.plans.allow_base:
             plans.insert(0, (BASE, None))
         for name, plan in plans:
             await self._round_of(name, plan)
         self.served.ledger.metrics.canary_time.set(time.time())
+
+    def _remember(self) -> None:
+        """Take the reference from the audit log, as far as that goes back."""
+        audit = self.served.ledger.audit
+        for line in canary_lines(audit.path) if audit else ():
+            if line.get("model") == self.served.model:
+                for passed in (True, False):
+                    keys = line.get("passed" if passed else "fell")
+                    for key in keys if isinstance(keys, list) else ():
+                        self.reference.setdefault((line.get("digest"), str(key)), passed)
 
     async def _round_of(self, name: str, plan: Plan | None) -> None:
         metrics = self.served.ledger.metrics
@@ -74,9 +97,10 @@ class Aviary:
         for suite in dict.fromkeys(canary.suite for canary in asked):
             own = [ok for canary, ok in asked.items() if canary.suite == suite]
             metrics.canaries.labels(name, suite).set(sum(own) / len(own))
-        fallen = [canary.id for canary, ok in asked.items() if not ok and self.reference.get((name, canary.id))]
+        digest = plan.digest if plan else None
+        fallen = [canary.id for canary, ok in asked.items() if not ok and self.reference.get((digest, canary.key))]
         for canary, ok in asked.items():
-            self.reference.setdefault((name, canary.id), ok)
+            self.reference.setdefault((digest, canary.key), ok)
         metrics.canary_alarm.labels(name).set(len(fallen))
         self._write(name, plan, asked, fallen)
 
@@ -92,7 +116,10 @@ class Aviary:
                 "plan": None if plan is None else name,
                 "digest": plan and plan.digest,
                 "passed_of": suites,
+                "model": self.served.model,
                 "failed": [canary.id for canary, ok in asked.items() if not ok],
+                "passed": [canary.key for canary, ok in asked.items() if ok],
+                "fell": [canary.key for canary, ok in asked.items() if not ok],
                 "alarm": bool(fallen),
                 "detail": said,
             },

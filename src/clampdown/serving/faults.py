@@ -45,7 +45,7 @@ def fault(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, RequestValidationError):
         return _shaped(400, *_validation(error.errors()))
     if isinstance(error, HTTPException):
-        status, body, _ = _shaped(error.status_code, str(error.detail), None, None)
+        status, body, _ = _shaped(error.status_code, str(error.detail), getattr(error, "code", None), None)
         return status, body, dict(error.headers or {})
     if isinstance(error, _CLIENTS_MISTAKES):
         return _shaped(400, str(error), "cannot_steer", None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from clampdown.errors import ChatTemplateError, RequestError
@@ -83,8 +84,10 @@ class Intake:
     def chat(self, body: ChatRequest) -> Job:
         """Raises `RequestError`, `ChatTemplateError` and what a plan's lookup raises."""
         choice = self.plans.choose(body.model, body.steering)
+        self._check_choices(body.n or 1)
         messages = [Message(_role(turn.role), turn.text) for turn in body.messages]
-        prompt = Prompted(tuple(encode(self.lm, messages)), messages[-1].content)
+        self._check_length(sum(len(message.content) for message in messages), "messages")
+        prompt = Prompted(tuple(self._existing(encode(self.lm, messages))), messages[-1].content)
         return self._job(body, "chat", choice, [prompt])
 
     def text(self, body: CompletionRequest) -> Job:
@@ -96,13 +99,15 @@ class Intake:
         choice = self.plans.choose(body.model, body.steering)
         if not body.prompts:
             raise RequestError("there is no prompt in the list", param="prompt", code="empty_prompt")
+        self._check_choices(len(body.prompts) * (body.n or 1))
+        for given in body.prompts:
+            self._check_length(len(given), "prompt", 1 if isinstance(given, list) else None)
         return self._job(body, "text", choice, [self._prompted(given, body) for given in body.prompts])
 
     def _job(
         self, body: ChatRequest | CompletionRequest, endpoint: Endpoint, choice: Choice, prompts: list[Prompted]
     ) -> Job:
         scored = _is_scored(body)
-        self._check_choices(len(prompts) * (body.n or 1))
         reread = self._reread(body, choice) if isinstance(body, CompletionRequest) else False
         return Job(
             endpoint=endpoint,
@@ -147,13 +152,35 @@ class Intake:
                 param="n",
             )
 
+    def _check_length(self, size: int, param: str, longest: int | None = None) -> None:
+        """Refuse a text that no tokens could make fit, before it is turned into tokens. `longest` is the most that a
+        token holds of what `size` counts; by default characters, as the vocabulary has them."""
+        positions = self._positions
+        if positions is None or size <= positions or size <= positions * (longest or self._longest_token):
+            return
+        raise RequestError(
+            f"{size} {'tokens' if longest else 'characters'} do not fit into the model's {positions} positions",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+    @property
+    def _positions(self) -> int | None:
+        found = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if found is None else int(found)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the vocabulary's longest token; its name has at least as many as its text."""
+        return max(map(len, self.lm.tokenizer.get_vocab()))
+
     def _prompted(self, given: str | list[int], body: CompletionRequest) -> Prompted:
         tokenizer: Any = self.lm.tokenizer
         if isinstance(given, str):
-            ids = self._tokenized(given)
+            ids = self._existing(self._tokenized(given))
             text = given
         else:
-            ids = self._checked(given)
+            ids = self._existing(given)
             text = tokenizer.decode(ids, skip_special_tokens=False)
         if not ids:
             raise RequestError("a prompt is empty", param="prompt", code="empty_prompt")
@@ -178,13 +205,12 @@ class Intake:
         tokenizer: Any = self.lm.tokenizer
         return list(tokenizer.encode(text, add_special_tokens=self._unmarked(text)))
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
+    def _existing(self, ids: Sequence[int]) -> list[int]:
+        """Tokens for which the model has a row, wherever they come from: tokenizers can know more than it."""
         size = int(self.lm.model.get_input_embeddings().num_embeddings)
-        for token in ids:
-            if not 0 <= token < size:
-                raise RequestError(
-                    f"token {token} does not exist: the vocabulary has {size}", param="prompt", code="no_such_token"
-                )
+        wrong = next((token for token in ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise RequestError(f"token {wrong} does not exist: the model has {size}", code="no_such_token")
         return list(ids)
 
     def _sampling(self, body: ChatRequest | CompletionRequest, longest: int) -> Sampling:
@@ -213,8 +239,8 @@ class Intake:
             )
         if asked == 0 and not scored:
             raise RequestError("max_tokens 0 is for `echo` with `logprobs`", param="max_tokens", code="nothing_to_do")
-        positions = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
-        room = limits.tokens if positions is None else int(positions) - longest
+        positions = self._positions
+        room = limits.tokens if positions is None else positions - longest
         wanted = min(limits.default_tokens, limits.tokens, max(room, 1)) if asked is None else asked
         if wanted > room:
             raise RequestError(

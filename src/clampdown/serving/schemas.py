@@ -42,6 +42,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
 }
 """Fields of the contract that are not supported, with the values that ask for nothing."""
+_NO_EFFECT_IN_MESSAGES = ("cache_control",)
+_NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "prefix": (False,),
+    "refusal": ("",),
+    "tool_calls": ([],),
+}
+"""The same for fields of messages and their parts. Clients send an answer's own back as it came."""
 
 
 class _Body(BaseModel):
@@ -133,25 +144,50 @@ class _Common(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class TextPart(BaseModel):
+def _closed_part(schema: dict[str, Any]) -> None:
+    """As `_closed`, for what stands inside messages."""
+    schema["properties"] |= {name: {"enum": [*values, None]} for name, values in _NEUTRAL_IN_MESSAGES.items()}
+    schema["properties"] |= {name: {} for name in _NO_EFFECT_IN_MESSAGES}
+    schema["additionalProperties"] = False
+
+
+class _InMessage(BaseModel):
+    model_config = ConfigDict(extra="allow", json_schema_extra=_closed_part)
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            where = f"messages.{name[:100]}"
+            if name in _NO_EFFECT_IN_MESSAGES or value is None:
+                continue
+            if name not in _NEUTRAL_IN_MESSAGES:
+                raise RequestError(f"messages have no field {name[:100]!r}", code="unknown_parameter", param=where)
+            if value not in _NEUTRAL_IN_MESSAGES[name]:
+                raise RequestError(
+                    f"'{name}' in a message is not supported here", code="unsupported_parameter", param=where
+                )
+        return self
+
+
+class TextPart(_InMessage):
     """A piece of a message's content. Only text can be read."""
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
-    """One turn. `developer` is what `system` is called for some models."""
+class ChatMessage(_InMessage):
+    """One turn. `developer` is what `system` is called for some models. Every turn has content: what would stand in an
+    assistant's place of it (calls of tools, a refusal's own field) cannot be read here."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=1000)] | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1000)]
 
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content
 
 
 class ChatRequest(_Common):
@@ -167,6 +203,11 @@ class ChatRequest(_Common):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("`top_logprobs` needs `logprobs: true`")
         return self
+
+    @property
+    def size(self) -> int:
+        """Characters to be read, and as much again for every turn as a short one has."""
+        return sum(len(turn.text) + 64 for turn in self.messages)
 
     @property
     def limit(self) -> int | None:
@@ -196,6 +237,11 @@ class CompletionRequest(_Common):
         given: Any = self.prompt
         several = isinstance(given, list) and (not given or not isinstance(given[0], int))
         return list(given) if several else [given]
+
+    @property
+    def size(self) -> int:
+        """Characters or tokens to be read."""
+        return sum(map(len, self.prompts))
 
     @property
     def limit(self) -> int | None:

@@ -4,20 +4,27 @@
    the API's JSON. Waits double, and a `Retry-After` header overrules them; while one thread is told to wait, all wait.
 2. What waiting cannot mend (401, 404, 400, ...) is an `EndpointError` at once, with the server's own words.
 3. After the last retry it is an `EndpointDownError`: the caller keeps its work and comes back later.
+4. An answer has a deadline, whole, and a size, unpacked: one that drips or swells is one that did not come.
+5. Addresses hold no credentials. What names a judge is written into manifests, records and reports.
 
 Used by the judges, and by anything else that talks to a model over HTTP (a Crescendo attacker, say).
 """
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
+import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -25,13 +32,16 @@ from clampdown.errors import EndpointDownError, EndpointError
 from clampdown.types import Message
 
 _RETRIED = frozenset({408, 409, 425, 429})
+_SECRETIVE = frozenset("@?#")  # an address with one of these may hold a key
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a model answers. `url` ends in /v1; the key is read from the environment variable `key_variable`.
 
-    `backoff` is the first wait in seconds, `longest_wait` the most that one wait may be, also when a server asks.
+    `timeout` is how long the endpoint may be silent, `deadline` how long a whole answer may take, and `max_bytes` how
+    large it may be. `backoff` is the first wait in seconds, `longest_wait` the most that one wait may be, also when a
+    server asks.
     """
 
     url: str
@@ -42,12 +52,31 @@ class Endpoint:
     backoff: float = 1.0
     longest_wait: float = 60.0
     concurrency: int = 8
+    deadline: float = 300.0
+    max_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise EndpointError(f"'{self.url}' is not an endpoint", hint="such as https://api.example.com/v1")
+        self._check_address()
+        if "://" in self.model:
+            raise EndpointError("the model's name holds an address", hint="MODEL@URL, and nothing of the URL twice")
         if not self.model:
             raise EndpointError(f"no model named for {self.url}", hint="MODEL@URL; there is no default model")
+
+    def _check_address(self) -> None:
+        """An address and nothing else: what is wrong is not repeated, because it may be a password."""
+        try:
+            parts = urlsplit(self.url)
+            named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            parts, named = None, False
+        if parts is None or not named:
+            said = "the address of the endpoint" if _SECRETIVE & set(self.url) else f"'{self.url}'"
+            raise EndpointError(f"{said} is not an endpoint", hint="such as https://api.example.com/v1")
+        if "@" in self.url or parts.query or parts.fragment:
+            raise EndpointError(
+                f"the address of {parts.hostname} holds more than an address, and it is written into files",
+                hint=f"put the key into the environment variable {self.key_variable}; no user, no query, no fragment",
+            )
 
 
 class ChatClient:
@@ -57,7 +86,8 @@ class ChatClient:
         self.endpoint = endpoint
         key = os.environ.get(endpoint.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx2.Client(timeout=endpoint.timeout, headers=headers)
+        headers["Accept-Encoding"] = "identity"
+        self._exchanges = _Exchanges(endpoint, headers)
         self._lock = threading.Lock()
         self._not_before = 0.0
 
@@ -90,19 +120,20 @@ class ChatClient:
 
     def _ask(self, body: dict[str, Any]) -> _Attempt:
         try:
-            response = self._http.post(f"{self.endpoint.url.rstrip('/')}/chat/completions", json=body)
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
+            answer = self._exchanges.post(body)
+        except TimeoutError:
+            return _Attempt(None, f"no whole answer within {self.endpoint.deadline:g} s")
+        except (httpx2.TransportError, httpx2.DecodingError, _TooLargeError, zlib.error) as error:
             return _Attempt(None, f"{type(error).__name__}: {error}".rstrip(": "))
-        status = response.status_code
-        if status in _RETRIED or status >= 500:
-            return _Attempt(None, f"HTTP {status}: {_words(response)}", _retry_after(response.headers))
-        if status != 200:
+        if answer.status in _RETRIED or answer.status >= 500:
+            return _Attempt(None, f"HTTP {answer.status}: {_words(answer)}", _retry_after(answer.headers))
+        if answer.status != 200:
             raise EndpointError(
-                f"{self.endpoint.url} refused the request: HTTP {status}: {_words(response)}",
+                f"{self.endpoint.url} refused the request: HTTP {answer.status}: {_words(answer)}",
                 hint=f"check the model '{self.endpoint.model}', the URL and the key in ${self.endpoint.key_variable}",
             )
-        text = _content(response)
-        return _Attempt(text, "" if text is not None else f"not a chat completion: {response.text[:80]!r}")
+        text = _content(answer)
+        return _Attempt(text, "" if text is not None else f"not a chat completion: {answer.text[:80]!r}")
 
     def _hold(self, seconds: float) -> None:
         """Nobody asks before then: a rate limit counts for all threads."""
@@ -117,13 +148,86 @@ class ChatClient:
             time.sleep(wait)
 
     def close(self) -> None:
-        self._http.close()
+        self._exchanges.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+class _TooLargeError(Exception):
+    """An answer that is larger than an answer may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What an endpoint sent, whole."""
+
+    status: int
+    headers: httpx2.Headers
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", "replace")
+
+
+class _Exchanges:
+    """Requests and their answers on a loop of their own, where a deadline holds for all that happens between the two:
+    a client that waits in a thread can only time each read, and an endpoint that sends a byte at a time never ends."""
+
+    def __init__(self, endpoint: Endpoint, headers: dict[str, str]) -> None:
+        self._endpoint = endpoint
+        self._http = httpx2.AsyncClient(timeout=endpoint.timeout, headers=headers)
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="clampdown-endpoint", daemon=True)
+        thread.start()
+        self._loop = loop
+        self.close = weakref.finalize(self, _stop, loop, thread, self._http)
+
+    def post(self, body: Any) -> _Answer:
+        """Raises `TimeoutError`, `_TooLargeError`, `zlib.error` and httpx2's own."""
+        future = asyncio.run_coroutine_threadsafe(self._post(body), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def _post(self, body: Any) -> _Answer:
+        url = f"{self._endpoint.url.rstrip('/')}/chat/completions"
+        async with asyncio.timeout(self._endpoint.deadline), self._http.stream("POST", url, json=body) as response:
+            unpack = _unpacking(response.headers.get("content-encoding", "identity"), self._endpoint.max_bytes)
+            found = bytearray()
+            async for raw in response.aiter_raw():
+                found += unpack(raw)
+                if len(found) > self._endpoint.max_bytes:
+                    raise _TooLargeError(f"the answer has more than {self._endpoint.max_bytes} bytes")
+            return _Answer(response.status_code, response.headers, bytes(found))
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx2.AsyncClient) -> None:
+    """Close the connections and end the loop's thread. Once, also for a client that nobody closed."""
+    if threading.current_thread() is thread:
+        return  # the last reference went away here, with the program
+    asyncio.run_coroutine_threadsafe(http.aclose(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def _unpacking(encoding: str, most: int) -> Callable[[bytes], bytes]:
+    """How an answer's bytes become its text. None was asked to be packed; what is, is unpacked no further than one byte
+    beyond the limit."""
+    kind = encoding.strip().lower()
+    if kind in ("", "identity"):
+        return lambda raw: raw
+    if kind not in ("gzip", "x-gzip", "deflate"):
+        raise httpx2.DecodingError(f"the answer is packed as {kind[:40]!r}, which was not asked for")
+    inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    return lambda raw: inflate.decompress(raw, most + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +239,23 @@ class _Attempt:
     retry_after: float | None = None
 
 
-def _content(response: httpx2.Response) -> str | None:
+def _content(answer: _Answer) -> str | None:
     """The first choice's text; None for whatever is not a chat completion."""
     try:
-        content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
+        content = json.loads(answer.body)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return None
     return content if isinstance(content, str) else None
 
 
-def _words(response: httpx2.Response) -> str:
+def _words(answer: _Answer) -> str:
     """The server's explanation, shortened."""
     try:
-        found = response.json()
+        found = json.loads(answer.body)
         error = found.get("error", found)
         return str(error.get("message", error) if isinstance(error, dict) else error)[:200]
-    except (ValueError, AttributeError):
-        return response.text[:200].strip() or "no explanation"
+    except (ValueError, AttributeError, RecursionError):
+        return answer.text[:200].strip() or "no explanation"
 
 
 def _retry_after(headers: httpx2.Headers) -> float | None:

@@ -1,11 +1,13 @@
 """Putting the page into a server's app, and a fence around it.
 
 The page needs nothing from elsewhere, and a policy header tells the browser to ask for nothing: no font, no script, no
-analytics. Gradio's own doors for files and proxied addresses are shut, because the page has no use for them.
+analytics. Gradio's own doors for files and proxied addresses are shut, because the page has no use for them, and its
+inputs take words and numbers only: an object where a word belongs is how a client names a file.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from importlib import resources
@@ -16,6 +18,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio whenever it w
 import gradio as gr
 import gradio.themes
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from clampdown.serving.studio.page import build
@@ -51,8 +55,10 @@ _PANELS = {
     "checkbox_background_color_selected_dark": "#0b66b0",
 }
 
+_PLAIN = (str, int, float, bool, type(None))
 Scope = MutableMapping[str, Any]
-Asgi = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
+Receive = Callable[[], Awaitable[Any]]
+Asgi = Callable[[Scope, Receive, Callable[[Any], Awaitable[None]]], Awaitable[None]]
 
 
 def mount(app: FastAPI, bench: Workbench) -> FastAPI:
@@ -61,7 +67,7 @@ def mount(app: FastAPI, bench: Workbench) -> FastAPI:
     mono = ["ui-monospace", "Menlo", "Consolas", "Liberation Mono", "monospace"]
     theme = gradio.themes.Base(primary_hue="blue", neutral_hue="zinc", radius_size="sm", font=system, font_mono=mono)
     theme = theme.set(body_background_fill="#ffffff", body_background_fill_dark="#15181b", **_PANELS)
-    app.add_middleware(Fence)
+    app.user_middleware.append(Middleware(Fence))  # type: ignore[arg-type]  (behind the entrance, which bounds bodies)
     app.add_api_route("/", lambda: RedirectResponse(f"{PATH}/"), include_in_schema=False)
     app.add_api_route("/favicon.ico", lambda: Response(ICON, media_type="image/svg+xml"), include_in_schema=False)
     return gr.mount_gradio_app(
@@ -81,21 +87,74 @@ def mount(app: FastAPI, bench: Workbench) -> FastAPI:
 
 
 class Fence:
-    """Middleware: refuses the shut doors of the page, and says in a header what the page may ask for."""
+    """Middleware: refuses the shut doors of the page and what is no plain input, and says in a header what the page may
+    ask for."""
 
     def __init__(self, app: Asgi) -> None:
         self.app = app
 
-    async def __call__(
-        self, scope: Scope, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
-    ) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
         path = str(scope.get("path", ""))
         if scope["type"] != "http" or not path.startswith(PATH):
             await self.app(scope, receive, send)
         elif path.removeprefix(f"{PATH}/gradio_api/").startswith(SHUT):
             await PlainTextResponse("not here", 404)(scope, receive, send)
-        else:
+        elif scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, _with_policy(send))
+        else:
+            await self._sent(scope, receive, send)
+
+    async def _sent(self, scope: Scope, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
+        try:
+            body = await _whole(receive)
+        except HTTPException as error:
+            await PlainTextResponse(error.detail, error.status_code)(scope, receive, send)
+            return
+        if is_plain(body):
+            await self.app(scope, _again(body, receive), _with_policy(send))
+        else:
+            await PlainTextResponse("the page sends words and numbers, and nothing else", 400)(scope, receive, send)
+
+
+async def _whole(receive: Receive) -> bytes:
+    """A request's body, which the server's entrance has bounded."""
+    pieces, more = [], True
+    while more:
+        message = await receive()
+        pieces.append(message.get("body", b""))
+        more = message.get("more_body", False)  # nothing comes after a client that went away
+    return b"".join(pieces)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Gives out a body that was read, and then what comes after it."""
+    given = False
+
+    async def repeated() -> Any:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return repeated
+
+
+def is_plain(body: bytes) -> bool:
+    """Whether a body is what the page's inputs send: words, numbers and choices. An object or a list in their place is
+    how files come, which Gradio would copy from wherever the server can read. Where no inputs are sent, anything else
+    that has no file in it will do."""
+    if not body:
+        return True
+    try:
+        sent = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(sent, dict):
+        return False
+    data, event = sent.pop("data", None) or [], sent.pop("event_data", None)
+    own = list(sent.values()) + (list(event.values()) if isinstance(event, dict) else [event])
+    return isinstance(data, list) and all(isinstance(value, _PLAIN) for value in [*data, *own])
 
 
 def _with_policy(send: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
