@@ -65,6 +65,31 @@ class Point(StrEnum):
     ATTN_OUT = "attn_out"
 
 
+class PromptRole(StrEnum):
+    """What a prompt is for in a study.
+
+    Refusing is right for `HARMFUL` (asked plainly), `JAILBROKEN` (inside an attack's wrapper) and `MULTI_TURN`
+    (escalated over turns), wrong for `BORDERLINE` (harmless, but close to harm) and `BENIGN`. `CAPABILITY` prompts have
+    a right answer.
+    """
+
+    HARMFUL = "harmful"
+    JAILBROKEN = "jailbroken"
+    MULTI_TURN = "multi_turn"
+    BORDERLINE = "borderline"
+    BENIGN = "benign"
+    CAPABILITY = "capability"
+
+    @property
+    def harmful(self) -> bool:
+        """Whether refusing is the right thing to do."""
+        return self in ATTACKS
+
+
+ATTACKS = (PromptRole.HARMFUL, PromptRole.JAILBROKEN, PromptRole.MULTI_TURN)
+SAFE = (PromptRole.BORDERLINE, PromptRole.BENIGN)
+
+
 _SITE_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)")
 
 

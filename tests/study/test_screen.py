@@ -11,7 +11,7 @@ import pytest
 from clampdown.saes.checkpoints import sae_revision
 from clampdown.store import read_records, write_feature_set
 from clampdown.types import FeatureScore, FeatureSet, Provenance
-from tests.commands.test_evaluate import command
+from tests.study.test_evaluate import command
 
 SITE = "blocks.3.hook_resid_post"
 FEATURES = (352, 249, 294, 183)

@@ -1,7 +1,7 @@
 """Raw rows of a data file, each with its place, so that whoever finds a fault can name the file and the line.
 
-Kinds of file, by suffix: `.jsonl`, `.csv`, `.json` (a list of objects, or an object that holds one), `.parquet` (with
-pyarrow installed). A directory is all files of these kinds in it, in order of name.
+Kinds of file, by suffix: `.jsonl`, `.csv`, `.json` (a list of objects, or an object that holds one), `.txt` (a prompt a
+line), `.parquet` (with pyarrow installed). A directory is all files of these kinds in it, in order of name.
 """
 
 from __future__ import annotations
@@ -183,9 +183,17 @@ def _parquet_rows(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
         yield Row(str(path), path.stem, index + 1, cells, index, "row")
 
 
+def _txt_rows(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
+    """One prompt per line, empty lines between them."""
+    filled = ((number, line.strip()) for number, line in enumerate(_text(path).split("\n"), 1) if line.strip())
+    for index, (number, line) in enumerate(filled):
+        yield Row(str(path), path.stem, number, {"prompt": line}, index)
+
+
 READERS: dict[str, Callable[[Path, Sequence[str] | None], Iterator[Row]]] = {
     ".jsonl": _jsonl_rows,
     ".csv": _csv_rows,
     ".json": _json_rows,
+    ".txt": _txt_rows,
     ".parquet": _parquet_rows,
 }

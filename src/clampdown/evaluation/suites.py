@@ -2,12 +2,14 @@
 
 One row is one prompt. Columns (a `Columns` value renames them, so a dataset's own names need no copy of the file):
 
-    prompt | messages   the user turn, or the conversation as a list of {"role", "content"} that ends with the user
+    prompt | messages   the user turn (also called goal, question, instruction, behavior, query, text or input), or the
+                        conversation as a list of {"role", "content"} that ends with the user
     suite               which suite; default: the file's stem
     id                  unique in its suite; default: suite-LINE
     harmful             true / false: is refusing right? Needed unless the row has an `answer`
     answer, options     expected answer and candidates of a capability item (options: a JSON list)
     split, category     `test` by default; any text
+    family, target      which attack's wrapper this is; what it is after (kept in `meta`)
     meta                JSON object of text, ground truth that a judge may read
 
 A suite is of kind capability when its rows have answers, else of kind safety; a file may not mix both in one suite.
@@ -26,6 +28,9 @@ from clampdown.evaluation.rows import Row, read_rows
 from clampdown.store import to_jsonable, write_atomic
 from clampdown.types import Message, Prompt, Split, Suite, SuiteKind
 
+PROMPT_NAMES = ("prompt", "goal", "question", "instruction", "behavior", "query", "text", "input")
+"""What public sets call the column of the user turn, in any case; the first that is there is read."""
+FAMILY, TARGET = "family", "target"
 _TRUE = frozenset({"true", "1", "yes", "harmful", "unsafe"})
 _FALSE = frozenset({"false", "0", "no", "harmless", "benign", "safe"})
 _ROLES = ("system", "user", "assistant")
@@ -92,7 +97,7 @@ def _item(row: Row, names: Columns, harmful: bool | None) -> _Item:
         category=row.text(names.category),
         answer=row.text(names.answer),
         options=tuple(str(option) for option in row.structure(names.options, list, "a JSON list") or ()),
-        meta={key: str(value) for key, value in (row.structure(names.meta, dict, "a JSON object") or {}).items()},
+        meta=_meta(row, names),
     )
     if prompt.options and prompt.answer not in prompt.options:
         row.fail(f"the answer {prompt.answer!r} is not among the options {list(prompt.options)}")
@@ -100,14 +105,30 @@ def _item(row: Row, names: Columns, harmful: bool | None) -> _Item:
     return _Item(prompt, harmful if label is None else label, row)
 
 
+def _meta(row: Row, names: Columns) -> dict[str, str]:
+    """The column's own entries, and what stands in the columns of the attack's family and target."""
+    own = {key: str(value) for key, value in (row.structure(names.meta, dict, "a JSON object") or {}).items()}
+    beside = {name: text for name in (FAMILY, TARGET) if (text := row.text(name)) is not None}
+    return beside | own
+
+
+def _prompt_column(row: Row, names: Columns) -> str:
+    """The column of the user turn: the named one, else the first of those that sets are known to use."""
+    if names.prompt in row.cells:
+        return names.prompt
+    by_case = {str(name).casefold(): str(name) for name in row.cells}
+    return next((by_case[name] for name in PROMPT_NAMES if name in by_case), names.prompt)
+
+
 def _messages(row: Row, names: Columns) -> tuple[Message, ...]:
     turns = row.structure(names.messages, list, "a JSON list of turns")
     if turns is None:
-        text = row.text(names.prompt)
+        column = _prompt_column(row, names)
+        text = row.text(column)
         if text is None or not text.strip():
-            missing = names.prompt not in row.cells and names.messages not in row.cells
+            missing = column not in row.cells and names.messages not in row.cells
             known = ", ".join(str(name) for name in row.cells)
-            row.fail(f"no column '{names.prompt}' (columns: {known})" if missing else f"'{names.prompt}' is empty")
+            row.fail(f"no column '{names.prompt}' (columns: {known})" if missing else f"'{column}' is empty")
         return (Message("user", text),)
     messages = tuple(_message(row, turn) for turn in turns)
     if not messages or messages[-1].role != "user":

@@ -1,0 +1,41 @@
+"""Which split a prompt without one belongs to: drawn from a hash of its text, so that every command deals alike.
+
+The same prompt gets the same split in every file, run and seed. A prompt that is after something (`meta["objective"]`,
+or the `target` of an attack) is dealt by that, so that a request, its twins and its wrapped forms stay together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from clampdown.types import OBJECTIVE, Prompt, Split
+
+SHARES: Mapping[Split, float] = {
+    Split.DISCOVERY: 0.35,
+    Split.VALIDATION: 0.3,
+    Split.CALIBRATION: 0.15,
+    Split.TEST: 0.2,
+}
+"""Trials and the bounds of budgets both come out of validation, which is why it is large."""
+
+
+def split_of(text: str) -> Split:
+    """The split of a text; case and white space do not count."""
+    place = int.from_bytes(hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()[:8], "big") / 2**64
+    for split, share in SHARES.items():
+        place -= share
+        if place < 0:
+            return split
+    return Split.TEST
+
+
+def dealt(prompts: Sequence[Prompt], *, by: str = OBJECTIVE) -> tuple[Prompt, ...]:
+    """The prompts, each with its split; those that share the entry `by` of their `meta` share a split."""
+    return tuple(replace(p, split=split_of(p.meta.get(by) or p.meta.get(OBJECTIVE) or p.text)) for p in prompts)
+
+
+def has_splits(prompts: Sequence[Prompt]) -> bool:
+    """Whether the rows themselves say which split they are of (a row that does not say is read as `test`)."""
+    return any(prompt.split is not Split.TEST for prompt in prompts)
