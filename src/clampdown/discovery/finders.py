@@ -69,7 +69,8 @@ class Material:
 
     `pairs` are requests with and without a jailbreak wrapper. `judge` tells this model's refusals; without it the
     refusal tokens are not known. `only` is the prompt for the single-prompt finder (None: the first that is refused).
-    `run` says how the pass over the prompts is made, for example into a directory (None: in memory).
+    `run` says how the pass over the prompts is made, for example into a directory (None: in memory). `known_tokens` open
+    refusals, if that is known already.
     """
 
     lm: LanguageModel
@@ -84,6 +85,7 @@ class Material:
     seed: int = 0
     on_progress: Progress | None = None
     run: Callable[[Pass], ActivationStore] | None = None
+    known_tokens: RefusalTokens | None = None
 
     @property
     def planned(self) -> Pass:
@@ -102,7 +104,10 @@ class Material:
 
     @cached_property
     def tokens(self) -> RefusalTokens:
-        """Raises `PromptSetError` without a judge."""
+        """Those that are given, else those that open the model's own refusals. Raises `PromptSetError` without a
+        judge."""
+        if self.known_tokens is not None:
+            return self.known_tokens
         if self.judge is None:
             raise PromptSetError(
                 "which first words mean refusal is read off the model's own replies, and that needs a judge",

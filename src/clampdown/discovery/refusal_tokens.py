@@ -76,6 +76,20 @@ def find_refusal_tokens(
     return derive_refusal_tokens(first[True], first[False])
 
 
+OPENINGS = ("I'm sorry", "I am sorry", "Sorry", "I cannot", "I can't", "I can\u2019t", "Unfortunately", "As an AI")
+
+
+def assumed_refusal_tokens(lm: LanguageModel) -> RefusalTokens:
+    """The first tokens of common English refusals, for a model that showed none of its own. `n_refused` is 0: nothing
+    says that this model would open a refusal so."""
+    first = (lm.tokenizer(text, add_special_tokens=False).input_ids[:1] for text in OPENINGS)
+    unknown = {lm.tokenizer.unk_token_id}
+    ids = tuple(dict.fromkeys(token for tokens in first for token in tokens if token not in unknown))
+    if not ids:
+        raise NotEnoughDataError("this model's tokenizer has no token that opens an English refusal")
+    return RefusalTokens(ids=ids, coverage=0.0, leakage=0.0, n_refused=0, n_other=0)
+
+
 def refusal_log_odds(logits: Float[Tensor, "batch vocab"], tokens: RefusalTokens) -> Float[Tensor, " batch"]:
     """log P - log(1 - P) from the logits of the first reply token, in nats, without forming P."""
     is_refusal = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)

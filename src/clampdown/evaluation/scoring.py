@@ -55,6 +55,12 @@ def _exact(prompt: Prompt, reply: str) -> bool:
     return _normalised(reply) == _normalised(prompt.answer or "")
 
 
+def _contains(prompt: Prompt, reply: str) -> bool:
+    """The answer stands in the reply as whole words: "The capital is Paris." answers "Paris"."""
+    wanted, said = _normalised(prompt.answer or ""), _normalised(reply)
+    return bool(wanted) and re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", said) is not None
+
+
 def _normalised(text: str) -> str:
     return " ".join(text.strip(string.punctuation + string.whitespace).casefold().split())
 
@@ -73,6 +79,7 @@ def _instructions(prompt: Prompt, reply: str) -> bool | None:
 
 SCORERS: dict[str, Callable[[Prompt, str], bool | None]] = {
     "exact": _exact,
+    "contains": _contains,
     "number": _number,
     "options": _option,
     "option-mass": _option,

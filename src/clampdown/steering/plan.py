@@ -17,8 +17,9 @@ import base64
 import math
 import struct
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import tomli_w
 from pydantic import (
@@ -34,6 +35,7 @@ from pydantic import (
 )
 
 from clampdown.errors import PlanError, StrengthError
+from clampdown.saes.sae import FeatureSource
 from clampdown.steering.gate_kinds import GATE_KINDS
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.scopes import SCOPES
@@ -66,11 +68,26 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
 
+class Named(Protocol):
+    """What a plan needs of a model to name it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def revision(self) -> str: ...
+
+
 class ModelRef(_Part):
     """The model a plan was made for. `revision` is a hub commit or a content hash."""
 
     name: str
     revision: str
+
+    @classmethod
+    def of(cls, lm: Named) -> Self:
+        """The reference of a loaded model."""
+        return cls(name=lm.name, revision=lm.revision)
 
 
 class SaeRef(_Part):
@@ -79,6 +96,11 @@ class SaeRef(_Part):
     site: str
     name: str
     revision: str
+
+    @classmethod
+    def of(cls, sae: FeatureSource) -> Self:
+        """The reference of a loaded SAE."""
+        return cls(site=sae.cfg.site.name, name=sae.name, revision=sae.revision)
 
 
 class Edit(_Part):
@@ -240,6 +262,19 @@ _ADDED_TO_GATES = {
 """Fields of later schemas with the values that mean what schema 1 meant, as JSON."""
 
 
+class GatedBy(Protocol):
+    """A gate with what it reads that a plan may not have: dense vectors, and SAEs of its own."""
+
+    @property
+    def gate(self) -> Gate: ...
+
+    @property
+    def vectors(self) -> Mapping[str, Sequence[float]]: ...
+
+    @property
+    def saes(self) -> tuple[SaeRef, ...]: ...
+
+
 class Branch(_Part):
     """Edits behind a gate of their own."""
 
@@ -289,6 +324,37 @@ class Plan(_Part):
             site = Site.parse(edit.site)
             if (gate_site.layer, order.index(gate_site.point)) > (site.layer, order.index(site.point)):
                 raise PlanError(f"the gate reads {gate_site}, above the edit at {site}: it would decide too late")
+
+    @classmethod
+    def of(cls, lm: Named, saes: Sequence[FeatureSource], edits: Sequence[Edit], name: str, **more: Any) -> Self:
+        """A plan for a loaded model and SAEs."""
+        refs = tuple(SaeRef.of(sae) for sae in saes)
+        return cls(name=name, model=ModelRef.of(lm), saes=refs, edits=tuple(edits), **more)
+
+    def changed(self, **changes: Any) -> Self:
+        """A copy with other values, checked like a new plan."""
+        return type(self).model_validate({**dict(self), **changes})
+
+    def named(self, name: str) -> Self:
+        """The same under another name."""
+        return self.changed(name=name)
+
+    def ungated(self) -> Self:
+        """What the plan does where its gate fires, done everywhere. A second branch acts where these edits do not, and
+        is left out."""
+        return self.changed(gate=None, otherwise=None)
+
+    def behind(self, gate: Gate | GatedBy, name: str | None = None) -> Self:
+        """The plan's edits behind a gate, in place of its own."""
+        found, vectors, saes = (gate, {}, ()) if isinstance(gate, Gate) else (gate.gate, gate.vectors, gate.saes)
+        refs = {ref.site: ref for ref in (*saes, *self.saes)}
+        return self.changed(
+            name=name or f"{self.name} gated",
+            gate=found,
+            otherwise=None,
+            vectors={**self.vectors, **{key: tuple(value) for key, value in vectors.items()}},
+            saes=tuple(refs.values()),
+        )
 
     @property
     def all_edits(self) -> tuple[Edit, ...]:

@@ -1,0 +1,122 @@
+"""The gate of a study's plan: a sparse probe on SAE features, fitted on discovery prompts, with a promise on benign ones.
+
+Neither the fit nor the threshold ever sees a harmful prompt in a wrapper family that is held out for testing. Too few
+calibration prompts cannot prove a small budget: then the promise is the smallest that they can prove, and that is said;
+above `LARGEST_BUDGET` there is no gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clampdown.activations.collect import collect
+from clampdown.activations.stream import plan_pass, read_sae
+from clampdown.errors import NotEnoughDataError
+from clampdown.evaluation.intervals import wilson
+from clampdown.steering.gate_fitting import FittedGate
+from clampdown.steering.gates import Pooled, Probe, fit_probe, make_gate, prompts_needed, provable_budget
+from clampdown.steering.plan import Gate, Plan
+from clampdown.steering.turn_promise import TURNS, Turnwise, last_turns, longest_turn
+from clampdown.study.groundwork import Groundwork
+from clampdown.study.study import Study
+from clampdown.types import ATTACKS, SAFE, Interval, Prompt, PromptRole, Record, Split
+
+HARMLESS = (PromptRole.BENIGN, PromptRole.BORDERLINE, PromptRole.CAPABILITY)
+POOLINGS = ("max", "assistant_start")
+LARGEST_BUDGET = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class GateChoice:
+    """The gate's budget: how many benign conversations may trigger it, and with what confidence; of how many turns
+    they are at most; and how large its probe may be."""
+
+    budget: float = 0.02
+    confidence: float = 0.95
+    max_features: int = 80
+    turns: int = TURNS
+
+
+def gate_plan(ground: Groundwork, plan: Plan, choice: GateChoice | None = None, name: str | None = None) -> Plan:
+    """The plan behind a gate. Raises `NotEnoughDataError` when the prompts cannot carry one."""
+    choice = choice or GateChoice()
+    study, n = ground.study, ground.sizes.discovery
+    harmful = study.prompts(Split.DISCOVERY, n, *ATTACKS)
+    harmless = study.prompts(Split.DISCOVERY, n, *HARMLESS)
+    probe = gate_probe(study, harmful, harmless, choice.max_features)
+    return plan.behind(calibrate(ground, probe, [*harmful, *harmless], choice), name)
+
+
+def gate_probe(study: Study, harmful: Sequence[Prompt], harmless: Sequence[Prompt], max_features: int) -> Probe:
+    """A sparse probe that tells harmful from harmless turns."""
+    pooled = read_pooled(study, last_turns([*harmful, *harmless]))
+    labels = np.arange(len(harmful) + len(harmless)) < len(harmful)
+    return fit_probe(pooled, labels, max_features=max_features, seed=study.seed)
+
+
+def read_pooled(study: Study, prompts: Sequence[Prompt]) -> Pooled:
+    """What the gate reads: each feature's peak over the prompt, and its value where the reply is decided."""
+    found = collect(plan_pass(study.lm, [read_sae(study.sae, *POOLINGS)], prompts))
+    return {name: found.matrix(name) for name in POOLINGS}
+
+
+def ungauged(study: Study, probe: Probe) -> FittedGate:
+    """The probe as a gate whose threshold is still open."""
+    return FittedGate(make_gate(study.site.name, probe, 0.0), {})
+
+
+def calibrate(ground: Groundwork, probe: Probe, read: Sequence[Prompt], choice: GateChoice) -> Gate:
+    """The threshold with its guarantee on conversations of benign calibration prompts. `read` was fitted on."""
+    study, n = ground.study, ground.sizes.calibration
+    benign = study.prompts(Split.CALIBRATION, n, PromptRole.BENIGN) or study.prompts(Split.CALIBRATION, n, *SAFE)
+    least = check_provable(len(benign), choice.budget, confidence=choice.confidence)
+    if least > choice.budget:
+        ground.stages.leave_out(
+            f"a gate that promises {choice.budget:.1%} of benign prompts",
+            f"{len(benign)} calibration prompts can prove {least:.1%} at best, which it promises instead",
+            f"{prompts_needed(choice.budget, choice.confidence)} benign calibration prompts would do",
+        )
+    window = longest_turn(study.lm, [*read, *benign])
+    turnwise = Turnwise(study.lm, study.sae, window, choice.confidence, choice.turns)
+    return turnwise.within(ungauged(study, probe), benign, max(choice.budget, least)).gate
+
+
+def check_provable(n: int, budget: float, on: str = "benign", confidence: float = 0.95) -> float:
+    """The smallest budget that `n` calibration prompts can prove. Raises `NotEnoughDataError` when it is no promise."""
+    least = provable_budget(n, confidence) if n else 1.0
+    if least > max(budget, LARGEST_BUDGET):
+        raise NotEnoughDataError(
+            f"{n} {on} calibration prompts prove no useful budget (at best {least:.0%})",
+            hint=f"{prompts_needed(budget, confidence)} would prove {budget:.1%}",
+        )
+    return least
+
+
+def gate_facts(plan: Plan, records: Sequence[Record], calibrated_on: str = "benign") -> dict[str, Any]:
+    """What a summary says of a plan's gate: its promise, and how often it fired on the prompts of its own arm."""
+    gate = plan.gate
+    assert gate is not None and gate.guarantee is not None, "a study's gates are calibrated"
+    return {
+        "kind": gate.kind,
+        "features": gate.features,
+        "threshold": gate.threshold,
+        "budget": gate.guarantee.budget,
+        "confidence": gate.guarantee.confidence,
+        "n_calibration": gate.guarantee.n,
+        "bound": gate.guarantee.bound,
+        "calibrated_on": calibrated_on,
+        "trigger_rates": trigger_rates(plan.name, records),
+    }
+
+
+def trigger_rates(arm: str, records: Sequence[Record]) -> dict[str, Interval]:
+    """By suite, the share of an arm's prompts on which its gate fired."""
+    fired: dict[str, list[bool]] = {}
+    for record in records:
+        if record.arm == arm and record.receipt is not None:
+            fired.setdefault(record.suite, []).append(bool(record.receipt.gate_fired))
+    return {suite: wilson(sum(flags), len(flags)) for suite, flags in fired.items()}
