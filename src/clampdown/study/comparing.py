@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from clampdown.errors import StrengthError
 from clampdown.evaluation import controls, utility
 from clampdown.evaluation.control_arms import RANDOM, Control, Matching, Material, control_arms
+from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan
 from clampdown.study.claims import Arms, Claim, claims
@@ -65,12 +65,13 @@ class Comparison:
         picked = self.chosen.get(gated_set.NAME)
         return plan_of(picked.arm) if picked else None
 
-    def claims(self, summary: Mapping[str, Any]) -> tuple[Claim, ...]:
+    def claims(self, run: Run) -> tuple[Claim, ...]:
         """Both papers' claims on a run's test records; none when one of the papers' methods is not there."""
         if clamp.NAME not in self.chosen or refine.NAME not in self.chosen:
             return ()
         matched = next(line.matched for line in self.lines if line.method == clamp.NAME)
         arms = Arms(clamp.NAME, matched, refine.NAME, f"{refine.NAME}, {refine.TURNED}", self.random)
+        summary = run.to_json()
         return claims(summary["arms"], summary["harmful_suites"], arms)
 
 
@@ -137,9 +138,7 @@ def match(arm: Arm, measure: Callable[[Plan], float], goal: float) -> Arm | str:
     except StrengthError as error:
         return error.message
     name = f"{arm.name} {MATCHED}"
-    return replace(
-        arm, name=name, plan=at_strengths(plan, found.plan, name), strength=found.plan.edits[0].strengths[0]
-    )
+    return replace(arm, name=name, plan=at_strengths(plan, found.plan, name), strength=found.plan.edits[0].strengths[0])
 
 
 def random_controls(ground: Groundwork, matched: Mapping[str, Arm | str], matching: Matching) -> list[Arm]:

@@ -7,41 +7,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clampdown.config import CODE_VERSION, ORGANISM
+from clampdown.config import ORGANISM
 from clampdown.discovery.contrast import ContrastSettings, collect_contrast, contrast_scores
 from clampdown.discovery.directions import difference_of_means, direction_between
 from clampdown.errors import PlanError, PromptSetError
-from clampdown.evaluation import runner, utility
+from clampdown.evaluation import utility
 from clampdown.evaluation.catalog import load_suites
 from clampdown.evaluation.condition import Condition, condition
 from clampdown.evaluation.control_arms import Control, Matching, Material, control_arms
 from clampdown.evaluation.controls import FeatureTable
-from clampdown.evaluation.judges.interface import NamedJudge, check_not_under_test
-from clampdown.evaluation.suites import read_suites, write_suites
 from clampdown.models.loading import LanguageModel, load_model
+from clampdown.results.run import Run
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, read_plan, write_plan
 from clampdown.steering.program import check_plan
-from clampdown.store import RecordLog, key_of, prompts_hash
+from clampdown.store import key_of
 from clampdown.study.control_table import against_random
 from clampdown.study.estimate import Estimate, estimate
-from clampdown.study.frontier import Experiment, summarise, write_plans
-from clampdown.study.judging import judge_named
+from clampdown.study.measure import (
+    Asked,
+    always,
+    benign_replies,
+    job_of,
+    log_of,
+    measure_arms,
+    never,
+    where_it_acts,
+)
+from clampdown.study.methods.method import arm_of
 from clampdown.study.progress import Stages
-from clampdown.types import ArmKind, OptionChoice, Point, Prompt, Provenance, Site, Split, Suite, SuiteKind
+from clampdown.study.prompts import embedded_prompts
+from clampdown.study.published import QUANTITIES, control_rows
+from clampdown.study.sizes import Answering
+from clampdown.study.study import judge_for, provenance_of
+from clampdown.study.sweep import split_to_measure
+from clampdown.types import Judge, Point, Prompt, PromptRole, Provenance, Record, Site, Split, Suite
 
 TIMED_FROM = 500
 """Replies from which on a run is timed before it begins."""
 MATCHING_TEXTS = 16
 MATERIAL_PROMPTS = 240
-QUANTITIES = {"edit": "mean ||x'-x|| / ||x|| on benign text", "kl": "KL on benign text, nats per token"}
+BY_LIKELIHOOD: dict[bool | None, Callable[[Arm], bool]] = {None: where_it_acts, True: always, False: never}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +80,22 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A job on loaded things: everything that a run needs, and the controls' table."""
+    """A job on loaded things: everything that a run needs, and the controls' table. It is a `measure.Subject`."""
 
     lm: LanguageModel
     saes: tuple[Sae, ...]
-    job: runner.Job
+    judge: Judge
+    judge_name: str
+    arms: tuple[Arm, ...]
+    asked: Asked
+    answering: Answering
     controls: tuple[Control, ...]
-    benign: tuple[utility.Forced, ...]
     plans: tuple[Plan, ...]
     seed: int
+
+    def provenance(self, prompts: Sequence[Prompt]) -> Provenance:
+        sae = self.saes[0] if self.saes else None
+        return provenance_of(self.lm, sae, prompts, self.seed, self.judge_name)
 
 
 def prepare(request: Request, stages: Stages) -> Evaluation:
@@ -84,48 +104,39 @@ def prepare(request: Request, stages: Stages) -> Evaluation:
     with stages.stage("Loading"):
         lm, saes = _load(plans, request.model)
     suites = suites_of(request, lm.name)
-    judge = judge_of(request.judge, lm)
-    settings = runner.Settings(max_new_tokens=request.max_new_tokens, batch_rows=request.batch_rows)
+    known = embedded_prompts(request.seed) if lm.name == ORGANISM else None
+    judge = judge_for(request.judge, lm, known)
+    answering = Answering(request.limit, request.limit, request.batch_rows, request.max_new_tokens)
     with stages.stage("Benign replies"):
-        benign = _benign_replies(lm, suites, settings)
-    controls = _controls(request, plans, lm, saes, benign, stages)
-    arms = (BASELINE, *map(_arm, plans), *(control.arm for control in controls.rows if control.arm))
-    job = runner.Job(arms, suites, judge, judge.name, settings)
-    return Evaluation(lm, (*saes, *controls.saes), job, controls.rows, benign, plans, request.seed)
+        benign = benign_replies(lm, suites, answering)
+    rows, more = _controls(request, plans, lm, saes, benign, stages)
+    arms = (BASELINE, *(arm_of(plan, "plan") for plan in plans), *(row.arm for row in rows if row.arm))
+    asked = Asked(suites, split_to_measure(request.split), benign, BY_LIKELIHOOD[request.likelihood])
+    return Evaluation(lm, (*saes, *more), judge, judge.name, arms, asked, answering, rows, plans, request.seed)
 
 
 def preview(evaluation: Evaluation, out: Path) -> Estimate:
     """What is left to do in `out`, timed when it is much. Raises `StoreError` when `out` holds another run."""
     done: set[Any] = set()
+    job = job_of(evaluation, evaluation.arms, evaluation.asked.suites, evaluation.answering)
     if (out / "manifest.json").exists():
-        with _log(evaluation, out) as log:
+        with log_of(evaluation, job, out) as log:
             done = {*map(key_of, log.replies.rows), *map(key_of, log.records)}
-    job = evaluation.job
     return estimate(evaluation.lm, evaluation.saes, job, done, timed=len(job.rows) - len(done) >= TIMED_FROM)
 
 
-def run_evaluate(evaluation: Evaluation, out: Path, request: Request, stages: Stages) -> dict[str, Any]:
-    """Write the run directory; returns the summary."""
-    lm, saes, job = evaluation.lm, evaluation.saes, evaluation.job
+def run_evaluate(evaluation: Evaluation, out: Path, request: Request, stages: Stages) -> Run:
+    """Write the run directory."""
     for plan in evaluation.plans:
         write_plan(out / (f"{plan.name}.toml" if len(evaluation.plans) > 1 else "plan.toml"), plan)
-    with _log(evaluation, out) as log:
-        write_suites(out / "prompts.jsonl", job.suites)
-        with stages.stage(f"Answering {request.split} prompts") as tick:
-            records = runner.run(lm, saes, job, log, tick)
-        choices = _likelihoods(evaluation, request, log, stages)
-    with stages.stage("Cost on benign text") as tick:
-        costs = utility.costs(lm, saes, job.arms, evaluation.benign, progress=tick) if evaluation.benign else {}
-    experiment = Experiment(job.arms, job.suites, _provenance(evaluation), costs, dict(stages.timings), choices)
-    ran = summarise(experiment, records, _extra(evaluation, request))
-    if evaluation.controls:
-        ran = ran.with_parts(controls={**ran.controls, "against_random": against_random(ran)})
-    write_plans(out, job.arms)
-    return ran.write(out).to_json()
 
+    def extra(_records: Sequence[Record]) -> dict[str, Any]:
+        return _extra(evaluation, request)
 
-def _log(evaluation: Evaluation, out: Path) -> RecordLog:
-    return RecordLog(out, runner.resume_key(evaluation.lm, evaluation.saes, evaluation.job))
+    run = measure_arms(evaluation, evaluation.arms, evaluation.asked, out, evaluation.answering, stages, extra)
+    if not evaluation.controls:
+        return run
+    return run.with_parts(controls={**run.controls, "against_random": against_random(run)}).write(out)
 
 
 def _plans(paths: Sequence[Path]) -> tuple[Plan, ...]:
@@ -155,18 +166,13 @@ def _load(plans: Sequence[Plan], model: str | None) -> tuple[LanguageModel, tupl
     return lm, saes
 
 
-def _arm(plan: Plan) -> Arm:
-    kind = ArmKind.GATED if plan.gate else ArmKind.DIRECTION if plan.vectors else ArmKind.FEATURE
-    return Arm(plan.name, kind, plan, plan.edits[0].strengths[0], group="plan")
-
-
 def suites_of(request: Request, model: str) -> tuple[Suite, ...]:
     """The suites asked for, at most `limit` prompts each: names of the embedded corpus, or whatever `load_suites` reads
     (NAME, NAME=FILE, FILE). By default the embedded model's own.
 
     Raises `PromptSetError` for what cannot be found or read, and for two suites of one name.
     """
-    split = _split(request.split)
+    split = split_to_measure(request.split)
     embedded = {suite.name: suite for suite in _embedded(split, request.limit, request.seed)}
     found: list[Suite] = []
     for spec in request.suites or _default_suites(model):
@@ -196,41 +202,6 @@ def _embedded(split: Split, limit: int, seed: int) -> tuple[Suite, ...]:
     return suites(split, limit, seed)
 
 
-def _split(name: str) -> Split:
-    allowed = (Split.VALIDATION, Split.TEST)
-    if name not in {split.value for split in allowed}:
-        raise PromptSetError(f"'{name}' is not a split to measure on", hint="validation, or test (read it once)")
-    return Split(name)
-
-
-def judge_of(spec: str | None, lm: LanguageModel) -> NamedJudge:
-    """The judge asked for; by default the corpus's exact judge for the embedded model, else the rules.
-
-    Raises `JudgeError` for an unknown judge, and for one that is the model under test.
-    """
-    found = judge_named(spec or ("exact" if lm.name == ORGANISM else "rules"))
-    check_not_under_test(found, lm.name, lm.revision)
-    return found
-
-
-def _benign_replies(
-    lm: LanguageModel, suites: Sequence[Suite], settings: runner.Settings
-) -> tuple[utility.Forced, ...]:
-    """The unsteered model's replies to harmless prompts; none when no suite is harmless."""
-    harmless = [suite for suite in suites if suite.kind is SuiteKind.SAFETY and not suite.harmful]
-    harmless.sort(key=lambda suite: suite.name != "benign")
-    prompts = [prompt for suite in harmless[:1] for prompt in suite.prompts]
-    return utility.base_replies(lm, prompts, max_new_tokens=settings.max_new_tokens) if prompts else ()
-
-
-@dataclass(frozen=True, slots=True)
-class Controls:
-    """The table's rows, and what the arms among them read that no plan names."""
-
-    rows: tuple[Control, ...] = ()
-    saes: tuple[Sae, ...] = ()
-
-
 def _controls(
     request: Request,
     plans: Sequence[Plan],
@@ -238,10 +209,10 @@ def _controls(
     saes: tuple[Sae, ...],
     benign: Sequence[utility.Forced],
     stages: Stages,
-) -> Controls:
-    """The controls of the first plan: others are compared with it and with them."""
-    if not request.controls:
-        return Controls()
+) -> tuple[tuple[Control, ...], tuple[Sae, ...]]:
+    """The controls of the first plan, with which others are compared too, and the SAEs that no plan names."""
+    if not request.controls or not plans:
+        return (), ()
     if request.match not in QUANTITIES:
         raise PlanError(f"controls cannot be matched on '{request.match}'", hint=f"one of: {', '.join(QUANTITIES)}")
     if not benign:
@@ -252,7 +223,7 @@ def _controls(
     matching = Matching(QUANTITIES[request.match], measure, request.n_random, request.seed)
     with stages.stage("Matching controls"):
         rows = control_arms(plans[0], material, matching)
-    return Controls(rows, (material.condition.sae,) if material.condition else ())
+    return rows, (material.condition.sae,) if material.condition else ()
 
 
 def _material(request: Request, plan: Plan, lm: LanguageModel, saes: Sequence[Sae], stages: Stages) -> Material:
@@ -293,50 +264,18 @@ def _material_prompts(request: Request, model: str) -> tuple[Sequence[Prompt], S
         return sides[0], sides[1]
     if model != ORGANISM:
         return None
-    by_name = {suite.name: suite.prompts for suite in _embedded(Split.DISCOVERY, MATERIAL_PROMPTS, request.seed)}
-    return by_name["harmful"], by_name["benign"]
-
-
-def _likelihoods(evaluation: Evaluation, request: Request, log: RecordLog, stages: Stages) -> tuple[OptionChoice, ...]:
-    """Multiple choice by likelihood. Unless it was asked for, arms that cannot act on it are left out."""
-    job = evaluation.job
-    if request.likelihood is False or not any(p.options for suite in job.suites for p in suite.prompts):
-        return ()
-    arms = job.arms if request.likelihood else tuple(arm for arm in job.arms if not utility.steers_generated(arm))
-    with stages.stage("Multiple choice by likelihood") as tick:
-        return runner.score_options(evaluation.lm, evaluation.saes, replace(job, arms=arms), log, tick)
-
-
-def _provenance(evaluation: Evaluation) -> Provenance:
-    lm, job = evaluation.lm, evaluation.job
-    sae = evaluation.saes[0] if evaluation.saes else None
-    return Provenance(
-        model=lm.name,
-        model_revision=lm.revision,
-        sae=sae.name if sae else None,
-        prompts_hash=prompts_hash(prompt for suite in job.suites for prompt in suite.prompts),
-        code_version=CODE_VERSION,
-        seed=evaluation.seed,
-        extra={"sae_revision": sae.revision if sae else "none", "judge": job.judge_name, "decoding": "greedy"},
-    )
+    data = embedded_prompts(request.seed)
+    roles = (PromptRole.HARMFUL, PromptRole.BENIGN)
+    harmful, benign = (data.prompts(Split.DISCOVERY, MATERIAL_PROMPTS, role) for role in roles)
+    return harmful, benign
 
 
 def _extra(evaluation: Evaluation, request: Request) -> dict[str, Any]:
-    """Further keys of the summary: the split, and the controls' table."""
-    plan = evaluation.plans[0].name if evaluation.plans else None
+    """Further parts of the run: the split, and the controls' table."""
     extra: dict[str, Any] = {"split": request.split, "strength_unit": "raw activation"}
     if evaluation.plans:
-        extra["chosen"] = {"gated_arm" if evaluation.plans[0].gate else "arm": plan}
-    if evaluation.controls:
-        rows = {
-            control.name: {
-                "arm": control.arm.name if control.arm else None,
-                "goal": control.goal,
-                "reached": control.reached,
-                "factor": control.factor,
-                "note": control.note or None,
-            }
-            for control in evaluation.controls
-        }
-        extra["controls"] = {"of": plan, "matched_on": QUANTITIES[request.match], **rows}
+        first = evaluation.plans[0]
+        extra["chosen"] = {"gated_arm" if first.gate else "arm": first.name}
+        if evaluation.controls:
+            extra["controls"] = control_rows(first.name, QUANTITIES[request.match], evaluation.controls)
     return extra

@@ -1,4 +1,4 @@
-"""The gate of a study's plan: a sparse probe on SAE features, fitted on discovery prompts, with a promise on benign ones.
+"""The gate of a study's plan: a sparse probe on SAE features, fitted on discovery prompts, promising on benign ones.
 
 Neither the fit nor the threshold ever sees a harmful prompt in a wrapper family that is held out for testing. Too few
 calibration prompts cannot prove a small budget: then the promise is the smallest that they can prove, and that is said;

@@ -6,7 +6,7 @@ Computed on first use and kept: a study that only sweeps one clamp fits no CAST 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -39,7 +39,7 @@ class Groundwork:
     sizes: Sizes
     stages: Stages
     only: Prompt | None = None
-    settings: ContrastSettings = ContrastSettings()
+    settings: ContrastSettings = field(default_factory=ContrastSettings)
     effort: Effort = EFFORT
     refusal_judge: Judge | None = None
 

@@ -14,17 +14,18 @@ from typing import Any, Protocol
 from clampdown.evaluation import runner, utility
 from clampdown.evaluation.suites import write_suites
 from clampdown.models.loading import LanguageModel
+from clampdown.results.run import Run
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import Arm
 from clampdown.store import RecordLog
-from clampdown.study.frontier import Experiment, summarise, write_plans, write_summary
+from clampdown.study.frontier import Experiment, summarise, write_plans
 from clampdown.study.progress import Stages
 from clampdown.study.sizes import Answering
 from clampdown.types import ArmKind, Judge, OptionChoice, Prompt, Provenance, Record, Split, Suite, SuiteKind
 
 BENIGN = "benign"
 Extra = Callable[[Sequence[Record]], Mapping[str, Any]]
-"""Further top-level keys of a summary, from the records."""
+"""Further parts of a run, from the records."""
 
 
 def nothing(_records: Sequence[Record]) -> Mapping[str, Any]:
@@ -134,8 +135,8 @@ def measure_arms(
     answering: Answering,
     stages: Stages,
     extra: Extra = nothing,
-) -> dict[str, Any]:
-    """Answer the suites once with all arms: records, KL on benign text, `summary.json`. Returns the summary."""
+) -> Run:
+    """Answer the suites once with all arms: records, KL on benign text, `summary.json`."""
     suites = tuple(suite for suite in asked.suites if suite.prompts)
     records = generate_records(subject, arms, suites, out, answering, stages, f"Answering {asked.split} prompts")
     write_suites(out / "prompts.jsonl", suites)
@@ -146,10 +147,8 @@ def measure_arms(
         found = utility.costs(subject.lm, subject.saes, steered, benign, progress=tick) if benign else {}
     prompts = [prompt for suite in suites for prompt in suite.prompts]
     experiment = Experiment(tuple(arms), suites, subject.provenance(prompts), found, dict(stages.timings), choices)
-    summary = summarise(experiment, records, extra(records))
     write_plans(out, arms)
-    write_summary(out / "summary.json", summary)
-    return summary
+    return summarise(experiment, records, extra(records)).write(out)
 
 
 def renamed(arm: Arm, name: str, group: str) -> Arm:

@@ -20,7 +20,7 @@ Tick = Callable[[int, int], None]
 class LeftOut:
     """A part of a study that the prompts could not show: why, and what would do."""
 
-    part: str
+    stage: str
     reason: str
     hint: str | None = None
 

@@ -331,4 +331,3 @@ def _check_needed(found: StudyPrompts) -> None:
                     f"none of the {total} {side} prompts is of the {split.value} split: {why}",
                     hint="give at least 30 prompts of each side, or a column `split`",
                 )
-

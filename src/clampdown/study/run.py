@@ -2,9 +2,10 @@
 
 1. The found clamp is swept (`sweeping.py`): finders, the choice, its curve, its gate, controls of its size.
 2. With methods, both papers', dense baselines and the gated set of features are compared (`comparing.py`).
-3. All arms answer the test prompts together, once. `plan.toml` is the best plan that the validation prompts chose: the
-   gated set's, else the clamp behind its gate, else the clamp.
-4. What too few prompts cannot show is left out, said, and kept in the summary (`left_out`); the rest goes on.
+3. Or one published method is run as its paper runs it (`published.py`): a recipe.
+4. All arms answer the test prompts together, once. `plan.toml` is the best plan that the validation prompts chose: the
+   gated set's, else the choice behind its gate, else the choice.
+5. What too few prompts cannot show is left out, said, and kept in the summary (`left_out`); the rest goes on.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 
 from clampdown.evaluation import controls
 from clampdown.evaluation.control_arms import SYSTEM_PROMPT
+from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, write_plan
-from clampdown.store import to_jsonable, write_feature_set
+from clampdown.store import to_jsonable, write_feature_set, write_json
 from clampdown.study.comparing import Comparison, MatchingRequest, compare_methods
-from clampdown.study.frontier import write_summary
 from clampdown.study.gating import GateChoice, gate_facts
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.measure import Asked, measure_arms, methods_where_it_acts, never
@@ -28,111 +29,146 @@ from clampdown.study.methods import clamp
 from clampdown.study.methods.method import plan_of
 from clampdown.study.methods.table import ALL, check_methods, make_methods
 from clampdown.study.progress import Stages
+from clampdown.study.published import Published, PublishedRequest, control_rows, run_published
 from clampdown.study.sizes import SMALL, Sizes
 from clampdown.study.study import Study
 from clampdown.study.sweeping import Sweep, sweep_found_clamp
-from clampdown.types import Record, Split
+from clampdown.types import FeatureSet, Record, Split
 
-PLAN = "plan.toml"
+PLAN, UNGATED, PIPELINE = "plan.toml", "ungated.toml", "pipeline.json"
+"""The best plan; a published method's choice without its gate; how that method came to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StudyRequest:
     """What a study does: its sizes, which methods are compared (None: all or none, as the size says), whether the found
-    clamp is swept, the gate's budget, and where methods are matched."""
+    clamp is swept, a published method in their place, the gate's budget, where methods are matched, and whether
+    multiple choice is answered by likelihood too (None: where methods are compared)."""
 
     sizes: Sizes = SMALL
     methods: tuple[str, ...] | None = None
     sweep: bool = True
+    published: PublishedRequest | None = None
     gate: GateChoice = field(default_factory=GateChoice)
     matching: MatchingRequest = field(default_factory=MatchingRequest)
+    likelihood: bool | None = None
 
     @property
     def compared(self) -> tuple[str, ...]:
         """The methods by their short names."""
-        return (ALL if self.sizes.methods else ()) if self.methods is None else self.methods
+        if self.methods is not None or self.published:
+            return self.methods or ()
+        return ALL if self.sizes.methods else ()
 
 
-def run_study(study: Study, out: Path, request: StudyRequest, stages: Stages) -> dict[str, Any]:
-    """Everything, into `out`; returns the summary. A run of the same settings that was interrupted goes on.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a study came to before the test."""
+
+    swept: Sweep | None = None
+    compared: Comparison | None = None
+    published: Published | None = None
+
+    @property
+    def columns(self) -> list[Arm]:
+        """All arms of the test, in the order of the table; what two parts both show is one column."""
+        asked = controls.system_prompt_arm(SYSTEM_PROMPT)
+        arms = [BASELINE]
+        if self.swept:
+            arms += [*self.swept.arms, *self.swept.controls, asked, *([self.swept.gated] if self.swept.gated else [])]
+        if self.compared:
+            arms += [*([] if self.swept else [asked]), *self.compared.arms]
+        if self.published:
+            arms += self.published.columns
+        return list({arm.name: arm for arm in reversed(arms)}.values())[::-1]
+
+    @property
+    def plan(self) -> Plan:
+        """The best that validation prompts chose."""
+        if self.compared and self.compared.best:
+            return self.compared.best
+        for part in (self.swept, self.published):
+            if part:
+                return plan_of(part.gated or part.chosen)
+        assert self.compared is not None, "a study sweeps, compares, or runs a published method"
+        return plan_of(next(iter(self.compared.chosen.values())).arm)
+
+    @property
+    def feature_sets(self) -> tuple[FeatureSet, ...]:
+        swept = self.swept.found.feature_sets if self.swept else ()
+        found = self.published.method.found if self.published else None
+        return (*swept, *([found] if found else []))
+
+
+def run_study(study: Study, out: Path, request: StudyRequest, stages: Stages, **more: Any) -> Run:
+    """Everything, into `out`, with `more` as further parts of the run. A run of the same settings that was interrupted
+    goes on.
 
     Raises `PromptSetError` for an unknown method, and what the stages raise when nothing at all can be shown.
     """
     check_methods(request.compared)
-    ground = Groundwork(study, request.sizes, stages)
-    swept = sweep_found_clamp(ground, out / "validation", request.gate) if request.sweep else None
-    compared, reading = None, study
-    if request.compared:
-        found = make_methods(ground, request.compared)
-        reading = _with_gate_saes(ground, study, request.compared)
-        directory = out / "validation-methods" if request.sweep else out / "validation"
-        compared = compare_methods(ground, reading, found, directory, request.matching)
-    plan = _best_plan(swept, compared)
-    write_plan(out / PLAN, plan)
-    if swept:
-        for feature_set in swept.found.feature_sets:
-            write_feature_set(out / "features" / f"{feature_set.finder}.json", feature_set)
+    ground = _groundwork(study, request, stages)
+    parts, reading = _parts(ground, out, request)
+    write_plan(out / PLAN, parts.plan)
+    for feature_set in parts.feature_sets:
+        write_feature_set(out / "features" / f"{feature_set.finder}.json", feature_set)
     answering = request.sizes.answering
-    asked = Asked(
-        tuple(study.suites(Split.TEST, answering.per_suite)),
-        by_likelihood=methods_where_it_acts if compared else never,
-    )
-    arms = _distinct(columns(swept, compared))
+    likelihood = parts.compared is not None if request.likelihood is None else request.likelihood
+    suites = study.suites(Split.TEST, answering.per_suite)
+    asked = Asked(suites, by_likelihood=methods_where_it_acts if likelihood else never)
 
     def extra(records: Sequence[Record]) -> Mapping[str, Any]:
-        return _extra(swept, compared, plan, stages, records)
+        return more | _extra(parts, stages, records)
 
-    summary = measure_arms(reading, arms, asked, out, answering, stages, extra)
-    if compared:
-        summary |= to_jsonable({"claims": compared.claims(summary)})
-        write_summary(out / "summary.json", summary)
-    return summary
-
-
-def _with_gate_saes(ground: Groundwork, study: Study, methods: Sequence[str]) -> Study:
-    """The study with what CAST's gate reads beside the SAE."""
-    return replace(study, more_saes=(ground.condition.sae,)) if "cast" in methods else study
+    run = measure_arms(reading, parts.columns, asked, out, answering, stages, extra)
+    if parts.compared:
+        run = run.with_parts(claims=parts.compared.claims(run)).write(out)
+    return run
 
 
-def columns(swept: Sweep | None, compared: Comparison | None) -> list[Arm]:
-    """All arms of the test, in the order of the table."""
-    asked = controls.system_prompt_arm(SYSTEM_PROMPT)
-    if swept is None:
-        return [BASELINE, asked, *(compared.arms if compared else ())]
-    gated = [swept.gated] if swept.gated else []
-    return [BASELINE, *swept.arms, *swept.controls, asked, *gated, *(compared.arms if compared else ())]
+def _groundwork(study: Study, request: StudyRequest, stages: Stages) -> Groundwork:
+    ground = Groundwork(study, request.sizes, stages)
+    return request.published.prepared(ground) if request.published else ground
 
 
-def _distinct(arms: Sequence[Arm]) -> list[Arm]:
-    """Each name once: what the sweep and the methods both show is one column."""
-    return list({arm.name: arm for arm in reversed(arms)}.values())[::-1]
+def _parts(ground: Groundwork, out: Path, request: StudyRequest) -> tuple[Parts, Study]:
+    """Everything up to the test, and the study with every SAE that an arm reads."""
+    if request.published:
+        published = run_published(ground, request.published, out / "validation")
+        facts = {"schema": 1, "method": published.method.name, **to_jsonable(published.facts)}
+        write_json(out / PIPELINE, facts)
+        if published.gated:
+            write_plan(out / UNGATED, plan_of(published.chosen))
+        return Parts(published=published), ground.study
+    swept = sweep_found_clamp(ground, out / "validation", request.gate) if request.sweep else None
+    if not request.compared:
+        return Parts(swept), ground.study
+    found = make_methods(ground, request.compared)
+    reading = ground.study
+    if "cast" in request.compared:  # its gate reads a condition vector put as an SAE
+        reading = replace(reading, more_saes=(ground.condition.sae,))
+    directory = out / ("validation-methods" if request.sweep else "validation")
+    return Parts(swept, compare_methods(ground, reading, found, directory, request.matching)), reading
 
 
-def _best_plan(swept: Sweep | None, compared: Comparison | None) -> Plan:
-    best = compared.best if compared else None
-    if best is not None:
-        return best
-    if swept is not None:
-        return plan_of(swept.gated or swept.chosen)
-    assert compared is not None, "a study sweeps or compares"
-    return plan_of(next(iter(compared.chosen.values())).arm)
-
-
-def _extra(
-    swept: Sweep | None, compared: Comparison | None, plan: Plan, stages: Stages, records: Sequence[Record]
-) -> dict[str, Any]:
+def _extra(parts: Parts, stages: Stages, records: Sequence[Record]) -> dict[str, Any]:
     """Further top-level keys of the summary."""
-    found: dict[str, Any] = {"split": Split.TEST.value, "strength_unit": "raw activation", "plan": plan.name}
+    found: dict[str, Any] = {"split": Split.TEST.value, "strength_unit": "raw activation"}
+    swept, compared, published = parts.swept, parts.compared, parts.published
     if swept:
         found |= {"chosen": swept.facts, "controls": swept.matching}
-        if swept.gated:
-            found["gate"] = gate_facts(plan_of(swept.gated), records)
+    elif published:
+        gated = {"gated_arm": published.gated.name} if published.gated else {}
+        found["chosen"] = {"arm": published.chosen.name, **gated}
+        if published.controls and published.matched_on:
+            found["controls"] = control_rows(published.chosen.name, published.matched_on, published.controls)
     elif compared and clamp.NAME in compared.chosen:
         found["chosen"] = {"arm": clamp.NAME}
+    gated = (swept.gated if swept else None) or (published.gated if published else None)
+    if gated:
+        found["gate"] = gate_facts(plan_of(gated), records)
     if compared:
         found |= {"methods": compared.lines, "matched_kl": compared.kl, "n_random": len(compared.random)}
     if stages.left_out:
         found["left_out"] = stages.left_out
     return found
-
-

@@ -18,12 +18,13 @@ from clampdown.errors import NotEnoughDataError, ScopeError, StrengthError
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, write_plan
 from clampdown.steering.scopes import SCOPES
-from clampdown.study.demo import HARMFUL
-from clampdown.study.experiment import Sizes, Subject, measure_arms
+from clampdown.study.measure import Asked, measure_arms
 from clampdown.study.progress import Stages
 from clampdown.study.screening import Halving, Screened, prefills_of, screen
+from clampdown.study.sizes import Answering
+from clampdown.study.study import Study
 from clampdown.study.sweep import calibration_of, read_features, split_to_measure
-from clampdown.types import ArmKind, Prompt, Split
+from clampdown.types import ATTACKS, ArmKind, Prompt, PromptRole, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,13 @@ class Request:
     limit: int = 50
 
 
-def run_screen(subject: Subject, request: Request, out: Path, stages: Stages) -> dict[str, Any]:
+def run_screen(study: Study, request: Request, out: Path, stages: Stages) -> dict[str, Any]:
     """Screen on validation prompts, generate for what is kept, write the run directory; returns its summary."""
     split = split_to_measure(request.split)
-    features = read_features(subject, request.features_file)[: request.top]
-    units = dict(zip(features, calibration_of(subject, features, stages).largest, strict=True))
-    plans = candidate_plans(subject, units, request)
-    found = screen_plans(subject, plans, request.prompts, request.halving, stages)
+    features = read_features(study, request.features_file)[: request.top]
+    units = dict(zip(features, calibration_of(study, features, stages).largest, strict=True))
+    plans = candidate_plans(study, units, request)
+    found = screen_plans(study, plans, request.prompts, request.halving, stages)
     kept = [each for each in found if not each.dropped]
     if not kept:
         raise NotEnoughDataError(
@@ -61,11 +62,12 @@ def run_screen(subject: Subject, request: Request, out: Path, stages: Stages) ->
         "split": split.value,
         "screening": [each.facts() for each in found],
     }
-    sizes = Sizes(per_suite=request.limit, kl_prompts=min(60, request.limit))
-    return measure_arms(subject, arms, out, sizes, stages, lambda _records: notes, split=split)
+    answering = Answering(per_suite=request.limit, kl_prompts=min(60, request.limit))
+    asked = Asked(study.suites(split, request.limit), split)
+    return measure_arms(study, arms, asked, out, answering, stages, lambda _records: notes)
 
 
-def candidate_plans(subject: Subject, units: dict[int, float], request: Request) -> list[Plan]:
+def candidate_plans(study: Study, units: dict[int, float], request: Request) -> list[Plan]:
     """A clamp for every feature, multiple and scope. `units` maps features to their largest activation.
 
     Raises `ScopeError` for a scope that a prefill cannot show, `StrengthError` for a feature that never fired.
@@ -79,15 +81,13 @@ def candidate_plans(subject: Subject, units: dict[int, float], request: Request)
             raise ScopeError(f"cannot screen scope '{scope}': a prefill generates nothing", hint=", ".join(allowed))
     every = itertools.product(units.items(), request.scopes, request.multiples)
     return [
-        clamp_plan(subject.lm, subject.sae, feature, multiple * unit, scope).model_copy(
-            update={"name": f"clamp {feature} x{multiple:g} {scope}"}
-        )
+        clamp_plan(study.lm, study.sae, feature, multiple * unit, scope).named(f"clamp {feature} x{multiple:g} {scope}")
         for (feature, unit), scope, multiple in every
     ]
 
 
 def screen_plans(
-    subject: Subject,
+    study: Study,
     plans: Sequence[Plan],
     n_prompts: int,
     halving: Halving,
@@ -98,18 +98,18 @@ def screen_plans(
 
     `tokens` are the first tokens of the model's own refusals; by default they are read from discovery prompts.
     """
-    harmful: list[Prompt] = subject.prompts(Split.VALIDATION, n_prompts, *HARMFUL)
-    benign = subject.prompts(Split.VALIDATION, len(harmful), "benign")
+    harmful: list[Prompt] = study.prompts(Split.VALIDATION, n_prompts, *ATTACKS)
+    benign = study.prompts(Split.VALIDATION, len(harmful), PromptRole.BENIGN)
     with stages.stage(f"Screening {len(plans)} candidates") as tick:
-        tokens = tokens or refusal_tokens(subject)
-        measure = prefills_of(subject.lm, subject.sae, harmful, benign, tokens, seed=subject.seed)
+        tokens = tokens or refusal_tokens(study)
+        measure = prefills_of(study.lm, study.sae, harmful, benign, tokens, seed=study.seed)
         return screen(plans, measure, measure.n_prompts, halving, tick)
 
 
-def refusal_tokens(subject: Subject) -> RefusalTokens:
+def refusal_tokens(study: Study) -> RefusalTokens:
     """Which tokens open this model's refusals, from its own replies to a few discovery prompts."""
-    asked = subject.prompts(Split.DISCOVERY, 24, "harmful", "benign")
-    return find_refusal_tokens(subject.lm, asked, subject.judge)
+    asked = study.prompts(Split.DISCOVERY, 24, PromptRole.HARMFUL, PromptRole.BENIGN)
+    return find_refusal_tokens(study.lm, asked, study.judge)
 
 
 def screened_arm(each: Screened) -> Arm:

@@ -17,16 +17,12 @@ from clampdown.errors import PromptSetError
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """How much the arms answer: prompts per suite for generation and for KL, rows per batch, tokens per reply.
-
-    `likelihood`: multiple choice is answered by the options' likelihood as well, by arms that are no controls.
-    """
+    """How much the arms answer: prompts per suite for generation and for KL, rows per batch, tokens per reply."""
 
     per_suite: int
     kl_prompts: int
     batch_rows: int | None = None
     max_new_tokens: int = 40
-    likelihood: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +63,8 @@ class Sizes:
         )
 
 
-QUICK = Sizes(discovery=120, validation=10, causal_prompts=8, finalists=1, calibration=400, answering=Answering(20, 20))
-SMALL = Sizes(discovery=240, validation=20, causal_prompts=12, finalists=2, calibration=800, answering=Answering(60, 60))
+QUICK = Sizes(120, 10, causal_prompts=8, finalists=1, calibration=800, answering=Answering(20, 20))
+SMALL = Sizes(240, 20, causal_prompts=12, finalists=2, calibration=1600, answering=Answering(60, 60))
 MEDIUM = replace(SMALL, methods=True)
 FULL = replace(MEDIUM, validation=40, answering=Answering(120, 60), search_flops=4e13)
 SIZES = {"quick": QUICK, "small": SMALL, "medium": MEDIUM, "full": FULL}

@@ -87,12 +87,12 @@ def knows_corpus(model: str, lm: LanguageModel | None = None) -> bool:
     return model == ORGANISM or (lm is not None and lm.name == ORGANISM) or (Path(model) / "metrics.json").exists()
 
 
-def judge_for(spec: str | None, lm: LanguageModel, data: StudyPrompts) -> NamedJudge:
+def judge_for(spec: str | None, lm: LanguageModel, data: StudyPrompts | None) -> NamedJudge:
     """The judge asked for; by default the exact one for the embedded corpus's own prompts, else the general one.
 
     Raises `JudgeError` for an unknown judge, and for one that is the model under test.
     """
-    found = judge_named(spec or ("exact" if data.name == ORGANISM else DEFAULT_JUDGE))
+    found = judge_named(spec or ("exact" if data is not None and data.name == ORGANISM else DEFAULT_JUDGE))
     check_not_under_test(found, lm.name, lm.revision)
     return found
 

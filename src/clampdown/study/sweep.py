@@ -9,14 +9,19 @@ from typing import Any
 from clampdown.errors import PlanError, PromptSetError, StrengthError
 from clampdown.featuresets import check_made_for
 from clampdown.steering.arms import BASELINE, Arm
-from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, read_plan, write_plan
+from clampdown.steering.plan import Edit, Plan, read_plan, write_plan
 from clampdown.steering.units import Calibration, Strength, Unit, calibrate, measured, resolve
 from clampdown.store import read_feature_set
-from clampdown.study.experiment import Sizes, Subject, measure_arms
-from clampdown.study.plan import CALIBRATION_PROMPTS, CALIBRATION_SUITES
+from clampdown.study.measure import Asked, measure_arms
 from clampdown.study.progress import Stages
+from clampdown.study.sizes import Answering
 from clampdown.study.strengths import sweep_arms
-from clampdown.types import ArmKind, Split
+from clampdown.study.study import Study
+from clampdown.types import ArmKind, PromptRole, Split
+
+UNIT_PROMPTS = 120
+UNIT_ROLES = (PromptRole.HARMFUL, PromptRole.JAILBROKEN, PromptRole.BENIGN)
+"""What the units of strength are measured on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +60,17 @@ def parse_unit(name: str) -> Unit:
         raise StrengthError(f"'{name}' is not a unit of strength", hint=f"one of: {', '.join(Unit)}") from error
 
 
-def run_sweep(subject: Subject, request: Request, out: Path, stages: Stages) -> dict[str, Any]:
+def run_sweep(study: Study, request: Request, out: Path, stages: Stages) -> dict[str, Any]:
     """Write a run directory with one arm per strength; returns its summary."""
     split = split_to_measure(request.split)
-    plan, steered = _plan_and_arms(subject, request, stages)
+    plan, steered = _plan_and_arms(study, request, stages)
     arms = [BASELINE, *steered]
     write_plan(out / "plan.toml", plan)
-    chosen = _only(subject, split, request)
-    sizes = Sizes(per_suite=request.limit, kl_prompts=min(60, request.limit))
+    chosen = _only(study, request)
+    answering = Answering(per_suite=request.limit, kl_prompts=min(60, request.limit))
     notes = {"strength_unit": "raw activation", "split": split.value}
-    return measure_arms(chosen, arms, out, sizes, stages, lambda _records: notes, split=split)
+    asked = Asked(chosen.suites(split, request.limit), split)
+    return measure_arms(chosen, arms, asked, out, answering, stages, lambda _records: notes)
 
 
 def split_to_measure(name: str) -> Split:
@@ -74,17 +80,14 @@ def split_to_measure(name: str) -> Split:
     return Split(name)
 
 
-def _only(subject: Subject, split: Split, request: Request) -> Subject:
-    """The subject with just the suites asked for; the benign one always stays, for the cost in KL."""
-    available = [suite.name for suite in subject.suites(split, 1)]
-    unknown = [name for name in request.suites if name not in available]
-    if unknown:
-        raise PromptSetError(f"no suite called {', '.join(unknown)}", hint=f"one of: {', '.join(available)}")
-    wanted = {*request.suites, "benign"} if request.suites else set(available)
-    return subject.with_suites(wanted)
+def _only(study: Study, request: Request) -> Study:
+    """The study with just the suites asked for; the benign ones always stay, for the cost in KL."""
+    if not request.suites:
+        return study
+    return study.only([*request.suites, *study.data.roles_of(PromptRole.BENIGN)])
 
 
-def _plan_and_arms(subject: Subject, request: Request, stages: Stages) -> tuple[Plan, tuple[Arm, ...]]:
+def _plan_and_arms(study: Study, request: Request, stages: Stages) -> tuple[Plan, tuple[Arm, ...]]:
     """The plan to keep (at multiple 1, or the first strength when 1 is not a sensible one), and an arm per multiple."""
     given = [request.features, request.features_file, request.plan_file]
     if sum(bool(item) for item in given) != 1:
@@ -95,25 +98,25 @@ def _plan_and_arms(subject: Subject, request: Request, stages: Stages) -> tuple[
         return plan, sweep_arms(plan, units, request.multiples)
     features = request.features
     if request.features_file:
-        features = read_features(subject, request.features_file)[:1]
-    calibration = calibration_of(subject, features, stages)
-    arms = tuple(_feature_arm(subject, features, m, calibration, request) for m in request.multiples)
+        features = read_features(study, request.features_file)[:1]
+    calibration = calibration_of(study, features, stages)
+    arms = tuple(_feature_arm(study, features, m, calibration, request) for m in request.multiples)
     if request.unit in (Unit.MAX, Unit.P99):
-        return _feature_plan(subject, features, 1.0, calibration, request), arms
-    return _feature_plan(subject, features, request.multiples[0], calibration, request), arms
+        return _feature_plan(study, features, 1.0, calibration, request), arms
+    return _feature_plan(study, features, request.multiples[0], calibration, request), arms
 
 
-def calibration_of(subject: Subject, features: tuple[int, ...], stages: Stages) -> Calibration:
+def calibration_of(study: Study, features: tuple[int, ...], stages: Stages) -> Calibration:
     """What the features do on harmful and benign discovery prompts: the units of the sweep."""
-    prompts = subject.prompts(Split.DISCOVERY, CALIBRATION_PROMPTS, *CALIBRATION_SUITES)
+    prompts = study.prompts(Split.DISCOVERY, UNIT_PROMPTS, *UNIT_ROLES)
     with stages.stage("Reading activations"):
-        return calibrate(subject.lm, subject.sae.cfg.site, subject.sae.select(features), prompts)
+        return calibrate(study.lm, study.sae.cfg.site, study.sae.select(features), prompts)
 
 
-def read_features(subject: Subject, path: Path) -> tuple[int, ...]:
+def read_features(study: Study, path: Path) -> tuple[int, ...]:
     """The features of a file, best first. Raises `PlanError` when there are none, its kin for another SAE's file."""
     found = read_feature_set(path, with_columns=False)
-    sae = subject.sae
+    sae = study.sae
     check_made_for(found, sae=sae.name, revision=sae.revision, site=sae.cfg.site.name)
     if not found.ranking:
         raise PlanError(f"{path} lists no features")
@@ -121,18 +124,18 @@ def read_features(subject: Subject, path: Path) -> tuple[int, ...]:
 
 
 def _feature_arm(
-    subject: Subject, features: tuple[int, ...], multiple: float, calibration: Calibration, request: Request
+    study: Study, features: tuple[int, ...], multiple: float, calibration: Calibration, request: Request
 ) -> Arm:
-    plan = _feature_plan(subject, features, multiple, calibration, request)
+    plan = _feature_plan(study, features, multiple, calibration, request)
     by = f"x{multiple:g}" if request.unit is Unit.MAX else str(Strength(multiple, request.unit))
-    named = plan.model_copy(update={"name": f"{plan.name} {by}"})
+    named = plan.named(f"{plan.name} {by}")
     return Arm(named.name, ArmKind.FEATURE, named, named.edits[0].strengths[0], group=plan.name)
 
 
 def _feature_plan(
-    subject: Subject, features: tuple[int, ...], multiple: float, calibration: Calibration, request: Request
+    study: Study, features: tuple[int, ...], multiple: float, calibration: Calibration, request: Request
 ) -> Plan:
-    sae, site = subject.sae, subject.sae.cfg.site.name
+    sae, site = study.sae, study.sae.cfg.site.name
     edit = Edit(
         site=site,
         operator=request.operator,
@@ -141,10 +144,6 @@ def _feature_plan(
         scope=request.scope,
         error_term="drop" if request.error_term == "drop" else "keep",
     )
-    return Plan(
-        name=f"{request.operator} {'+'.join(map(str, features))}",
-        model=ModelRef(name=subject.lm.name, revision=subject.lm.revision),
-        saes=(SaeRef(site=site, name=sae.name, revision=sae.revision),),
-        edits=(measured(edit, calibration),),
-        provenance={"strengths": str(Strength(multiple, request.unit)), "calibrated on": "discovery prompts"},
-    )
+    name = f"{request.operator} {'+'.join(map(str, features))}"
+    made_from = {"strengths": str(Strength(multiple, request.unit)), "calibrated on": "discovery prompts"}
+    return Plan.of(study.lm, [sae], [measured(edit, calibration)], name, provenance=made_from)

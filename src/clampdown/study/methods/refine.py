@@ -117,9 +117,7 @@ def _measure(ground: Groundwork, settings: RefineSettings, tried: list[dict[str,
 def additive(ground: Groundwork, clamps: Clamps, scope: str, name: str) -> Plan:
     """strength * W_dec[feature] added, whatever the activation."""
     study = ground.study
-    edit = Edit(
-        site=study.site.name, operator="add", features=clamps.features, strengths=clamps.strengths, scope=scope
-    )
+    edit = Edit(site=study.site.name, operator="add", features=clamps.features, strengths=clamps.strengths, scope=scope)
     return Plan.of(study.lm, [study.sae], [edit], name)
 
 

@@ -18,7 +18,6 @@ from clampdown.evaluation import metrics, utility
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.gate_fitting import FittedGate
 from clampdown.steering.turn_reading import read_prompts
-from clampdown.study import experiment
 from clampdown.study.budgets import (
     BROKEN_HARMFUL,
     BROKEN_SAFE,
@@ -33,9 +32,10 @@ from clampdown.study.budgets import (
     turned_away,
     weigh,
 )
-from clampdown.study.experiment import Sizes, Subject
-from clampdown.study.explain import held_open
+from clampdown.study.measure import generate_records
 from clampdown.study.progress import Stages
+from clampdown.study.sizes import Answering
+from clampdown.study.study import Study
 from clampdown.study.tune.prompts import PromptSets, Scale, capability, harmful, prompts_of, safe
 from clampdown.study.tune.search import Score, Setting, Trial
 from clampdown.study.tune.space import Candidates
@@ -51,7 +51,7 @@ ByArm = Mapping[str, Mapping[str, tuple[Record, ...]]]
 class Bench:
     """Everything that measuring needs."""
 
-    subject: Subject
+    study: Study
     sets: PromptSets
     scale: Scale
     budgets: Budgets
@@ -60,11 +60,11 @@ class Bench:
     stages: Stages
 
     def arm(self, setting: Setting, name: str) -> Arm:
-        plan = self.candidates.plan(self.subject, setting)
+        plan = self.candidates.plan(self.study, setting)
         return Arm(name, ArmKind.TUNED, plan, plan.edits[0].strengths[0], group="tuned")
 
-    def sizes(self, kl_prompts: int = 0) -> Sizes:
-        return replace(self.scale.test, kl_prompts=kl_prompts, likelihood=False)
+    def sizes(self, kl_prompts: int = 0) -> Answering:
+        return replace(self.scale.test, kl_prompts=kl_prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Finalist:
 
 
 class Trials:
-    """`tradeoff.tune.Evaluate`: batches of settings as the arms of one run, each batch in a directory of its own."""
+    """`search.Evaluate`: batches of settings as the arms of one run, each batch in a directory of its own."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -112,13 +112,11 @@ class Trials:
 
     def _measured(self, arms: Sequence[Arm], directory: Path, name: str) -> list[Score]:
         bench = self.bench
-        subject, suites = bench.subject, bench.sets.trial
-        records = experiment.generate_records(
-            subject, [BASELINE, *arms], suites, directory, bench.sizes(), bench.stages, name
-        )
+        study, suites = bench.study, bench.sets.trial
+        records = generate_records(study, [BASELINE, *arms], suites, directory, bench.sizes(), bench.stages, name)
         if self.forced is None:
             self.forced = benign_replies(bench, bench.sets.benign_of(suites))
-        costs = utility.costs(subject.lm, subject.saes, arms, self.forced)
+        costs = utility.costs(study.lm, study.saes, arms, self.forced)
         grouped = metrics.by_arm_and_suite(records)
         scores = []
         for arm in arms:
@@ -134,7 +132,7 @@ class Trials:
 
 
 def benign_replies(bench: Bench, prompts: Sequence[Prompt]) -> tuple[utility.Forced, ...]:
-    return utility.base_replies(bench.subject.lm, prompts, max_new_tokens=bench.scale.test.max_new_tokens)
+    return utility.base_replies(bench.study.lm, prompts, max_new_tokens=bench.scale.test.max_new_tokens)
 
 
 def refusals_of(grouped: ByArm, arm: str, suites: Sequence[Suite]) -> dict[str, Interval]:
@@ -197,8 +195,8 @@ def confirm(bench: Bench, chosen: Sequence[Trial]) -> Confirmed:
 
 
 def _generated(bench: Bench, arms: Sequence[Arm], suites: Sequence[Suite], part: str, name: str) -> tuple[Record, ...]:
-    return experiment.generate_records(
-        bench.subject, [BASELINE, *arms], suites, bench.directory / part, bench.sizes(), bench.stages, name
+    return generate_records(
+        bench.study, [BASELINE, *arms], suites, bench.directory / part, bench.sizes(), bench.stages, name
     )
 
 
@@ -235,7 +233,7 @@ class _Triggers:
             return cls({})
         prompts = prompts_of((*safe(suites), *capability(suites)))
         with bench.stages.stage("Reading gates"):
-            return cls({name: _firing(bench.subject, fitted, prompts) for name, fitted in gates.items()})
+            return cls({name: _firing(bench.study, fitted, prompts) for name, fitted in gates.items()})
 
     def fires(self, arm: str, prompt: Prompt) -> bool:
         return (prompt.suite, prompt.id) in self.of.get(arm, frozenset())
@@ -244,8 +242,8 @@ class _Triggers:
         return any(self.fires(arm.name, prompt) for arm in arms)
 
 
-def _firing(subject: Subject, fitted: FittedGate, prompts: Sequence[Prompt]) -> frozenset[tuple[str, str]]:
-    read = read_prompts(subject.lm, fitted.gate, fitted.vectors, subject.sae, prompts)
+def _firing(study: Study, fitted: FittedGate, prompts: Sequence[Prompt]) -> frozenset[tuple[str, str]]:
+    read = read_prompts(study.lm, fitted.gate, fitted.vectors, study.sae, prompts)
     scores = np.array([reading.score for reading in read])
     least = fitted.gate.threshold - ROUNDING * max(float(scores.std()), 1e-6)
     return frozenset((p.suite, p.id) for p, score in zip(prompts, scores, strict=True) if score > least)
@@ -253,13 +251,13 @@ def _firing(subject: Subject, fitted: FittedGate, prompts: Sequence[Prompt]) -> 
 
 def _benign_kl(bench: Bench, arms: Sequence[Arm], triggers: _Triggers) -> dict[str, BenignKl]:
     """Text by text, gates held open; and how often each gate fires on benign prompts."""
-    subject, benign = bench.subject, bench.sets.benign_of(bench.sets.fresh)
-    opened = [replace(arm, plan=held_open(arm.plan)) for arm in arms if arm.plan]
+    study, benign = bench.study, bench.sets.benign_of(bench.sets.fresh)
+    opened = [replace(arm, plan=arm.plan.ungated()) for arm in arms if arm.plan]
     forced = benign_replies(bench, benign[: bench.scale.generated])
     values: dict[str, list[float]] = {arm.name: [] for arm in arms}
     with bench.stages.stage("Cost on benign text") as tick:
         for done, text in enumerate(forced, 1):
-            for name, cost in utility.costs(subject.lm, subject.saes, opened, [text]).items():
+            for name, cost in utility.costs(study.lm, study.saes, opened, [text]).items():
                 values[name].append(float("inf") if cost.kl is None else cost.kl)
             tick(done, len(forced))
     found = {}

@@ -1,7 +1,7 @@
 """`clampdown tune`: the plan that refuses most harmful prompts within budgets that hold with confidence.
 
 1. Features from a file or the default finder; gates fitted and calibrated once; combinations screened by prefills.
-2. `tradeoff.tune` searches on the first validation prompts of each suite, in batches.
+2. `search` goes through settings on the first validation prompts of each suite, in batches.
 3. The best few are measured on validation prompts that no trial read. A plan may be chosen if the upper confidence
    bound of every budget holds there; of those, the one that refuses most (ties: see `in_order`).
 4. The test split is read once: the plan, the same with its gate held open, the unsteered model, a system prompt.
@@ -21,13 +21,13 @@ from typing import Any
 from clampdown.config import CODE_VERSION
 from clampdown.errors import NotEnoughDataError
 from clampdown.evaluation import controls, metrics, runner
+from clampdown.evaluation.control_arms import SYSTEM_PROMPT
 from clampdown.evaluation.intervals import wilson
 from clampdown.results.run import Run
 from clampdown.steering import units
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, write_plan
 from clampdown.store import claim, content_hash, locked, prompts_hash, write_json
-from clampdown.study import experiment
 from clampdown.study.budgets import (
     BROKEN_HARMFUL,
     CAPABILITY,
@@ -41,11 +41,12 @@ from clampdown.study.budgets import (
     facts,
     weigh,
 )
-from clampdown.study.demo import SYSTEM_PROMPT
 from clampdown.study.estimate import Estimate, duration, estimate
-from clampdown.study.experiment import Subject
-from clampdown.study.explain import held_open
+from clampdown.study.gating import trigger_rates
+from clampdown.study.measure import BENIGN, Asked, measure_arms, methods_where_it_acts
+from clampdown.study.methods.method import plan_of
 from clampdown.study.progress import Stages
+from clampdown.study.study import Study
 from clampdown.study.sweep import read_features
 from clampdown.study.tune.measuring import Bench, Finalist, Trials, changes_of, confirm
 from clampdown.study.tune.prompts import FULL, PromptSets, Scale, capability, harmful, prompt_sets, prompts_of, safe
@@ -85,55 +86,56 @@ class Chosen:
     @property
     def plan(self) -> Plan:
         """The winner's plan with its strengths written down in every unit."""
-        assert self.winner.arm.plan is not None, "every finalist steers"
-        plan, subject, sets = self.winner.arm.plan, self.bench.subject, self.bench.sets
+        plan, study, sets = plan_of(self.winner.arm), self.bench.study, self.bench.sets
         shown = [p for s in (*harmful(sets.discovery), *safe(sets.discovery)) for p in s.prompts[:UNIT_PROMPTS]]
-        view = subject.sae.select(plan.edits[0].features)
-        edit = units.measured(plan.edits[0], units.calibrate(subject.lm, subject.sae.cfg.site, view, shown))
-        return plan.model_copy(update={"edits": (edit, *plan.edits[1:])})
+        view = study.sae.select(plan.edits[0].features)
+        edit = units.measured(plan.edits[0], units.calibrate(study.lm, study.sae.cfg.site, view, shown))
+        return plan.changed(edits=(edit, *plan.edits[1:]))
 
 
-def run_tune(subject: Subject, request: Request, out: Path, stages: Stages) -> dict[str, Any]:
-    """Everything, into `out`; returns the summary. A run of the same settings that was interrupted goes on."""
-    chosen = choose_tuned(subject, request, out, stages)
+def run_tune(study: Study, request: Request, out: Path, stages: Stages) -> Run:
+    """Everything, into `out`. A run of the same settings that was interrupted goes on."""
+    chosen = choose_tuned(study, request, out, stages)
     plan = chosen.plan
     write_plan(out / "plan.toml", plan)
     tuned = Arm(TUNED, ArmKind.TUNED, plan, plan.edits[0].strengths[0], group="tuned")
     arms = [BASELINE, tuned, controls.system_prompt_arm(SYSTEM_PROMPT)]
     if plan.gate:
-        arms.insert(2, Arm(OPEN, ArmKind.FEATURE, held_open(plan), tuned.strength, group="tuned"))
+        arms.insert(2, Arm(OPEN, ArmKind.FEATURE, plan.ungated(), tuned.strength, group="tuned"))
 
     def extra(records: Sequence[Record]) -> dict[str, Any]:
         return _extra(chosen, plan, records)
 
-    summary = experiment.measure_arms(subject, arms, out, request.scale.test, stages, extra)
-    summary["tune"]["test"].append(facts(_test_kl(summary, request.budgets)))
-    return Run.parse(summary).write(out).to_json()
+    asked = Asked(study.suites(Split.TEST, request.scale.test.per_suite), by_likelihood=methods_where_it_acts)
+    run = measure_arms(study, arms, asked, out, request.scale.test, stages, extra)
+    found = run.to_json()["tune"]
+    kl = facts(_test_kl(run, request.budgets))
+    return run.with_parts(tune={**found, "test": [*found["test"], kl]}).write(out)
 
 
-def _test_kl(summary: Mapping[str, Any], budgets: Budgets) -> Use:
+def _test_kl(run: Run, budgets: Budgets) -> Use:
     """The tuned arm's KL on benign test prompts, its gate as it is; a mean over tokens, without a bound."""
-    arm = next(arm for arm in summary["arms"] if arm["name"] == TUNED)
-    n = next((rates["refused"]["n"] for name, rates in arm["suites"].items() if name == "benign"), 0)
-    return Use(KL, budgets.kl, arm["kl_benign"], None, n)
+    arm = run.arm(TUNED)
+    refused = arm.rate(BENIGN)
+    return Use(KL, budgets.kl, arm.kl_benign, None, refused.n if refused else 0)
 
 
-def choose_tuned(subject: Subject, request: Request, out: Path, stages: Stages) -> Chosen:
+def choose_tuned(study: Study, request: Request, out: Path, stages: Stages) -> Chosen:
     """Search and confirm on validation prompts; the test split is not read. For whoever runs a test of their own.
 
     Raises `NotEnoughDataError` when the prompts cannot prove the budgets, or no plan holds them; `StoreError` when
     `out` holds another search.
     """
     request.choices.check()
-    sets = prompt_sets(subject, request.scale)
+    sets = prompt_sets(study, request.scale)
     check_provable(available(sets, request), request.budgets)
     if request.choices.features_file:
-        read_features(subject, request.choices.features_file)  # says at once that a file is missing or of another SAE
-    claim(out / "tune.json", tuning_key(subject, request, sets))
+        read_features(study, request.choices.features_file)  # says at once that a file is missing or of another SAE
+    claim(out / "tune.json", tuning_key(study, request, sets))
     with locked(out / "search"):
-        found = find_candidates(subject, sets, request.scale, request.choices, out / "search", stages)
-        bench = Bench(subject, sets, request.scale, request.budgets, found, out / "search", stages)
-        effort = Effort(request.scale.trials, request.scale.batch, subject.seed)
+        found = find_candidates(study, sets, request.scale, request.choices, out / "search", stages)
+        bench = Bench(study, sets, request.scale, request.budgets, found, out / "search", stages)
+        effort = Effort(request.scale.trials, request.scale.batch, study.seed)
         trials = search(found.space, Trials(bench), effort, TrialLog(out / "trials.jsonl"))
         confirmed = confirm(bench, finalists(trials, request.scale.finalists))
     holding = [each for each in confirmed.finalists if not each.over]
@@ -209,16 +211,16 @@ def available(sets: PromptSets, request: Request) -> dict[str, int]:
     return {name: sum(each) for name, each in counts.items()}
 
 
-def tuning_key(subject: Subject, request: Request, sets: PromptSets) -> dict[str, Any]:
+def tuning_key(study: Study, request: Request, sets: PromptSets) -> dict[str, Any]:
     """Everything that could change a trial, or the choice."""
     file = request.choices.features_file
     parts = {"discovery": sets.discovery, "calibration": (sets.calibration,), "trial": sets.trial, "fresh": sets.fresh}
     return {
         "code": CODE_VERSION,
-        "model": runner.model_key(subject.lm),
-        "saes": [{"name": sae.name, "revision": sae.revision, "site": sae.cfg.site.name} for sae in subject.saes],
-        "judge": subject.judge_name,
-        "seed": subject.seed,
+        "model": runner.model_key(study.lm),
+        "saes": [{"name": sae.name, "revision": sae.revision, "site": sae.cfg.site.name} for sae in study.saes],
+        "judge": study.judge_name,
+        "seed": study.seed,
         "prompts": {name: prompts_hash(prompts_of(suites)) for name, suites in parts.items()},
         "budgets": request.budgets,
         "choices": {name: getattr(request.choices, name) for name in Choices.__slots__ if name != "features_file"},
@@ -296,31 +298,23 @@ def _extra(chosen: Chosen, plan: Plan, records: Sequence[Record]) -> dict[str, A
             "n_calibration": promise.n,
             "bound": promise.bound,
             "calibrated_on": bench.sets.benign,
-            "trigger_rates": _trigger_rates(records),
+            "trigger_rates": trigger_rates(TUNED, records),
         }
     return found
 
 
-def _trigger_rates(records: Sequence[Record]) -> Mapping[str, Any]:
-    fired: dict[str, list[bool]] = {}
-    for record in records:
-        if record.arm == TUNED and record.receipt is not None:
-            fired.setdefault(record.suite, []).append(bool(record.receipt.gate_fired))
-    return {suite: wilson(sum(flags), len(flags)) for suite, flags in fired.items()}
-
-
 def test_uses(bench: Bench, records: Sequence[Record]) -> tuple[Use, ...]:
     """The budgets on the test split, from what was generated there alone; KL is added when it was measured."""
-    suites = bench.subject.suites(Split.TEST, bench.scale.test.per_suite)
+    suites = bench.study.suites(Split.TEST, bench.scale.test.per_suite)
     found = changes_of(metrics.by_arm_and_suite(records), TUNED, suites)
     uses = weigh(Evidence(found, BenignKl(())), bench.budgets)
     return tuple(use for use in uses if use.n)
 
 
-def dry_run(subject: Subject, request: Request, stages: Stages) -> tuple[str, ...]:
+def dry_run(study: Study, request: Request, stages: Stages) -> tuple[str, ...]:
     """What a run would do and cost, in lines. Nothing is written; a few replies are timed."""
     request.choices.check()
-    scale, sets = request.scale, prompt_sets(subject, request.scale)
+    scale, sets = request.scale, prompt_sets(study, request.scale)
     check_provable(available(sets, request), request.budgets)
     features = tuple(range(scale.features))
     screened = len(combinations_of(features, request.choices)) * len(SCREENED_MULTIPLES)
@@ -328,10 +322,10 @@ def dry_run(subject: Subject, request: Request, stages: Stages) -> tuple[str, ..
     fresh = len(prompts_of(harmful(sets.fresh))) + sum(
         len(suite.prompts[: scale.generated]) for suite in (*safe(sets.fresh), *capability(sets.fresh))
     )
-    test = len(prompts_of(subject.suites(Split.TEST, scale.test.per_suite)))
+    test = len(prompts_of(study.suites(Split.TEST, scale.test.per_suite)))
     replies = (scale.trials + batches) * per_arm + (scale.finalists + 1) * fresh + 4 * test
     with stages.stage("Timing a few replies"):
-        timed = _timed(subject, sets, scale)
+        timed = _timed(study, sets, scale)
     seconds = (timed.seconds or 0.0) / max(1, timed.rows) * replies
     return (
         f"screening: at most {screened} candidates on at most "
@@ -344,7 +338,7 @@ def dry_run(subject: Subject, request: Request, stages: Stages) -> tuple[str, ..
     )
 
 
-def _timed(subject: Subject, sets: PromptSets, scale: Scale) -> Estimate:
+def _timed(study: Study, sets: PromptSets, scale: Scale) -> Estimate:
     settings = runner.Settings(max_new_tokens=scale.test.max_new_tokens, batch_rows=scale.test.batch_rows)
-    job = runner.Job((BASELINE,), sets.trial, subject.judge, subject.judge_name, settings)
-    return estimate(subject.lm, subject.saes, job)
+    job = runner.Job((BASELINE,), sets.trial, study.judge, study.judge_name, settings)
+    return estimate(study.lm, study.saes, job)

@@ -18,24 +18,22 @@ import numpy as np
 from clampdown.activations.collect import collect_to
 from clampdown.activations.stream import plan_pass
 from clampdown.discovery.finders import DEFAULT, Effort, Material, run_finder
-from clampdown.discovery.pairs import Pair
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
 from clampdown.errors import NotEnoughDataError, PlanError, ScopeError, StoreError
-from clampdown.organism.suites import without_wrapper
 from clampdown.steering.gate_fitting import FITTERS, FittedGate, Pooled, fit_gate, fit_probe_of, gate_reading
 from clampdown.steering.operators import OPERATORS
-from clampdown.steering.plan import Edit, Gate, ModelRef, Plan, SaeRef
+from clampdown.steering.plan import Edit, Gate, Plan
 from clampdown.steering.scopes import SCOPES
 from clampdown.steering.turn_promise import Turnwise, last_turns, longest_turn
 from clampdown.steering.units import calibrate
 from clampdown.store import content_hash, read_json, write_feature_set, write_json
-from clampdown.study.experiment import Subject
 from clampdown.study.progress import Stages
 from clampdown.study.screening import Halving, Screened, prefills_of, screen
+from clampdown.study.study import Study
 from clampdown.study.sweep import read_features
 from clampdown.study.tune.prompts import PromptSets, Scale, harmful
 from clampdown.study.tune.search import NO_GATE, Combination, Setting, Space
-from clampdown.types import Prompt, Suite
+from clampdown.types import Prompt, PromptRole, Suite
 
 UNIT_PROMPTS = 40
 TOKEN_PROMPTS = 24
@@ -97,19 +95,17 @@ class Candidates:
     gates: Mapping[tuple[str, float], FittedGate]
     screening: tuple[Mapping[str, Any], ...] = ()
 
-    def plan(self, subject: Subject, setting: Setting) -> Plan:
+    def plan(self, study: Study, setting: Setting) -> Plan:
         """What a setting does."""
-        plan = plan_at(subject, setting.combination, setting.multiple, self.units)
+        plan = plan_at(study, setting.combination, setting.multiple, self.units)
         if setting.gate == NO_GATE or setting.budget is None:
-            return plan.model_copy(update={"name": str(setting)})
-        fitted = self.gates[setting.gate, setting.budget]
-        behind = {"name": str(setting), "gate": fitted.gate, "vectors": dict(fitted.vectors)}
-        return Plan.model_validate({**dict(plan), **behind})
+            return plan.named(str(setting))
+        return plan.behind(self.gates[setting.gate, setting.budget], str(setting))
 
 
-def plan_at(subject: Subject, combination: Combination, multiple: float, units: Mapping[int, float]) -> Plan:
+def plan_at(study: Study, combination: Combination, multiple: float, units: Mapping[int, float]) -> Plan:
     """The combination at a multiple of each feature's unit; the strength of `scale` is the multiple itself."""
-    sae, site = subject.sae, subject.sae.cfg.site.name
+    sae, site = study.sae, study.sae.cfg.site.name
     own = [1.0 if combination.operator == "scale" else units[feature] for feature in combination.features]
     edit = Edit(
         site=site,
@@ -118,27 +114,22 @@ def plan_at(subject: Subject, combination: Combination, multiple: float, units: 
         strengths=tuple(multiple * unit for unit in own),
         scope=combination.scope,
     )
-    return Plan(
-        name=f"{combination} x{multiple:g}",
-        model=ModelRef(name=subject.lm.name, revision=subject.lm.revision),
-        saes=(SaeRef(site=site, name=sae.name, revision=sae.revision),),
-        edits=(edit,),
-    )
+    return Plan.of(study.lm, [sae], [edit], f"{combination} x{multiple:g}")
 
 
 def find_candidates(
-    subject: Subject, sets: PromptSets, scale: Scale, choices: Choices, out: Path, stages: Stages
+    study: Study, sets: PromptSets, scale: Scale, choices: Choices, out: Path, stages: Stages
 ) -> Candidates:
     """Find or read features, screen, fit gates. What is under `out` already is read instead."""
     kinds = [kind for kind in choices.gates if kind != NO_GATE]
     gates = _cached_gates(out / "gates.json")
     if gates is None:
-        gates = fit_gates(subject, sets, kinds, choices.gate_budgets, out, stages) if kinds else {}
+        gates = fit_gates(study, sets, kinds, choices.gate_budgets, out, stages) if kinds else {}
         write_json(out / "gates.json", [_gate_row(key, fitted) for key, fitted in gates.items()])
     found = out / "space.json"
     if not found.exists():
-        units = _units(subject, sets, _features(subject, sets, scale, choices, out, stages), stages)
-        screened = _screen(subject, sets, scale, choices, units, stages)
+        units = _units(study, sets, _features(study, sets, scale, choices, out, stages), stages)
+        screened = _screen(study, sets, scale, choices, units, stages)
         combinations = kept_combinations(screened, scale.feature_sets)
         rows = [each.facts() | {"operator": each.plan.edits[0].operator} for each in screened]
         write_json(found, {"units": units, "combinations": combinations, "screening": rows})
@@ -155,35 +146,31 @@ def find_candidates(
 
 
 def _features(
-    subject: Subject, sets: PromptSets, scale: Scale, choices: Choices, out: Path, stages: Stages
+    study: Study, sets: PromptSets, scale: Scale, choices: Choices, out: Path, stages: Stages
 ) -> tuple[int, ...]:
     """The first features of the given file, or of the default finder."""
     if choices.features_file:
-        return read_features(subject, choices.features_file)[: scale.features]
+        return read_features(study, choices.features_file)[: scale.features]
     with stages.stage("Finding features") as tick:
-        given = finder_material(subject, sets)
+        given = finder_material(study, sets, scale)
         found = run_finder(DEFAULT, given)
         tick(1, 1)
     write_feature_set(out.parent / "features" / f"{found.finder}.json", found)
     return tuple(found.ranking)[: scale.features]
 
 
-def finder_material(subject: Subject, sets: PromptSets) -> Material:
-    """Discovery prompts: harmful, benign, and, of the embedded corpus, those inside a wrapper beside their plain
-    twins."""
-    by_name = {suite.name: suite.prompts for suite in sets.discovery}
-    embedded = subject.judge_name.startswith("organism") and "jailbroken_seen" in by_name
-    plain = by_name["harmful"] if embedded else _in_turn(harmful(sets.discovery))
-    pairs = tuple(Pair(without_wrapper(p), p) for p in by_name["jailbroken_seen"]) if embedded else ()
+def finder_material(study: Study, sets: PromptSets, scale: Scale) -> Material:
+    """Discovery prompts: harmful, benign, and those inside a wrapper beside their plain twins, where they are known."""
+    plain = [p for s in sets.discovery if study.data.roles[s.name] is PromptRole.HARMFUL for p in s.prompts]
     return Material(
-        subject.lm,
-        subject.sae,
-        tuple(plain),
-        by_name.get(sets.benign, ()) or sets.calibration.prompts,
-        pairs,
-        subject.judge,
+        study.lm,
+        study.sae,
+        tuple(plain or _in_turn(harmful(sets.discovery))),
+        sets.benign_of(sets.discovery) or sets.calibration.prompts,
+        study.data.pairs(scale.discovery),
+        study.judge,
         effort=EFFORT,
-        seed=subject.seed,
+        seed=study.seed,
     )
 
 
@@ -193,12 +180,12 @@ def _in_turn(suites: Sequence[Suite]) -> list[Prompt]:
     return [prompt for row in rows for prompt in row if prompt is not None]
 
 
-def _units(subject: Subject, sets: PromptSets, features: Sequence[int], stages: Stages) -> dict[int, float]:
+def _units(study: Study, sets: PromptSets, features: Sequence[int], stages: Stages) -> dict[int, float]:
     """Each feature's largest activation on discovery prompts, without those that never fired."""
     shown = [p for suite in sets.discovery if suite in harmful(sets.discovery) or suite.name == sets.benign
              for p in suite.prompts[:UNIT_PROMPTS]]  # fmt: skip
     with stages.stage("Measuring units"):
-        largest = calibrate(subject.lm, subject.sae.cfg.site, subject.sae.select(features), shown).largest
+        largest = calibrate(study.lm, study.sae.cfg.site, study.sae.select(features), shown).largest
     units = {feature: unit for feature, unit in zip(features, largest, strict=True) if unit > 0}
     if not units:
         raise NotEnoughDataError("none of the features ever fired on the discovery prompts: none has a strength")
@@ -214,22 +201,22 @@ def combinations_of(features: Sequence[int], choices: Choices) -> list[Combinati
 
 
 def _screen(
-    subject: Subject, sets: PromptSets, scale: Scale, choices: Choices, units: Mapping[int, float], stages: Stages
+    study: Study, sets: PromptSets, scale: Scale, choices: Choices, units: Mapping[int, float], stages: Stages
 ) -> list[Screened]:
     """Successive halving over all combinations at a few multiples, on the trials' own prompts. A gate may make any KL
     affordable, so that plans are dropped for theirs only when all must always steer."""
     tempting = [p for suite in harmful(sets.trial) for p in suite.prompts[: scale.screened]]
     benign = sets.benign_of(sets.trial)[: len(tempting)]
     every = combinations_of(tuple(units), choices)
-    plans = [plan_at(subject, c, multiple, units) for c in every for multiple in SCREENED_MULTIPLES]
+    plans = [plan_at(study, c, multiple, units) for c in every for multiple in SCREENED_MULTIPLES]
     halving = Halving(
         keep=max(1, len(plans) // 2),
         kl_limit=HOPELESS_KL if set(choices.gates) == {NO_GATE} else None,
     )
     with stages.stage(f"Screening {len(plans)} candidates") as tick:
         asked = [*_in_turn(harmful(sets.discovery))[:TOKEN_PROMPTS], *sets.benign_of(sets.discovery)[:TOKEN_PROMPTS]]
-        tokens = find_refusal_tokens(subject.lm, asked, subject.judge)
-        measure = prefills_of(subject.lm, subject.sae, tempting, benign, tokens, seed=subject.seed)
+        tokens = find_refusal_tokens(study.lm, asked, study.judge)
+        measure = prefills_of(study.lm, study.sae, tempting, benign, tokens, seed=study.seed)
         return screen(plans, measure, measure.n_prompts, halving, tick)
 
 
@@ -259,21 +246,21 @@ def kept_combinations(screened: Sequence[Screened], n: int) -> list[Combination]
 
 
 def fit_gates(
-    subject: Subject, sets: PromptSets, kinds: Sequence[str], budgets: Sequence[float], out: Path, stages: Stages
+    study: Study, sets: PromptSets, kinds: Sequence[str], budgets: Sequence[float], out: Path, stages: Stages
 ) -> dict[tuple[str, float], FittedGate]:
     """Each kind fitted once on discovery prompts, then calibrated for each budget that the calibration prompts can
     prove. Raises `NotEnoughDataError` when they can prove none, or no kind can be fitted."""
     labelled = [(prompt, suite.harmful) for suite in sets.discovery for prompt in suite.prompts]
     prompts, benign = [prompt for prompt, _ in labelled], sets.calibration.prompts
-    pooled = read_pooled(subject, last_turns(prompts), out, stages, "Reading prompts for gates")
-    turnwise = Turnwise(subject.lm, subject.sae, longest_turn(subject.lm, [*prompts, *benign]))
+    pooled = read_pooled(study, last_turns(prompts), out, stages, "Reading prompts for gates")
+    turnwise = Turnwise(study.lm, study.sae, longest_turn(study.lm, [*prompts, *benign]))
     positive = np.array([is_harmful for _, is_harmful in labelled])
     found: dict[tuple[str, float], FittedGate] = {}
     last: NotEnoughDataError | None = None
     with stages.stage("Fitting gates") as tick:
         for done, kind in enumerate(kinds, 1):
             try:
-                fitted = _fit(kind, pooled, positive, subject.seed)
+                fitted = _fit(kind, pooled, positive, study.seed)
             except NotEnoughDataError as error:
                 last = error
                 continue
@@ -295,9 +282,9 @@ def _fit(kind: str, pooled: Pooled, positive: np.ndarray, seed: int) -> FittedGa
     return fit_probe_of(pooled, positive, max_features=most, seed=seed)
 
 
-def read_pooled(subject: Subject, prompts: Sequence[Prompt], out: Path, stages: Stages, name: str) -> Pooled:
+def read_pooled(study: Study, prompts: Sequence[Prompt], out: Path, stages: Stages, name: str) -> Pooled:
     """One pass over the prompts at the SAE's site, in a directory of its own: a repeated command reads it back."""
-    job = plan_pass(subject.lm, [gate_reading(subject.sae.cfg.site, subject.sae)], prompts)
+    job = plan_pass(study.lm, [gate_reading(study.sae.cfg.site, study.sae)], prompts)
     with stages.stage(name) as tick:
         store = collect_to(job, out / "activations" / content_hash(job.key), tick)
     assert store is not None, "all batches were asked for"
