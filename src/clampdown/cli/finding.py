@@ -8,20 +8,18 @@ from typing import Annotated
 import typer
 
 from clampdown.cli.app import ModelOption, OutOption, SaeOption, SeedOption, app, console, features_app, stages
+from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
 from clampdown.config import ORGANISM
 
 
 @app.command()
+@asks_prompts
 def discover(
+    prompts: PromptOptions,
     out: OutOption = Path("runs/discover"),
     finder: Annotated[str, typer.Option("--finder", help="Finders by name, comma-separated; 'both' or 'all'.")] = "",
-    harmful: Annotated[Path | None, typer.Option("--harmful", help="JSONL or CSV of harmful prompts.")] = None,
-    harmless: Annotated[Path | None, typer.Option("--harmless", help="JSONL or CSV of harmless prompts.")] = None,
-    jailbroken: Annotated[
-        Path | None, typer.Option("--jailbroken", help="Harmful prompts inside wrappers, with the same ids.")
-    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Single-prompt finder: the prompt to refuse.")] = None,
-    judge: Annotated[str | None, typer.Option("--judge", help="Who tells refusals: exact, rules, llm:...")] = None,
+    judge: JudgeOption = None,
     pooling: Annotated[str, typer.Option("--pooling", help="How prompts are pooled.")] = "assistant_start",
     literal: Annotated[bool, typer.Option("--literal", help="Contrast as published: no activity floor.")] = False,
     top: Annotated[int, typer.Option("--top", min=1, help="How many features to keep.")] = 64,
@@ -41,9 +39,7 @@ def discover(
 
     request = job.Request(
         finders=job.finder_names(finder),
-        harmful=harmful,
-        harmless=harmless,
-        jailbroken=jailbroken,
+        data=prompts.load(),
         prompt=prompt,
         judge=judge,
         pooling=pooling,

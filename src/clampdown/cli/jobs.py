@@ -1,33 +1,73 @@
-"""Commands that run a whole job, and the report of any run."""
+"""The main job: a study of any model, its short forms, published recipes, and the report of any run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from clampdown.cli.app import ModelOption, OutOption, SaeOption, SeedOption, app, console, show_run, stages
+from clampdown.cli.app import OutOption, app, console, names_in, show_run, stages
+from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
 from clampdown.config import ORGANISM
+
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="quick, small, medium or full: how many prompts, and which methods.")
+]
+
+
+@app.command()
+@asks_prompts
+def study(
+    prompts: PromptOptions,
+    file: Annotated[
+        Path | None, typer.Argument(help="A study or a recipe as a TOML file; options win over it.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="'organism', a directory, .gguf, or a hub id.")] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="'organism', a directory, or 'release:id'.")] = None,
+    judge: JudgeOption = None,
+    size: SizeOption = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", min=0.1, help="Fit the study to this time.")] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="all, none, or names: clamp,refine,dense,cast,gated-set.")
+    ] = None,
+    kl: Annotated[float | None, typer.Option("--kl", help="Benign KL at which methods are matched.")] = None,
+    n_random: Annotated[int | None, typer.Option("--n-random", min=0, help="Random features at that KL.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = None,
+    batch_rows: Annotated[int | None, typer.Option("--batch-rows", min=1, help="Replies generated together.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and take, and stop.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of prompts, controls and probes.")] = None,
+    out: OutOption = Path("runs/study"),
+) -> None:
+    """The main job on any model: find, choose, sweep, gate, control, read the test prompts once, report."""
+    asked = {
+        "model": model,
+        "sae": sae,
+        "judge": judge,
+        "size": size,
+        "minutes": minutes,
+        "methods": _methods(methods),
+        "kl": kl,
+        "n_random": n_random,
+        "max_new_tokens": max_new_tokens,
+        "batch_rows": batch_rows,
+        "seed": seed,
+    }
+    if prompts.given:
+        asked["prompts"] = prompts.part()
+    _study(file, {name: value for name, value in asked.items() if value is not None}, out, dry_run=dry_run)
 
 
 @app.command()
 def demo(
     out: OutOption = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, same files.")] = False,
-    model: ModelOption = ORGANISM,
-    sae: SaeOption = ORGANISM,
-    seed: SeedOption = 0,
+    model: Annotated[str, typer.Option("--model", help="'organism', or a directory trained like it.")] = ORGANISM,
+    sae: Annotated[str, typer.Option("--sae", help="'organism', 'organism:x8', or a directory.")] = ORGANISM,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of prompts, controls and probes.")] = 0,
 ) -> None:
-    """Run the whole job on the embedded model: find, steer, measure the trade-off, write a report."""
-    from clampdown.study import demo as job
-    from clampdown.study.experiment import organism_subject
-
-    progress = stages()
-    with progress.stage("Loading"):
-        subject = organism_subject(model, sae, seed=seed)
-    job.run_demo(subject, out, job.QUICK if quick else job.FULL, progress)
-    show_run(out, progress)
+    """A study of the embedded model at a small size: the whole job in a minute."""
+    _study(None, {"model": model, "sae": sae, "seed": seed, "size": "quick" if quick else "small"}, out)
 
 
 @app.command("compare-methods")
@@ -36,21 +76,16 @@ def compare_methods(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, same files.")] = False,
     kl: Annotated[float, typer.Option("--kl", help="Benign KL, nats per token, at which methods are matched.")] = 0.02,
     n_random: Annotated[int, typer.Option("--n-random", min=0, help="Random features at that KL.")] = 20,
-    model: ModelOption = ORGANISM,
-    sae: SaeOption = ORGANISM,
-    seed: SeedOption = 0,
+    model: Annotated[str, typer.Option("--model", help="'organism', or a directory trained like it.")] = ORGANISM,
+    sae: Annotated[str, typer.Option("--sae", help="'organism', 'organism:x8', or a directory.")] = ORGANISM,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of prompts, controls and probes.")] = 0,
 ) -> None:
-    """Both papers' methods, the dense baselines, a tuned plan and random features in one run on the embedded model."""
-    from clampdown.study import compare_methods as job
-    from clampdown.study.experiment import organism_subject
+    """A study of the embedded model with all methods and no sweep: `study --methods all` has both."""
+    from clampdown.study.methods.table import ALL
 
-    progress = stages()
-    with progress.stage("Loading"):
-        subject = organism_subject(model, sae, seed=seed)
-    request = job.Request(kl=kl, n_random=n_random)
-    summary = job.run_compare_methods(subject, out, job.QUICK if quick else job.FULL, request, progress)
-    show_run(out, progress)
-    console.print(job.shown(summary))
+    size = "quick" if quick else "full"
+    asked = {"model": model, "sae": sae, "seed": seed, "size": size, "kl": kl, "n_random": n_random}
+    _study(None, {**asked, "methods": ALL, "sweep": False}, out)
 
 
 @app.command()
@@ -67,12 +102,65 @@ def recipe(
     ] = None,
 ) -> None:
     """Run a published pipeline from one file: its model, SAE, prompts, judges and strengths."""
+    _recipe(file, settings or [], out, dry_run=dry_run)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A run directory with summary.json.")],
+) -> None:
+    """Write report.html from a finished run, and print its table."""
+    show_run(directory, stages())
+
+
+def _methods(text: str | None) -> tuple[str, ...] | None:
+    """The methods of an option; None: as the size says."""
+    from clampdown.study.methods.table import ALL
+
+    if text is None:
+        return None
+    return {"all": ALL, "none": ()}.get(text.strip(), names_in(text))
+
+
+def _study(file: Path | None, asked: dict[str, Any], out: Path, *, dry_run: bool = False) -> None:
+    """Run a study of a file, with what was asked for over it; a recipe goes its own way."""
+    from clampdown.study.recipes.schema import is_recipe, read_toml
+    from clampdown.study.spec import parse_spec
+
+    raw = read_toml(file) if file else {}
+    if file and is_recipe(raw):
+        _refuse_options(file, asked)
+        _recipe(file, [], out, dry_run=dry_run)
+        return
+    spec = parse_spec({**raw, **asked}, str(file) if file else "the study")
+    progress = stages()
+    with progress.stage("Loading"):
+        found = spec.load()
+    from clampdown.study.planned import planned_study
+
+    if planned_study(found, spec, out, progress, dry_run=dry_run) is not None:
+        show_run(out, progress)
+        console.print(f"[bold]plan:[/bold] {out / 'plan.toml'}   serve it: clampdown serve {out}", soft_wrap=True)
+
+
+def _refuse_options(file: Path, asked: dict[str, Any]) -> None:
+    """A recipe says everything itself. Raises `RecipeError`."""
+    from clampdown.errors import RecipeError
+
+    if asked:
+        raise RecipeError(
+            f"{file} is a recipe: it says everything itself, --{next(iter(asked)).replace('_', '-')} too",
+            hint="clampdown recipe FILE --set KEY=VALUE",
+        )
+
+
+def _recipe(file: Path, settings: list[str], out: Path | None, *, dry_run: bool) -> None:
     from clampdown.study.multiturn import table as attack_table
     from clampdown.study.recipes import dry_run as checking
     from clampdown.study.recipes.run import run_recipe
     from clampdown.study.recipes.schema import read_recipe
 
-    found = read_recipe(file, settings or ())
+    found = read_recipe(file, settings)
     checked = checking.dry_run(found)
     console.print(checking.shown(checked), highlight=False)
     checked.raise_if_wrong()
@@ -83,11 +171,3 @@ def recipe(
     show_run(directory, progress)
     if ran.attacks is not None:
         console.print(attack_table(ran.attacks))
-
-
-@app.command()
-def report(
-    directory: Annotated[Path, typer.Argument(help="A run directory with summary.json.")],
-) -> None:
-    """Write report.html from a finished run, and print its table."""
-    show_run(directory, stages())

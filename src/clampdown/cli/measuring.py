@@ -19,11 +19,14 @@ from clampdown.cli.app import (
     stages,
     suites_app,
 )
+from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
 from clampdown.config import ORGANISM
 
 
 @app.command()
+@asks_prompts
 def sweep(
+    prompts: PromptOptions,
     feature: Annotated[
         list[int] | None, typer.Option("--feature", help="Feature to steer; repeat for several.")
     ] = None,
@@ -37,6 +40,7 @@ def sweep(
     suites: Annotated[str, typer.Option("--suites", help="Comma-separated suites; default all.")] = "",
     split: Annotated[str, typer.Option("--split", help="validation or test.")] = "validation",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts per suite.")] = 50,
+    judge: JudgeOption = None,
     out: OutOption = Path("runs/sweep"),
     model: ModelOption = ORGANISM,
     sae: SaeOption = ORGANISM,
@@ -44,7 +48,7 @@ def sweep(
 ) -> None:
     """Steer at several strengths and measure refusals, capability and cost at each."""
     from clampdown.study import sweep as job
-    from clampdown.study.experiment import organism_subject
+    from clampdown.study.study import make_study
 
     request = job.Request(
         features=tuple(feature or ()),
@@ -61,13 +65,15 @@ def sweep(
     )
     progress = stages()
     with progress.stage("Loading"):
-        subject = organism_subject(model, sae, seed=seed)
-    job.run_sweep(subject, request, out, progress)
+        found = make_study(model, sae, prompts.load(), judge=judge, seed=seed)
+    job.run_sweep(found, request, out, progress)
     show_run(out, progress)
 
 
 @app.command()
+@asks_prompts
 def screen(
+    prompts: PromptOptions,
     features: Annotated[Path, typer.Argument(help="A features file that `discover` wrote.")],
     top: Annotated[int, typer.Option("--top", min=1, help="How many of its features, best first.")] = 20,
     multiples: Annotated[
@@ -81,11 +87,12 @@ def screen(
         float | None,
         typer.Option("--kl-limit", min=0, help="Drop what costs more nats on benign prompts."),
     ] = None,
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts per harmful suite to screen on.")] = 16,
+    screened: Annotated[int, typer.Option("--prompts", min=1, help="Prompts per harmful suite to screen on.")] = 16,
     split: Annotated[str, typer.Option("--split", help="Where the kept are measured: validation or test.")] = (
         "validation"
     ),
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts per suite for the kept.")] = 50,
+    judge: JudgeOption = None,
     out: OutOption = Path("runs/screen"),
     model: ModelOption = ORGANISM,
     sae: SaeOption = ORGANISM,
@@ -93,8 +100,8 @@ def screen(
 ) -> None:
     """Read hundreds of clamps from prefills, generate for the best few, and say why the others were dropped."""
     from clampdown.study import screen as job
-    from clampdown.study.experiment import organism_subject
     from clampdown.study.screening import Halving
+    from clampdown.study.study import make_study
     from clampdown.study.sweep import parse_multiples
 
     request = job.Request(
@@ -102,32 +109,34 @@ def screen(
         multiples=parse_multiples(multiples),
         scopes=names_in(scopes),
         top=top,
-        prompts=prompts,
+        prompts=screened,
         halving=Halving(keep=keep, kl_limit=kl_limit),
         split=split,
         limit=limit,
     )
     progress = stages()
     with progress.stage("Loading"):
-        subject = organism_subject(model, sae, seed=seed)
-    job.run_screen(subject, request, out, progress)
+        found = make_study(model, sae, prompts.load(), judge=judge, seed=seed)
+    job.run_screen(found, request, out, progress)
     show_run(out, progress)
 
 
 @app.command()
+@asks_prompts
 def evaluate(
-    plans: Annotated[list[Path], typer.Argument(help="One or more plan.toml of one model.")],
+    prompts: PromptOptions,
+    plans: Annotated[
+        list[Path] | None, typer.Argument(help="One or more plan.toml of one model; none: the baseline alone.")
+    ] = None,
     suites: Annotated[
         str, typer.Option("--suites", help="Names or files, comma-separated; default: the model's.")
     ] = "",
-    judge: Annotated[str | None, typer.Option("--judge", help="Who judges; default: the embedded exact judge.")] = None,
+    judge: JudgeOption = None,
     split: Annotated[str, typer.Option("--split", help="validation or test.")] = "test",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts per suite.")] = 60,
     controls: Annotated[bool, typer.Option("--controls", help="Add the first plan's matched controls.")] = False,
     match: Annotated[str, typer.Option("--match", help="Match controls on 'edit' size or benign 'kl'.")] = "edit",
     random_features: Annotated[int, typer.Option("--random-features", min=0, help="How many random controls.")] = 20,
-    harmful: Annotated[Path | None, typer.Option("--harmful", help="Controls: harmful prompts to read.")] = None,
-    harmless: Annotated[Path | None, typer.Option("--harmless", help="Controls: harmless prompts to read.")] = None,
     likelihood: Annotated[
         bool | None, typer.Option("--likelihood/--no-likelihood", help="Score options by likelihood as well.")
     ] = None,
@@ -146,7 +155,7 @@ def evaluate(
     from clampdown.study import evaluate as job
 
     request = job.Request(
-        plans=tuple(plans),
+        plans=tuple(plans or ()),
         suites=names_in(suites),
         judge=judge,
         split=split,
@@ -159,18 +168,17 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_rows=batch_rows,
         seed=seed,
-        harmful=harmful,
-        harmless=harmless,
+        data=prompts.load(),
     )
     progress = stages()
     evaluation = job.prepare(request, progress)
     console.print(f"to do: {job.preview(evaluation, out)}", highlight=False)
     if dry_run:
         return
-    summary = job.run_evaluate(evaluation, out, request, progress)
+    run = job.run_evaluate(evaluation, out, request, progress)
     show_run(out, progress)
     if evaluation.controls:
-        console.print(control_table.shown(evaluation.controls, summary))
+        console.print(control_table.shown(run))
 
 
 @app.command()

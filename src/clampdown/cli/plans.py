@@ -20,6 +20,7 @@ from clampdown.cli.app import (
     plan_app,
     stages,
 )
+from clampdown.cli.options import PromptOptions, asks_prompts
 from clampdown.config import ORGANISM
 
 
@@ -96,12 +97,14 @@ class InDoubt(StrEnum):
 
 
 @gate_app.command("calibrate")
+@asks_prompts
 def gate_calibrate(
+    prompts: PromptOptions,
     plan: Annotated[Path, typer.Argument(help="The plan.toml to put behind a gate.")],
     kind: Annotated[str, typer.Option("--kind", help="feature, probe, dense or cosine.")] = "probe",
     budget: Annotated[float, typer.Option("--budget", help="Share of benign prompts that may trigger it.")] = 0.02,
     confidence: Annotated[float, typer.Option("--confidence", help="How sure the budget must hold.")] = 0.95,
-    prompts: Annotated[
+    file: Annotated[
         Path | None, typer.Option("--prompts", help="Prompts with suite, harmful and split; default: embedded corpus.")
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Benign calibration prompts at most.")] = 1600,
@@ -133,8 +136,8 @@ def gate_calibrate(
 
     names = names_in(borderline)
     request = job.Request(
-        plan, kind, budget, confidence, prompts, otherwise, names, n, limit, site, seed, first, down_budget, features,
-        inverse_penalty, turns, in_doubt.value,
+        plan, kind, budget, confidence, file, otherwise, names, n, limit, site, seed, first, down_budget, features,
+        inverse_penalty, turns, in_doubt.value, prompts.load(),
     )  # fmt: skip
     found = job.calibrate(request, out, stages())
     for gate in found.plan.gates:
@@ -174,7 +177,7 @@ def chat(
     prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this once and exit.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt for both sides.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 64,
-    model: ModelOption = ORGANISM,
+    model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,
     sae: Annotated[str | None, typer.Option("--sae", help="Default: the SAE that the plan names.")] = None,
 ) -> None:
     """Talk to the model: the baseline's and the steered answer side by side."""

@@ -9,12 +9,15 @@ from typing import Annotated
 import typer
 
 from clampdown.cli.app import ModelOption, OutOption, SaeOption, SeedOption, app, console, names_in, show_run, stages
+from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
 from clampdown.config import ORGANISM
 from clampdown.errors import PlanError
 
 
 @app.command()
+@asks_prompts
 def tune(
+    prompts: PromptOptions,
     out: OutOption = Path("runs/tune"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts and trials, same files.")] = False,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="How many settings to try.")] = None,
@@ -39,20 +42,16 @@ def tune(
     scopes: Annotated[str, typer.Option("--scopes", help="Comma-separated.")] = "all,prompt,assistant",
     gates: Annotated[str, typer.Option("--gates", help="Kinds, comma-separated.")] = "none,probe40,probe100,dense",
     gate_budgets: Annotated[str, typer.Option("--gate-budgets", help="Benign trigger rates.")] = "0.01,0.02,0.05",
-    suites: Annotated[
-        list[str] | None, typer.Option("--suites", help="Prompts: NAME, NAME=FILE or FILE; repeatable.")
-    ] = None,
-    harmful: Annotated[Path | None, typer.Option("--harmful", help="JSONL or CSV of harmful prompts.")] = None,
-    harmless: Annotated[Path | None, typer.Option("--harmless", help="JSONL or CSV of harmless prompts.")] = None,
-    judge: Annotated[str | None, typer.Option("--judge", help="Who judges replies: exact, rules, llm:...")] = None,
+    judge: JudgeOption = None,
     model: ModelOption = ORGANISM,
     sae: SaeOption = ORGANISM,
     seed: SeedOption = 0,
 ) -> None:
     """Search features, operators, strengths, scopes and gates for the plan that refuses most within budgets."""
     from clampdown.study.budgets import Budgets
+    from clampdown.study.study import make_study
     from clampdown.study.tune import run as job
-    from clampdown.study.tune.prompts import FULL, QUICK, Sources, tuning_subject
+    from clampdown.study.tune.prompts import FULL, QUICK
     from clampdown.study.tune.space import Choices
     from clampdown.study.tune.table import shown
 
@@ -63,15 +62,15 @@ def tune(
     scale = dataclasses.replace(scale, trials=trials or scale.trials, features=top or scale.features)
     progress = stages()
     with progress.stage("Loading"):
-        subject = tuning_subject(model, sae, Sources(tuple(suites or ()), harmful, harmless, judge), seed)
+        found = make_study(model, sae, prompts.load(), judge=judge, seed=seed)
     request = job.Request(budgets, choices, scale)
     if dry_run:
-        for line in job.dry_run(subject, request, progress):
+        for line in job.dry_run(found, request, progress):
             console.print(line, highlight=False)
         return
-    summary = job.run_tune(subject, request, out, progress)
+    run = job.run_tune(found, request, out, progress)
     show_run(out, progress)
-    console.print(shown(summary, console.width))
+    console.print(shown(run.to_json(), console.width))
     console.print(f"[bold]plan:[/bold] {out / 'plan.toml'}", soft_wrap=True)
 
 

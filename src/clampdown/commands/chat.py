@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from clampdown.config import ORGANISM
 from clampdown.errors import ChatTemplateError
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.saes.checkpoints import OpenedSae, open_sae
@@ -49,16 +50,16 @@ class Session:
 
 
 def open_session(
-    model: str, sae: str | None, plan_file: Path | None, *, system: str | None, max_new_tokens: int
+    model: str | None, sae: str | None, plan_file: Path | None, *, system: str | None, max_new_tokens: int
 ) -> Session:
     """Load what the chat needs, and try the plan on it.
 
     Raises `PlanMismatchError` when it was made for something else, `SteeringNotAppliedError` when it does not act.
     """
-    lm = load_model(model)
     if plan_file is None:
-        return Session(lm, [], (BASELINE,), system, max_new_tokens)
+        return Session(load_model(model or ORGANISM), [], (BASELINE,), system, max_new_tokens)
     plan = read_plan(plan_file)
+    lm = load_model(model or plan.model.name)
     saes = [open_sae(sae or ref.name, device=str(lm.device), site=Site.parse(ref.site)) for ref in plan.saes]
     check_plan(plan, lm, {loaded.cfg.site.name: loaded for loaded in saes})
     require_self_test(lm, plan, saes)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.console import Console
+
 from clampdown.config import ORGANISM
 from clampdown.discovery.finders import DEFAULT, run_finder
 from clampdown.discovery.ranking import token_effects
@@ -24,8 +26,13 @@ from clampdown.steering.units import Strength
 from clampdown.store import read_feature_set, write_feature_set
 from clampdown.study.card import make_card
 from clampdown.study.features import ShowRequest, prompts_of
+from clampdown.study.groundwork import Groundwork
 from clampdown.study.plan import Request as PlanRequest
 from clampdown.study.plan import calibration_prompts, plan_of
+from clampdown.study.progress import Stages
+from clampdown.study.prompts import embedded_prompts
+from clampdown.study.sizes import QUICK
+from clampdown.study.study import Study, judge_for
 from clampdown.types import FeatureSet
 
 CARDS_KEPT, CARD_PROMPTS, ROWS_AT_ONCE, TOKENS, MANY = 64, 24, 128, 8, 16
@@ -92,13 +99,12 @@ class Explorer:
                 "features of this model are found with prompts of your own",
                 hint=f"clampdown discover --harmful FILE --harmless FILE --out {self.runs.name}/discover",
             )
-        from clampdown.organism.judge import judge
-        from clampdown.organism.suites import suites
-        from clampdown.study.demo import QUICK, Subject, finder_material
-
-        subject = Subject(self.lm, self.sae, lambda split, n: suites(split, n), judge, "organism-exact/1")
+        data = embedded_prompts()
+        judge = judge_for(None, self.lm, data)
+        study = Study(self.lm, self.sae, data, judge, judge.name)
         with self._busy:
-            given = dataclasses.replace(finder_material(subject, QUICK), on_progress=tick)
+            ground = Groundwork(study, QUICK, Stages(Console(quiet=True)))
+            given = dataclasses.replace(ground.given, on_progress=tick)
             found = run_finder(DEFAULT, given)
         write_feature_set(self.runs / FOUND / "features" / f"{found.finder}.json", found)
         self._sets = None

@@ -69,8 +69,8 @@ class Material:
 
     `pairs` are requests with and without a jailbreak wrapper. `judge` tells this model's refusals; without it the
     refusal tokens are not known. `only` is the prompt for the single-prompt finder (None: the first that is refused).
-    `run` says how the pass over the prompts is made, for example into a directory (None: in memory). `known_tokens` open
-    refusals, if that is known already.
+    `run` says how the pass over the prompts is made, for example into a directory (None: in memory). `known_tokens` are
+    those that open refusals, if that is known already.
     """
 
     lm: LanguageModel

@@ -1,7 +1,7 @@
 """Which split a prompt without one belongs to: drawn from a hash of its text, so that every command deals alike.
 
-The same prompt gets the same split in every file, run and seed. A prompt that is after something (`meta["objective"]`,
-or the `target` of an attack) is dealt by that, so that a request, its twins and its wrapped forms stay together.
+The same prompt gets the same split in every file, run and seed. A prompt that is after something (`meta["objective"]`)
+is dealt by that, so that a request and its twins stay together.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def split_of(text: str) -> Split:
     return Split.TEST
 
 
-def dealt(prompts: Sequence[Prompt], *, by: str = OBJECTIVE) -> tuple[Prompt, ...]:
-    """The prompts, each with its split; those that share the entry `by` of their `meta` share a split."""
-    return tuple(replace(p, split=split_of(p.meta.get(by) or p.meta.get(OBJECTIVE) or p.text)) for p in prompts)
+def dealt(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """The prompts, each with its split; those that share an objective share a split."""
+    return tuple(replace(prompt, split=split_of(prompt.meta.get(OBJECTIVE) or prompt.text)) for prompt in prompts)
 
 
 def has_splits(prompts: Sequence[Prompt]) -> bool:

@@ -263,16 +263,13 @@ _ADDED_TO_GATES = {
 
 
 class GatedBy(Protocol):
-    """A gate with what it reads that a plan may not have: dense vectors, and SAEs of its own."""
+    """A gate with the dense vectors that it reads, which belong into the plan."""
 
     @property
     def gate(self) -> Gate: ...
 
     @property
     def vectors(self) -> Mapping[str, Sequence[float]]: ...
-
-    @property
-    def saes(self) -> tuple[SaeRef, ...]: ...
 
 
 class Branch(_Part):
@@ -346,14 +343,12 @@ class Plan(_Part):
 
     def behind(self, gate: Gate | GatedBy, name: str | None = None) -> Self:
         """The plan's edits behind a gate, in place of its own."""
-        found, vectors, saes = (gate, {}, ()) if isinstance(gate, Gate) else (gate.gate, gate.vectors, gate.saes)
-        refs = {ref.site: ref for ref in (*saes, *self.saes)}
+        found, vectors = (gate, {}) if isinstance(gate, Gate) else (gate.gate, gate.vectors)
         return self.changed(
             name=name or f"{self.name} gated",
             gate=found,
             otherwise=None,
             vectors={**self.vectors, **{key: tuple(value) for key, value in vectors.items()}},
-            saes=tuple(refs.values()),
         )
 
     @property

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -12,7 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from clampdown.evaluation.control_arms import RANDOM, Control
+from clampdown.evaluation.control_arms import RANDOM
+from clampdown.results.rows import ArmResult
 from clampdown.results.run import Run
 
 MEASURES = {"refusal": "harmful\nrefused", "over_refusal": "safe\nrefused", "capability": "capa-\nbility",
@@ -42,23 +42,23 @@ def against_random(run: Run) -> AgainstRandom | None:
     return AgainstRandom(sum(rate >= own for rate in known), len(known))
 
 
-def shown(controls: Sequence[Control], summary: Mapping[str, Any]) -> RenderableType:
+def shown(run: Run) -> RenderableType:
     """One row per control, below the baseline and the plan; and the plan against the random features."""
-    arms = {row["name"]: row for row in summary["arms"]}
+    of, matched_on = run.controls["of"], run.controls["matched_on"]
+    arms = {arm.name: arm for arm in run.arms}
+    rows = {name: row for name, row in run.controls.items() if isinstance(row, Mapping) and "arm" in row}
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", caption_justify="left")
-    table.title = escape(f"controls of {summary['controls']['of']}, matched on {summary['controls']['matched_on']}")
+    table.title = escape(f"controls of {of}, matched on {matched_on}")
     table.add_column("arm", no_wrap=True, overflow="ellipsis")
     for heading in ("goal", "reached", *MEASURES.values(), "KL\nbenign"):
         table.add_column(heading, justify="right", no_wrap=True)
-    leading = ("baseline", summary["controls"]["of"])
-    for name in leading:
+    for name in ("baseline", of):
         table.add_row(escape(name), "", "", *_measures(arms[name]), style="bold")
-    for control in controls:
-        row = arms.get(control.arm.name) if control.arm else None
-        table.add_row(escape(control.name), _number(control.goal if control.factor else None),
-                      _number(control.reached), *_measures(row))  # fmt: skip
-    notes = [Text(f"{control.name}: {control.note}", style="dim") for control in controls if control.note]
-    found = against_random(Run.parse(summary))
+    for name, row in rows.items():
+        goal = _number(row["goal"] if row["factor"] else None)
+        table.add_row(escape(name), goal, _number(row["reached"]), *_measures(arms.get(row["arm"])))
+    notes = [Text(f"{name}: {row['note']}", style="dim") for name, row in rows.items() if row["note"]]
+    found = against_random(run)
     if found:
         notes.append(Text(
             f"{found.as_far} of {found.n} matched random features refuse harmful prompts as often as the plan "
@@ -67,11 +67,11 @@ def shown(controls: Sequence[Control], summary: Mapping[str, Any]) -> Renderable
     return Padding(Group(table, *notes), (1, 0))
 
 
-def _measures(row: Mapping[str, Any] | None) -> list[str]:
-    if row is None:
+def _measures(arm: ArmResult | None) -> list[str]:
+    if arm is None:
         return [""] * (len(MEASURES) + 1)
-    values = [row["frontier"][name] for name in MEASURES]
-    return [*("n/a" if value is None else f"{100 * value:.0f}%" for value in values), _number(row["kl_benign"])]
+    values = [getattr(arm.frontier, name) for name in MEASURES]
+    return [*("n/a" if value is None else f"{100 * value:.0f}%" for value in values), _number(arm.kl_benign)]
 
 
 def _number(value: float | None) -> str:

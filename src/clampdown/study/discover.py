@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from rich.table import Table
 
@@ -26,23 +25,22 @@ from clampdown.discovery.finders import (
     run_finder,
 )
 from clampdown.discovery.layers import LayerScore, scan_layers
-from clampdown.discovery.pairs import Pair, pair_by_id
+from clampdown.discovery.pairs import Pair
 from clampdown.errors import PromptSetError
-from clampdown.evaluation.suites import read_suites
 from clampdown.models.loading import LanguageModel, has_weights, load_shape
 from clampdown.saes.checkpoints import load_sae, open_sae
 from clampdown.saes.sae import Sae, check_fits, shape_only
 from clampdown.store import content_hash, write_feature_set, write_json
-from clampdown.study.experiment import load_pair
 from clampdown.study.judging import judge_named
 from clampdown.study.progress import Stages, Tick
+from clampdown.study.prompts import StudyPrompts, embedded_prompts
 from clampdown.study.refining import Refinement, refine_found
-from clampdown.types import FeatureSet, Judge, Message, Prompt, Split
+from clampdown.study.study import DEFAULT_JUDGE, knows_corpus, load_pair
+from clampdown.types import ATTACKS, SAFE, FeatureSet, Judge, Message, Prompt, PromptRole, Split
 
 DISCOVERY_PROMPTS, CHECK_PROMPTS, CHECKED = 160, 16, 24
 BOTH = ("contrast", "single-prompt")
 ORGANISM_SAES = ("organism", "organism:x8")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +48,7 @@ class Request:
     """What was asked for on the command line. No `judge`: the exact one on the embedded model, else rules."""
 
     finders: tuple[str, ...] = (DEFAULT,)
-    harmful: Path | None = None
-    harmless: Path | None = None
-    jailbroken: Path | None = None
+    data: StudyPrompts | None = None
     prompt: str | None = None
     judge: str | None = None
     pooling: str = "assistant_start"
@@ -184,47 +180,29 @@ def checked(given: Material, found: FeatureSet, top: int = CHECKED) -> FeatureSe
 
 
 def _prompts(model: str, request: Request) -> Prompts:
-    if request.harmful or request.harmless:
-        return _from_files(request)
-    if model != ORGANISM and not Path(model).joinpath("metrics.json").exists():
+    """Discovery prompts, jailbreak pairs where they are known, and validation prompts to refine on."""
+    data = request.data
+    if data is None and not knows_corpus(model):
         raise PromptSetError(
             "no prompts to find features with",
-            hint="give --harmful FILE and --harmless FILE (JSONL or CSV with a 'prompt' column)",
+            hint="give --harmful FILE and --benign FILE (JSONL, CSV or txt), or public sets by name",
         )
-    from clampdown.organism.suites import suites, without_wrapper
-
-    found = {s.name: s.prompts for s in suites(Split.DISCOVERY, DISCOVERY_PROMPTS, request.seed)}
-    validation = {s.name: s.prompts for s in suites(Split.VALIDATION, CHECK_PROMPTS, request.seed)}
+    data = data or embedded_prompts(request.seed)
+    held_out = data.prompts(Split.VALIDATION, CHECK_PROMPTS, PromptRole.JAILBROKEN, PromptRole.MULTI_TURN)
     return Prompts(
-        found["harmful"],
-        found["benign"],
-        tuple(Pair(without_wrapper(prompt), prompt) for prompt in found["jailbroken_seen"]),
-        (*validation["jailbroken_seen"], *validation["multi_turn"]),
-        validation["benign"],
-        judge_named(request.judge or "exact"),
+        _first_of(data, Split.DISCOVERY, DISCOVERY_PROMPTS, (PromptRole.HARMFUL,), ATTACKS),
+        _first_of(data, Split.DISCOVERY, DISCOVERY_PROMPTS, (PromptRole.BENIGN,), SAFE),
+        data.pairs(DISCOVERY_PROMPTS),
+        tuple(held_out) or _first_of(data, Split.VALIDATION, CHECK_PROMPTS, ATTACKS),
+        _first_of(data, Split.VALIDATION, CHECK_PROMPTS, (PromptRole.BENIGN,), SAFE),
+        judge_named(request.judge or ("exact" if data.name == ORGANISM else DEFAULT_JUDGE)),
     )
 
 
-def _from_files(request: Request) -> Prompts:
-    """A quarter of each side, at most `CHECK_PROMPTS`, is held out for refinement."""
-    if request.harmful is None or request.harmless is None:
-        raise PromptSetError("a contrast needs both kinds of prompts", hint="give --harmful and --harmless")
-    harmful, harmful_held = _split(_all_prompts(request.harmful, harmful=True))
-    harmless, harmless_held = _split(_all_prompts(request.harmless, harmful=False))
-    wrapped = _all_prompts(request.jailbroken, harmful=True) if request.jailbroken else ()
-    pairs, pairs_held = _split(pair_by_id((*harmful, *harmful_held), wrapped))
-    tempting_held = tuple(pair.wrapped for pair in pairs_held) or harmful_held
-    return Prompts(harmful, harmless, pairs, tempting_held, harmless_held, judge_named(request.judge or "rules"))
-
-
-def _split(prompts: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...]]:
-    held_out = min(CHECK_PROMPTS, len(prompts) // 4)
-    cut = len(prompts) - held_out
-    return tuple(prompts[:cut]), tuple(prompts[cut:] or prompts)
-
-
-def _all_prompts(path: Path, *, harmful: bool) -> tuple[Prompt, ...]:
-    return tuple(prompt for suite in read_suites(path, harmful=harmful) for prompt in suite.prompts)
+def _first_of(data: StudyPrompts, split: Split, n: int, *choices: Sequence[PromptRole]) -> tuple[Prompt, ...]:
+    """Prompts of the first of these sets of roles that has any."""
+    found = (data.prompts(split, n, *roles) for roles in choices)
+    return tuple(next((prompts for prompts in found if prompts), ()))
 
 
 def run_pass(job: Pass, out: Path, tick: Tick, stages: Stages) -> ActivationStore:

@@ -21,16 +21,15 @@ from clampdown.evaluation.catalog import load_suites
 from clampdown.evaluation.condition import Condition, condition
 from clampdown.evaluation.control_arms import Control, Matching, Material, control_arms
 from clampdown.evaluation.controls import FeatureTable
-from clampdown.models.loading import LanguageModel, load_model
+from clampdown.models.loading import LanguageModel
 from clampdown.results.run import Run
-from clampdown.saes.checkpoints import load_sae
-from clampdown.saes.sae import Sae, check_fits
+from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, read_plan, write_plan
-from clampdown.steering.program import check_plan
 from clampdown.store import key_of
 from clampdown.study.control_table import against_random
 from clampdown.study.estimate import Estimate, estimate
+from clampdown.study.loading import load_for
 from clampdown.study.measure import (
     Asked,
     always,
@@ -43,12 +42,12 @@ from clampdown.study.measure import (
 )
 from clampdown.study.methods.method import arm_of
 from clampdown.study.progress import Stages
-from clampdown.study.prompts import embedded_prompts
+from clampdown.study.prompts import StudyPrompts, embedded_prompts
 from clampdown.study.published import QUANTITIES, control_rows
 from clampdown.study.sizes import Answering
 from clampdown.study.study import judge_for, provenance_of
 from clampdown.study.sweep import split_to_measure
-from clampdown.types import Judge, Point, Prompt, PromptRole, Provenance, Record, Site, Split, Suite
+from clampdown.types import ATTACKS, SAFE, Judge, Point, Prompt, PromptRole, Provenance, Record, Site, Split, Suite
 
 TIMED_FROM = 500
 """Replies from which on a run is timed before it begins."""
@@ -74,8 +73,7 @@ class Request:
     max_new_tokens: int = 40
     batch_rows: int | None = None
     seed: int = 0
-    harmful: Path | None = None
-    harmless: Path | None = None
+    data: StudyPrompts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +100,9 @@ def prepare(request: Request, stages: Stages) -> Evaluation:
     """Load the model, SAEs, suites and judge, and build the arms. Raises for whatever does not fit together."""
     plans = _plans(request.plans)
     with stages.stage("Loading"):
-        lm, saes = _load(plans, request.model)
+        lm, saes = load_for(plans, request.model)
     suites = suites_of(request, lm.name)
-    known = embedded_prompts(request.seed) if lm.name == ORGANISM else None
-    judge = judge_for(request.judge, lm, known)
+    judge = judge_for(request.judge, lm, _data(request, lm.name))
     answering = Answering(request.limit, request.limit, request.batch_rows, request.max_new_tokens)
     with stages.stage("Benign replies"):
         benign = benign_replies(lm, suites, answering)
@@ -155,17 +152,6 @@ def _plans(paths: Sequence[Path]) -> tuple[Plan, ...]:
     return tuple(plans)
 
 
-def _load(plans: Sequence[Plan], model: str | None) -> tuple[LanguageModel, tuple[Sae, ...]]:
-    lm = load_model(model or (plans[0].model.name if plans else ORGANISM))
-    names = {ref.site: ref.name for plan in plans for ref in plan.saes}
-    saes = tuple(load_sae(name, device=str(lm.device), site=Site.parse(site)) for site, name in names.items())
-    for sae in saes:
-        check_fits(sae, lm.d_model, lm.n_layers)
-    for plan in plans:
-        check_plan(plan, lm, {sae.cfg.site.name: sae for sae in saes})
-    return lm, saes
-
-
 def suites_of(request: Request, model: str) -> tuple[Suite, ...]:
     """The suites asked for, at most `limit` prompts each: names of the embedded corpus, or whatever `load_suites` reads
     (NAME, NAME=FILE, FILE). By default the embedded model's own.
@@ -173,7 +159,9 @@ def suites_of(request: Request, model: str) -> tuple[Suite, ...]:
     Raises `PromptSetError` for what cannot be found or read, and for two suites of one name.
     """
     split = split_to_measure(request.split)
-    embedded = {suite.name: suite for suite in _embedded(split, request.limit, request.seed)}
+    if request.data is not None and not request.suites:
+        return tuple(suite for suite in request.data.suites(split, request.limit) if suite.prompts)
+    embedded = {suite.name: suite for suite in embedded_prompts(request.seed).suites(split, request.limit)}
     found: list[Suite] = []
     for spec in request.suites or _default_suites(model):
         if spec == ORGANISM:
@@ -188,18 +176,17 @@ def suites_of(request: Request, model: str) -> tuple[Suite, ...]:
     return tuple(found)
 
 
+def _data(request: Request, model: str) -> StudyPrompts | None:
+    """Prompts by role: those that were given, else the embedded corpus for the model that knows it."""
+    return request.data or (embedded_prompts(request.seed) if model == ORGANISM else None)
+
+
 def _default_suites(model: str) -> tuple[str, ...]:
     if model != ORGANISM:
         raise PromptSetError(
             "which prompts?", hint="give --suites NAME, NAME=FILE or FILE; only 'organism' has suites of its own"
         )
     return (ORGANISM,)
-
-
-def _embedded(split: Split, limit: int, seed: int) -> tuple[Suite, ...]:
-    from clampdown.organism.suites import suites
-
-    return suites(split, limit, seed)
 
 
 def _controls(
@@ -255,19 +242,16 @@ def _condition(
 
 
 def _material_prompts(request: Request, model: str) -> tuple[Sequence[Prompt], Sequence[Prompt]] | None:
-    """Harmful and harmless prompts that are not tested on; None when there are none."""
-    if request.harmful and request.harmless:
-        sides = [
-            tuple(prompt for suite in read_suites(path, harmful=harmful) for prompt in suite.prompts)
-            for path, harmful in ((request.harmful, True), (request.harmless, False))
-        ]
-        return sides[0], sides[1]
-    if model != ORGANISM:
+    """Harmful and harmless discovery prompts; None when there are none."""
+    data = _data(request, model)
+    if data is None:
         return None
-    data = embedded_prompts(request.seed)
-    roles = (PromptRole.HARMFUL, PromptRole.BENIGN)
-    harmful, benign = (data.prompts(Split.DISCOVERY, MATERIAL_PROMPTS, role) for role in roles)
-    return harmful, benign
+    sides = (
+        data.prompts(Split.DISCOVERY, MATERIAL_PROMPTS, first) or data.prompts(Split.DISCOVERY, MATERIAL_PROMPTS, *rest)
+        for first, rest in ((PromptRole.HARMFUL, ATTACKS), (PromptRole.BENIGN, SAFE))
+    )
+    harmful, harmless = sides
+    return (harmful, harmless) if harmful and harmless else None
 
 
 def _extra(evaluation: Evaluation, request: Request) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae
 from clampdown.store import read_feature_set
 from clampdown.study.card import make_card
-from clampdown.study.experiment import load_pair
 from clampdown.study.progress import Stages
+from clampdown.study.study import load_pair
 from clampdown.types import FeatureScore, FeatureSet, Prompt, Split
 
 DEFAULT_SETS = Path("runs/discover")

@@ -35,9 +35,9 @@ from clampdown.steering.turn_promise import TURNS, Turnwise, last_turns, longest
 from clampdown.steering.turn_reading import read_prompts
 from clampdown.store import prompts_hash
 from clampdown.study.progress import Stages, Tick
-from clampdown.types import Interval, Prompt, Site, Split, Suite
+from clampdown.study.prompts import StudyPrompts, embedded_prompts
+from clampdown.types import ATTACKS, Interval, Prompt, PromptRole, Site, Split, Suite
 
-BENIGN = "benign"
 UP, DOWN = "up", "down"
 
 
@@ -69,6 +69,7 @@ class Request:
     inverse_penalty: float | None = None
     turns: int = TURNS
     in_doubt: str = "read"
+    data: StudyPrompts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +173,18 @@ def _site(request: Request, plan: Plan) -> Site:
 def _suites(request: Request, plan: Plan) -> tuple[Suite, ...]:
     if request.prompts is not None:
         return read_suites(request.prompts)
-    if plan.model.name != ORGANISM:
+    if request.data is None and plan.model.name != ORGANISM:
         raise PromptSetError(
             f"there are no prompts of our own for '{plan.model.name}'",
-            hint="--prompts FILE, with columns suite, harmful and split (discovery, calibration, validation)",
+            hint="--harmful FILE and --benign FILE, or --prompts FILE with columns suite, harmful and split",
         )
-    from clampdown.organism.suites import suites
-
-    fitted = suites(Split.DISCOVERY, request.limit, request.seed)
-    needed = suites(Split.CALIBRATION, request.n, request.seed)
-    calibrating = (s for s in needed if s.name == BENIGN or (s.harmful and request.first == DOWN))
-    return (*fitted, *calibrating, *suites(Split.VALIDATION, request.limit, request.seed))
+    data = request.data or embedded_prompts(request.seed)
+    calibrating = [PromptRole.BENIGN, *(ATTACKS if request.first == DOWN else ())]
+    return (
+        *data.suites(Split.DISCOVERY, request.limit),
+        *data.suites(Split.CALIBRATION, request.n, *calibrating),
+        *data.suites(Split.VALIDATION, request.limit),
+    )
 
 
 def read(

@@ -24,15 +24,16 @@ from clampdown.evaluation.multiturn import Attack, Attacker, Outcome, Question
 from clampdown.evaluation.turn_log import TurnLog
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.organism import attacker as organism_attacker
-from clampdown.saes.checkpoints import load_sae
-from clampdown.saes.sae import Sae
-from clampdown.steering.arms import BASELINE, Arm
-from clampdown.steering.plan import Plan, read_plan
-from clampdown.steering.program import check_plan
+from clampdown.steering.arms import BASELINE
+from clampdown.steering.plan import read_plan
 from clampdown.store import prompts_hash, to_jsonable, write_atomic, write_json
 from clampdown.study import evaluate
+from clampdown.study.loading import load_for
+from clampdown.study.methods.method import arm_of
 from clampdown.study.progress import Stages
-from clampdown.types import ArmKind, Interval, Prompt, Record, Site, Verdict
+from clampdown.study.prompts import embedded_prompts
+from clampdown.study.study import judge_for
+from clampdown.types import Interval, Prompt, Record, Verdict
 
 ATTACKERS = "scripted, embedded, llm:MODEL@URL, local:MODEL"
 
@@ -58,11 +59,10 @@ def run_multiturn(request: Request, out: Path, stages: Stages) -> dict[str, Any]
     """Write the run directory; returns the summary. Raises whatever does not fit together before anything runs."""
     plans = [read_plan(path) for path in request.plans]
     with stages.stage("Loading"):
-        lm = load_model(request.model or (plans[0].model.name if plans else ORGANISM))
-        saes = _saes(plans, lm)
+        lm, saes = load_for(plans, request.model)
         attacker = attacker_of(request.attacker, request.seed)
     job = multiturn.Job(
-        arms=(BASELINE, *map(_arm, plans)),
+        arms=(BASELINE, *map(arm_of, plans)),
         objectives=objectives_of(request, lm.name),
         attacker=attacker,
         judge=scorer_of(request.judge, attacker, lm),
@@ -79,19 +79,6 @@ def run_multiturn(request: Request, out: Path, stages: Stages) -> dict[str, Any]
     summary = _summary(job, multiturn.outcomes(conversations, job.rules), records, lm, request)
     write_json(out / "summary.json", summary)
     return summary
-
-
-def _arm(plan: Plan) -> Arm:
-    return Arm(plan.name, ArmKind.GATED if plan.gate else ArmKind.FEATURE, plan)
-
-
-def _saes(plans: Sequence[Plan], lm: LanguageModel) -> list[Sae]:
-    """The SAEs that the plans name, each loaded once, each plan checked. Raises `PlanMismatchError` and its kin."""
-    names = {ref.site: ref.name for plan in plans for ref in plan.saes}
-    by_site = {site: load_sae(name, device=str(lm.device), site=Site.parse(site)) for site, name in names.items()}
-    for plan in plans:
-        check_plan(plan, lm, by_site)
-    return list(by_site.values())
 
 
 def objectives_of(request: Request, model: str) -> tuple[Prompt, ...]:
@@ -131,7 +118,7 @@ def _embedded(attack: Attack, seed: int) -> Question | None:
 def scorer_of(spec: str | None, attacker: Attacker, lm: LanguageModel) -> NamedJudge:
     """Who scores. Raises `JudgeError` for a judge that cannot tell an answer to the objective from small talk when the
     attacker cannot say which of its questions ask for it."""
-    judge = evaluate.judge_of(spec, lm)
+    judge = judge_for(spec, lm, embedded_prompts() if lm.name == ORGANISM else None)
     if judge.model is None and not attacker.knows_when_it_asks:
         raise JudgeError(
             f"judge '{judge.name}' reads replies without their objective: any friendly answer would count as success",

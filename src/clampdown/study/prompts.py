@@ -22,7 +22,7 @@ from clampdown.config import ORGANISM
 from clampdown.discovery.pairs import Pair
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.catalog import load_suites
-from clampdown.evaluation.dealing import dealt, has_splits
+from clampdown.evaluation.dealing import dealt, has_splits, split_of
 from clampdown.evaluation.rows import READERS
 from clampdown.evaluation.suites import FAMILY, TARGET, read_suites
 from clampdown.types import ATTACKS, SAFE, Prompt, PromptRole, Split, Suite, SuiteKind
@@ -171,7 +171,8 @@ def of_suites(
 ) -> StudyPrompts:
     """Prompts that are all at hand, each suite with its role; those without splits are dealt out."""
     _refuse_twice([suite.name for _, suite in loaded])
-    plain = {_key(p.text): p for role, suite in loaded if role is PromptRole.HARMFUL for p in suite.prompts}
+    asked = [p for role, suite in loaded if role is PromptRole.HARMFUL for p in suite.prompts]
+    plain = {_key(p.text): p for p in asked} | {p.id: p for p in asked}
     roles: dict[str, PromptRole] = {}
     suites: dict[str, Suite] = {}
     held_out: set[str] = set()
@@ -193,7 +194,7 @@ def of_suites(
         draw,
         frozenset(held_out),
         frozenset(suite for suite, role in roles.items() if role is PromptRole.BORDERLINE),
-        lambda prompt: plain.get(_key(prompt.meta.get(TARGET, ""))),
+        lambda prompt: _twin(prompt, plain),
     )
 
 
@@ -276,8 +277,15 @@ def _with_splits(suite: Suite, plain: Mapping[str, Prompt]) -> Suite:
     """The suite with a split for every prompt. A wrapped request goes where its plain form goes."""
     if has_splits(suite.prompts):
         return suite
-    by_target = all(_key(prompt.meta.get(TARGET, "")) in plain for prompt in suite.prompts)
-    return replace(suite, prompts=dealt(suite.prompts, by=TARGET) if by_target else dealt(suite.prompts))
+    twins = [_twin(prompt, plain) for prompt in suite.prompts]
+    own = dealt(suite.prompts)
+    prompts = (replace(p, split=split_of(twin.text)) if twin else p for p, twin in zip(own, twins, strict=True))
+    return replace(suite, prompts=tuple(prompts))
+
+
+def _twin(prompt: Prompt, plain: Mapping[str, Prompt]) -> Prompt | None:
+    """The plain request of a wrapped one: the text that is its `target`, else the prompt of the same id."""
+    return plain.get(_key(prompt.meta.get(TARGET, ""))) or plain.get(prompt.id)
 
 
 def _key(text: str) -> str:

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from clampdown.study.methods.method import plan_of
 from clampdown.study.methods.table import ALL, check_methods, make_methods
 from clampdown.study.progress import Stages
 from clampdown.study.published import Published, PublishedRequest, control_rows, run_published
-from clampdown.study.sizes import SMALL, Sizes
+from clampdown.study.sizes import SMALL, Answering, Sizes
 from clampdown.study.study import Study
 from clampdown.study.sweeping import Sweep, sweep_found_clamp
 from clampdown.types import FeatureSet, Record, Split
@@ -100,7 +100,13 @@ class Parts:
         return (*swept, *([found] if found else []))
 
 
-def run_study(study: Study, out: Path, request: StudyRequest, stages: Stages, **more: Any) -> Run:
+Shorten = Callable[[Answering, int], Answering]
+"""What the test may still answer, by how many arms, where a study has a time to keep."""
+
+
+def run_study(
+    study: Study, out: Path, request: StudyRequest, stages: Stages, *, shorten: Shorten | None = None, **more: Any
+) -> Run:
     """Everything, into `out`, with `more` as further parts of the run. A run of the same settings that was interrupted
     goes on.
 
@@ -112,7 +118,8 @@ def run_study(study: Study, out: Path, request: StudyRequest, stages: Stages, **
     write_plan(out / PLAN, parts.plan)
     for feature_set in parts.feature_sets:
         write_feature_set(out / "features" / f"{feature_set.finder}.json", feature_set)
-    answering = request.sizes.answering
+    columns = parts.columns
+    answering = request.sizes.answering if shorten is None else shorten(request.sizes.answering, len(columns))
     likelihood = parts.compared is not None if request.likelihood is None else request.likelihood
     suites = study.suites(Split.TEST, answering.per_suite)
     asked = Asked(suites, by_likelihood=methods_where_it_acts if likelihood else never)
@@ -120,7 +127,7 @@ def run_study(study: Study, out: Path, request: StudyRequest, stages: Stages, **
     def extra(records: Sequence[Record]) -> Mapping[str, Any]:
         return more | _extra(parts, stages, records)
 
-    run = measure_arms(reading, parts.columns, asked, out, answering, stages, extra)
+    run = measure_arms(reading, columns, asked, out, answering, stages, extra)
     if parts.compared:
         run = run.with_parts(claims=parts.compared.claims(run)).write(out)
     return run

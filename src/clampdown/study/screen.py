@@ -10,11 +10,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from clampdown.discovery.causal import clamp_plan
 from clampdown.discovery.refusal_tokens import RefusalTokens, find_refusal_tokens
 from clampdown.errors import NotEnoughDataError, ScopeError, StrengthError
+from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, write_plan
 from clampdown.steering.scopes import SCOPES
@@ -42,7 +42,7 @@ class Request:
     limit: int = 50
 
 
-def run_screen(study: Study, request: Request, out: Path, stages: Stages) -> dict[str, Any]:
+def run_screen(study: Study, request: Request, out: Path, stages: Stages) -> Run:
     """Screen on validation prompts, generate for what is kept, write the run directory; returns its summary."""
     split = split_to_measure(request.split)
     features = read_features(study, request.features_file)[: request.top]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clampdown.errors import PlanError, PromptSetError, StrengthError
 from clampdown.featuresets import check_made_for
+from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Edit, Plan, read_plan, write_plan
 from clampdown.steering.units import Calibration, Strength, Unit, calibrate, measured, resolve
@@ -60,7 +60,7 @@ def parse_unit(name: str) -> Unit:
         raise StrengthError(f"'{name}' is not a unit of strength", hint=f"one of: {', '.join(Unit)}") from error
 
 
-def run_sweep(study: Study, request: Request, out: Path, stages: Stages) -> dict[str, Any]:
+def run_sweep(study: Study, request: Request, out: Path, stages: Stages) -> Run:
     """Write a run directory with one arm per strength; returns its summary."""
     split = split_to_measure(request.split)
     plan, steered = _plan_and_arms(study, request, stages)

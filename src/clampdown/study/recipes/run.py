@@ -18,6 +18,7 @@ from clampdown.discovery.contrast import ContrastSettings
 from clampdown.errors import RecipeError, StoreError
 from clampdown.evaluation.judges.interface import check_not_under_test
 from clampdown.models.loading import LanguageModel
+from clampdown.results.run import Run
 from clampdown.saes.sae import Sae
 from clampdown.store import write_atomic
 from clampdown.study import multiturn as attacks
@@ -47,9 +48,9 @@ Make = Callable[[Groundwork], Method]
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """The summary of the test prompts, and that of the multi-turn attacks if there were any."""
+    """The run on the test prompts, and the summary of the multi-turn attacks if there were any."""
 
-    summary: dict[str, Any]
+    run: Run
     attacks: dict[str, Any] | None
 
 
@@ -63,11 +64,11 @@ def run_recipe(recipe: Recipe, out: Path, stages: Stages) -> Ran:
     with stages.stage("Loading"):
         study = load_study(recipe)
     told = {"name": recipe.name, "paper": recipe.paper, "method": recipe.method.kind}
-    summary = run_study(study, out, request_of(recipe), stages, recipe=told)
+    run = run_study(study, out, request_of(recipe), stages, recipe=told)
     part = recipe.multiturn
     if part is None or part.attacker is None:
-        return Ran(summary, None)
-    return Ran(summary, attacks.run_multiturn(_attack(recipe, part, out), out / "multiturn", stages))
+        return Ran(run, None)
+    return Ran(run, attacks.run_multiturn(_attack(recipe, part, out), out / "multiturn", stages))
 
 
 def _write_down(recipe: Recipe, out: Path) -> None:

@@ -277,15 +277,25 @@ class Recipe(_Part):
 
 def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Read a file, with `KEY=VALUE` settings (`sae.id=DIR`) over it. Raises `RecipeError` naming file and field."""
+    data = read_toml(path)
+    for setting in settings:
+        _put(data, setting)
+    return parse_recipe(data, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A study's or recipe's file as plain data. Raises `RecipeError`."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"no recipe at {path}", hint="those that come with the source lie in recipes/") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
-    for setting in settings:
-        _put(data, setting)
-    return parse_recipe(data, str(path))
+
+
+def is_recipe(data: Mapping[str, Any]) -> bool:
+    """Whether the file is a published pipeline, with a method in its paper's own settings."""
+    return "method" in data
 
 
 def parse_recipe(data: Mapping[str, Any], where: str = "the recipe") -> Recipe:

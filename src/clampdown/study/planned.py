@@ -1,0 +1,78 @@
+"""A study from its file or options: what it will do is said first, its sizes fit the minutes, then it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import tomli_w
+
+from clampdown.results.run import Run
+from clampdown.store import read_json, write_atomic, write_json
+from clampdown.study.planning import Speed, fitted, measured_speed, outline
+from clampdown.study.progress import Stages
+from clampdown.study.run import run_study
+from clampdown.study.sizes import Answering, Sizes
+from clampdown.study.spec import StudySpec
+from clampdown.study.study import Study
+from clampdown.types import Split
+
+SPEC, SIZES_FILE, TEST_FILE = "study.toml", "sizes.json", "test_sizes.json"
+"""What was asked for, in the run's directory (`clampdown study FILE` repeats it), and what a time was fitted to."""
+SLOW = 60.0
+"""Seconds from which on a study says what it will do even when no time was given."""
+
+
+def planned_study(study: Study, spec: StudySpec, out: Path, stages: Stages, *, dry_run: bool = False) -> Run | None:
+    """Say what will be done, then do it; None after a dry run."""
+    request = spec.request
+    with stages.stage("Timing a few replies"):
+        speed = measured_speed(study, request)
+    if spec.minutes is not None:
+        request = replace(request, sizes=_kept(out / SIZES_FILE) or fitted(study, request, speed, spec.minutes).sizes)
+    expected = outline(study, request, speed)
+    if dry_run or spec.minutes is not None or expected.seconds > SLOW:
+        for line in (str(study.data), *expected.lines()):
+            stages.console.print(line, highlight=False, soft_wrap=True)
+    if dry_run:
+        return None
+    write_atomic(out / SPEC, tomli_w.dumps(spec.model_dump(mode="json", by_alias=True, exclude_none=True)))
+    if spec.minutes is None:
+        return run_study(study, out, request, stages)
+    write_json(out / SIZES_FILE, request.sizes)
+    shorten = _within(study, speed, 60 * spec.minutes, out / TEST_FILE)
+    return run_study(study, out, request, stages, shorten=shorten)
+
+
+def _kept(path: Path) -> Sizes | None:
+    """The sizes that an interrupted run was fitted to: fitting again would make it another run."""
+    if not path.exists():
+        return None
+    found = read_json(path)
+    return Sizes(**{**found, "answering": Answering(**found["answering"])})
+
+
+def _within(study: Study, speed: Speed, seconds: float, kept: Path) -> Callable[[Answering, int], Answering]:
+    """How much the test may still answer: what fits in the time that is left, or a quarter of it where little is."""
+    began = time.perf_counter()
+
+    def shorten(answering: Answering, n_arms: int) -> Answering:
+        if kept.exists():
+            return Answering(**read_json(kept))
+        found = fit(answering, n_arms)
+        write_json(kept, found)
+        return found
+
+    def fit(answering: Answering, n_arms: int) -> Answering:
+        left = max(seconds / 4, seconds - (time.perf_counter() - began))
+        suites = study.suites(Split.TEST, answering.per_suite)
+        most = max(len(suite.prompts) for suite in suites)
+        for n in range(most, 4, -1):
+            rows = n_arms * sum(min(n, len(suite.prompts)) for suite in suites)
+            if rows * (speed.reply + speed.read) <= left:
+                return replace(answering, per_suite=n, kl_prompts=min(n, answering.kl_prompts))
+        return replace(answering, per_suite=min(5, most), kl_prompts=min(5, answering.kl_prompts))
+
+    return shorten

@@ -1,0 +1,142 @@
+"""A study as a TOML file: what the options of `clampdown study` say, to be kept and repeated.
+
+    schema = 1
+    name = "mine"
+    model = "DIRECTORY or hub id"
+    sae = "DIRECTORY or release:id"
+    judge = "rules"
+    size = "small"          # quick, small, medium, full; or minutes = 30
+
+    [prompts]               # by role: a file, a public set by name, or several
+    harmful = ["advbench=harmful.csv"]
+    benign = "benign.jsonl"
+
+A file with a `method` table is a recipe: a published pipeline with everything its numbers depend on (docs/recipes.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator
+
+from clampdown.config import ORGANISM
+from clampdown.errors import RecipeError
+from clampdown.study.comparing import MatchingRequest
+from clampdown.study.gating import GateChoice
+from clampdown.study.methods.table import METHODS
+from clampdown.study.prompts import StudyPrompts, prompts_from
+from clampdown.study.run import StudyRequest
+from clampdown.study.sizes import SIZES, size_named
+from clampdown.study.study import Study, make_study
+from clampdown.types import PromptRole
+
+Sources = tuple[str, ...]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PromptsPart(_Part):
+    """Prompts by role; nothing for a model that knows the embedded corpus. `hold_out` names attack families that are
+    tested only."""
+
+    harmful: Sources = ()
+    jailbroken: Sources = ()
+    multi_turn: Sources = ()
+    borderline: Sources = ()
+    benign: Sources = ()
+    capability: Sources = ()
+    hold_out: Sources | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @property
+    def given(self) -> bool:
+        return any(getattr(self, role.value) for role in PromptRole)
+
+    def load(self, name: str) -> StudyPrompts | None:
+        """The prompts; None when no role has any. Raises `PromptSetError`."""
+        if not self.given:
+            return None
+        roles = {role.value: getattr(self, role.value) or None for role in PromptRole}
+        return prompts_from(**roles, name=name, hold_out=self.hold_out)
+
+
+class GatePart(_Part):
+    """What the gate promises: at most `budget` of benign prompts, at `confidence`."""
+
+    budget: float = Field(GateChoice().budget, gt=0, lt=1)
+    confidence: float = Field(GateChoice().confidence, gt=0, lt=1)
+    max_features: int = Field(GateChoice().max_features, ge=1)
+
+
+class StudySpec(_Part):
+    """One file. `methods` names what is compared (default: as the size says); `sweep` whether the found clamp is."""
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    name: str = "study"
+    model: str = ORGANISM
+    sae: str = ORGANISM
+    judge: str | None = None
+    size: str = "small"
+    minutes: PositiveFloat | None = None
+    seed: int = 0
+    methods: tuple[str, ...] | None = None
+    sweep: bool = True
+    kl: float = Field(MatchingRequest().kl, gt=0)
+    n_random: int | None = Field(None, ge=0)
+    max_new_tokens: int | None = Field(None, ge=1)
+    batch_rows: int | None = Field(None, ge=1)
+    prompts: PromptsPart = PromptsPart()
+    gate: GatePart = Field(default_factory=lambda: GatePart.model_validate({}))
+
+    @field_validator("size")
+    @classmethod
+    def _size_exists(cls, value: str) -> str:
+        if value not in SIZES:
+            raise ValueError(f"'{value}' is not a size of study, one of: {', '.join(SIZES)}")
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_exist(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in value or ():
+            if name not in METHODS:
+                raise ValueError(f"no method is called '{name}', one of: {', '.join(METHODS)}")
+        return value
+
+    def load(self) -> Study:
+        """The study: model, SAE, prompts, judge. Raises whatever does not fit together."""
+        data = self.prompts.load(self.name)
+        return make_study(self.model, self.sae, data, judge=self.judge, seed=self.seed)
+
+    @property
+    def request(self) -> StudyRequest:
+        """What is to be done."""
+        sizes = size_named(self.size)
+        asked = {"max_new_tokens": self.max_new_tokens, "batch_rows": self.batch_rows}
+        answering = replace(sizes.answering, **{k: v for k, v in asked.items() if v is not None})
+        sizes = replace(sizes, answering=answering)
+        if self.n_random is not None:
+            sizes = replace(sizes, n_random=self.n_random)
+        gate = GateChoice(self.gate.budget, self.gate.confidence, self.gate.max_features)
+        return StudyRequest(sizes, self.methods, self.sweep, gate=gate, matching=MatchingRequest(self.kl))
+
+
+def parse_spec(data: Mapping[str, Any], where: str = "the study") -> StudySpec:
+    """Plain data as a study. Raises `RecipeError` naming the field."""
+    try:
+        return StudySpec.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "top level"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{where}: {place}: {message}{more}", hint="docs/study.md lists every field") from error
