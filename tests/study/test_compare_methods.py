@@ -10,52 +10,58 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from clampdown.config import ORGANISM
 from clampdown.discovery import causal
 from clampdown.discovery.refine import Clamps
+from clampdown.reports.methods_terminal import methods_summary
 from clampdown.results.run import Run
 from clampdown.steering.arms import Arm
 from clampdown.steering.plan import Gate, read_plan
-from clampdown.study import methods
-from clampdown.study import tuned as tuned_plan
-from clampdown.study.compare_methods import MATCHED, REVERSED, Request, measure_chosen, shown
-from clampdown.study.demo import Scale
-from clampdown.study.experiment import Sizes, organism_subject
+from clampdown.study import run as running
+from clampdown.study.comparing import MATCHED, MatchingRequest
 from clampdown.study.frontier import Axes
+from clampdown.study.groundwork import Groundwork
+from clampdown.study.methods import clamp, dense, gated_set, refine
+from clampdown.study.methods.method import Method, arm_of, by_refusals
+from clampdown.study.methods.table import ALL
 from clampdown.study.progress import Stages
+from clampdown.study.run import StudyRequest
+from clampdown.study.sizes import Answering, Sizes
 from clampdown.study.strengths import Candidate
+from clampdown.study.study import make_study
 from clampdown.types import ArmKind
 
-TINY = Scale(
-    discovery=24, validation=4, causal_prompts=2, finalists=1, calibration=300, sizes=Sizes(4, 4, max_new_tokens=12)
-)
+TINY = Sizes(24, 4, causal_prompts=2, finalists=1, calibration=300, answering=Answering(4, 4, max_new_tokens=12),
+             n_random=2)  # fmt: skip
 FEATURE, OTHER = 352, 41
+FIRST, SECOND = clamp.NAME, refine.NAME
+OWN = (FIRST, SECOND, dense.ADDED, dense.CAST, gated_set.NAME)
 
 
-def by_hand(bench: methods.Bench) -> dict[str, methods.Picked]:
-    """A plan per method, as if validation had chosen it: searching is what the methods' own tests are for."""
-    lm, sae = bench.subject.lm, bench.subject.sae
-    clamp = causal.clamp_plan(lm, sae, FEATURE, 40.0)
-    gate = Gate(site=bench.site, features=(OTHER,), weights=(1.0,), bias=0.0, threshold=0.5, poolings=("max",))
-    dense = methods.added_direction(bench).arms[0]
-    plans = {
-        methods.FIRST: clamp,
-        methods.SECOND: methods.additive(bench, Clamps((FEATURE, OTHER), (20.0, -5.0)), "add"),
-        methods.DENSE: dense.plan,
-        methods.CAST: methods.gated_arm(dense, "gated", bench.condition).plan,
-        methods.TUNED: clamp.model_copy(update={"gate": gate}),
+def by_hand(ground: Groundwork) -> tuple[Method, ...]:
+    """A plan per method, as if it had found it: searching is what the methods' own tests are for."""
+    study = ground.study
+    plan = causal.clamp_plan(study.lm, study.sae, FEATURE, 40.0)
+    gate = Gate(site=study.site.name, features=(OTHER,), weights=(1.0,), bias=0.0, threshold=0.5, poolings=("max",))
+    added = refine.additive(ground, Clamps((FEATURE, OTHER), (20.0, -5.0)), "all", "add")
+    arms = {
+        FIRST: arm_of(plan),
+        SECOND: arm_of(added),
+        dense.ADDED: dense.added_direction(ground).arms[0],
+        dense.CAST: dense.conditional_direction(ground).arms[0],
+        gated_set.NAME: arm_of(plan.behind(gate)),
     }
-    kinds = {methods.DENSE: ArmKind.DIRECTION, methods.CAST: ArmKind.DIRECTION, methods.TUNED: ArmKind.TUNED}
-    return {
-        name: methods.Picked(Arm(name, kinds.get(name, ArmKind.FEATURE), plan, 1.0)) for name, plan in plans.items()
-    }
+    kinds = {dense.ADDED: ArmKind.DIRECTION, dense.CAST: ArmKind.DIRECTION, gated_set.NAME: ArmKind.TUNED}
+    return tuple(Method(name, kinds.get(name, ArmKind.FEATURE), (arm,), by_refusals) for name, arm in arms.items())
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compare")
-    bench = methods.make_bench(organism_subject(), TINY)
-    request = Request(kl=0.02, n_random=2, matching_texts=4)
-    measure_chosen(bench, by_hand(bench), out, request, Stages(Console(file=io.StringIO())))
+    request = StudyRequest(TINY, ALL, sweep=False, matching=MatchingRequest(0.02, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "make_methods", lambda ground, _names: by_hand(ground))
+        running.run_study(make_study(ORGANISM, ORGANISM), out, request, Stages(Console(file=io.StringIO())))
     return out
 
 
@@ -65,13 +71,12 @@ def summary(run: Path) -> dict[str, Any]:
 
 
 def test_every_method_and_control_is_a_column_of_a_valid_summary(run: Path, summary: dict[str, Any]) -> None:
-    assert Run.read(run).arm(methods.TUNED).kind == "tuned"
+    assert Run.read(run).arm(gated_set.NAME).kind == "tuned"
     names = [arm["name"] for arm in summary["arms"]]
-    own = [methods.FIRST, methods.SECOND, methods.DENSE, methods.CAST, methods.TUNED]
-    expected = {"baseline", "system prompt", "ablated direction", f"{methods.SECOND} {REVERSED}", *own}
+    expected = {"baseline", "system prompt", "ablated direction", f"{SECOND}, {refine.TURNED}", *OWN}
     assert expected <= set(names)
     assert sum(name.startswith("random feature") for name in names) == 2
-    assert [line["method"] for line in summary["methods"]] == own
+    assert [line["method"] for line in summary["methods"]] == list(OWN)
 
 
 def test_a_matched_arm_is_the_same_edit_at_another_strength(summary: dict[str, Any]) -> None:
@@ -86,7 +91,7 @@ def test_a_matched_arm_is_the_same_edit_at_another_strength(summary: dict[str, A
 
 def test_the_other_sign_is_the_same_plan_turned(summary: dict[str, Any]) -> None:
     arms = {arm["name"]: arm for arm in summary["arms"]}
-    up, down = (arms[name]["edits"][0]["strengths"] for name in (methods.SECOND, f"{methods.SECOND} {REVERSED}"))
+    up, down = (arms[name]["edits"][0]["strengths"] for name in (SECOND, f"{SECOND}, {refine.TURNED}"))
     assert down == [-strength for strength in up]
 
 
@@ -97,16 +102,16 @@ def test_methods_are_read_by_likelihood_as_well_and_random_features_are_not(summ
 
 def test_the_tuned_plan_is_written_with_the_gate_that_its_arm_had(run: Path, summary: dict[str, Any]) -> None:
     plan = read_plan(run / "plan.toml")
-    tuned = next(arm for arm in summary["arms"] if arm["name"] == methods.TUNED)
+    tuned = next(arm for arm in summary["arms"] if arm["name"] == gated_set.NAME)
     assert plan.gate is not None
     assert plan.digest == tuned["plan"]
     assert tuned["gate_fired"]["benign"]["n"] == 4
 
 
-def test_the_claims_of_both_papers_are_answered_and_shown(summary: dict[str, Any]) -> None:
+def test_the_claims_of_both_papers_are_answered_and_shown(run: Path, summary: dict[str, Any]) -> None:
     assert {claim["paper"] for claim in summary["claims"]} == {"2411.11296", "2511.00029"}
     console = Console(file=io.StringIO(), width=120)
-    console.print(shown(summary))
+    console.print(methods_summary(Run.read(run)))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "reproduced" in text
     assert "2 random features, mean" in text
@@ -122,16 +127,14 @@ UNSTEERED = candidate("baseline", 0.0, 0.5, safe=0.1)
 def test_only_the_tuned_plan_is_held_to_what_safe_prompts_pay() -> None:
     found = [candidate("spares", 1.0, 0.7, safe=0.1), candidate("overdoes", 2.0, 0.9, safe=0.3)]
     arms = tuple(each.arm for each in found)
-    published = methods.Method("m", ArmKind.FEATURE, arms, methods.by_refusals)
-    tuned = methods.Method("m", ArmKind.TUNED, arms, tuned_plan.choose)
+    published = Method("m", ArmKind.FEATURE, arms, by_refusals)
+    tuned = Method("m", ArmKind.TUNED, arms, gated_set.choose)
     assert published.chosen(found, UNSTEERED).arm.name == "overdoes"
     assert tuned.chosen(found, UNSTEERED).arm.name == "spares"
 
 
 def test_a_method_that_gains_nothing_stays_in_the_table_and_says_so() -> None:
     found = [candidate("weak", 1.0, 0.5), candidate("strong", 2.0, 0.5), candidate("breaks", 3.0, 0.1, broken=0.9)]
-    picked = methods.Method("m", ArmKind.FEATURE, tuple(c.arm for c in found), methods.by_refusals).chosen(
-        found, UNSTEERED
-    )
+    picked = Method("m", ArmKind.FEATURE, tuple(c.arm for c in found), by_refusals).chosen(found, UNSTEERED)
     assert picked.arm.name == "strong"
     assert "no strength gained" in picked.note

@@ -23,15 +23,15 @@ from clampdown.steering.gates import choose_threshold
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, read_plan, write_plan
 from clampdown.study import gate as job
-from clampdown.study.experiment import organism_subject
 from clampdown.study.progress import Stages
+from clampdown.study.study import make_study
 from clampdown.types import Split
 
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with up.toml and down.toml for the embedded model."""
-    subject = organism_subject()
+    subject = make_study(ORGANISM, ORGANISM)
     where = tmp_path_factory.mktemp("plans")
     site = subject.sae.cfg.site.name
     for name, operator, strength in (("up", "clamp", 98.0), ("down", "scale", 0.0)):
@@ -84,7 +84,7 @@ def test_down_first_spares_harmful_prompts_and_asks_the_harm_gate_next(plans: Pa
     assert second and (second.on, second.n, second.bound <= 0.1) == ("benign", 60, True)
     assert max(len(gate.features) for gate in plan.gates) <= 12
     assert "of 180 harmful calibration prompts" in shown.output
-    subject = organism_subject()
+    subject = make_study(ORGANISM, ORGANISM)
     harmful = subject.prompts(Split.CALIBRATION, 60, "harmful", "jailbroken_seen", "multi_turn")
     with steer(subject.lm, plan, subject.sae) as steering:
         next_token_logits(subject.lm, [encode(subject.lm, prompt.messages) for prompt in harmful])
@@ -94,7 +94,7 @@ def test_down_first_spares_harmful_prompts_and_asks_the_harm_gate_next(plans: Pa
 
 def test_rates_are_those_of_the_steered_model(plans: Path, tmp_path: Path) -> None:
     found = run(plans, tmp_path / "gated.toml")
-    subject = organism_subject()
+    subject = make_study(ORGANISM, ORGANISM)
     prompts = subject.prompts(Split.VALIDATION, 24, "jailbroken_unseen")
     with steer(subject.lm, found.plan, subject.sae) as steering:
         next_token_logits(subject.lm, [encode(subject.lm, prompt.messages) for prompt in prompts])
@@ -115,7 +115,7 @@ def test_the_gate_never_sees_harmful_prompts_of_unseen_families() -> None:
 def test_the_guarantee_holds_over_200_resampled_calibration_sets() -> None:
     """The benign prompts' scores are computed once; 200 calibration sets of 200 are drawn from them, and the trigger
     rate among all of them exceeds the budget no more often than the confidence allows."""
-    subject = organism_subject()
+    subject = make_study(ORGANISM, ORGANISM)
     harmful = subject.prompts(Split.DISCOVERY, 30, "harmful", "jailbroken_seen")
     benign = subject.prompts(Split.CALIBRATION, 460, "benign")
     store = collect(plan_pass(subject.lm, [gate_reading(subject.sae.cfg.site, subject.sae)], [*harmful, *benign]))

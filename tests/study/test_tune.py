@@ -22,10 +22,10 @@ from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE
 from clampdown.steering.plan import read_plan
 from clampdown.store import read_records, write_feature_set
-from clampdown.study import experiment
 from clampdown.study.budgets import BROKEN_HARMFUL, BROKEN_SAFE, CAPABILITY, KL, OVER_REFUSAL, Budgets, Use
-from clampdown.study.experiment import Sizes, Subject, organism_subject
 from clampdown.study.progress import Stages
+from clampdown.study.sizes import Answering
+from clampdown.study.study import Study, make_study
 from clampdown.study.tune import run as tune
 from clampdown.study.tune.measuring import Bench, Finalist, changes_of, confirm
 from clampdown.study.tune.prompts import (
@@ -54,18 +54,18 @@ SCALE = Scale(
     feature_sets=2,
     finalists=2,
     screened=3,
-    test=Sizes(3, 3, max_new_tokens=16, likelihood=True),
+    test=Answering(3, 3, max_new_tokens=16),
 )
 BUDGETS = Budgets(over_refusal=0.2, capability=0.2, broken=0.4, kl=2.0)
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    return organism_subject()
+def subject() -> Study:
+    return make_study(ORGANISM, ORGANISM)
 
 
 @pytest.fixture(scope="module")
-def request_(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> tune.Request:
+def request_(subject: Study, tmp_path_factory: pytest.TempPathFactory) -> tune.Request:
     path = tmp_path_factory.mktemp("features") / "two.json"
     scores = tuple(FeatureScore(feature, {"s": 1.0 / feature}) for feature in (352, 195))
     write_feature_set(path, FeatureSet("hand", subject.sae.cfg.site.name, "s", scores, subject.provenance([])))
@@ -78,7 +78,7 @@ def quiet() -> Stages:
 
 
 @pytest.fixture(scope="module")
-def finished(subject: Subject, request_: tune.Request, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(subject: Study, request_: tune.Request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tune") / "run"
     tune.run_tune(subject, request_, out, quiet())
     return out
@@ -118,7 +118,7 @@ def test_search_reads_validation_and_only_the_choice_reads_test(finished: Path) 
     }
 
 
-def test_held_out_families_inform_nothing(subject: Subject) -> None:
+def test_held_out_families_inform_nothing(subject: Study) -> None:
     sets = prompt_sets(subject, SCALE)
     for part in (sets.discovery, sets.trial, sets.fresh):
         assert "jailbroken_unseen" not in {suite.name for suite in part}
@@ -126,7 +126,7 @@ def test_held_out_families_inform_nothing(subject: Subject) -> None:
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(
-    finished: Path, subject: Subject, request_: tune.Request, tmp_path: Path
+    finished: Path, subject: Study, request_: tune.Request, tmp_path: Path
 ) -> None:
     """Killed in the second batch: its trials half written, nothing after it there."""
     killed = tmp_path / "run"
@@ -147,7 +147,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
 
 
 def test_other_settings_in_the_same_directory_are_an_error(
-    finished: Path, subject: Subject, request_: tune.Request
+    finished: Path, subject: Study, request_: tune.Request
 ) -> None:
     other = dataclasses.replace(request_, budgets=dataclasses.replace(BUDGETS, kl=1.0))
     with pytest.raises(StoreError, match="its budgets differ"):
@@ -155,13 +155,13 @@ def test_other_settings_in_the_same_directory_are_an_error(
 
 
 @pytest.fixture
-def bench(finished: Path, subject: Subject, request_: tune.Request, tmp_path: Path) -> Bench:
+def bench(finished: Path, subject: Study, request_: tune.Request, tmp_path: Path) -> Bench:
     sets = prompt_sets(subject, SCALE)
     found = find_candidates(subject, sets, SCALE, request_.choices, finished / "search", quiet())
     return Bench(subject, sets, SCALE, BUDGETS, found, tmp_path, quiet())
 
 
-def test_rows_that_no_gate_fired_on_are_the_unsteered_models(bench: Bench, subject: Subject, tmp_path: Path) -> None:
+def test_rows_that_no_gate_fired_on_are_the_unsteered_models(bench: Bench, subject: Study, tmp_path: Path) -> None:
     """The short way (gates read, few rows generated) against the long one: every fresh prompt answered."""
     sets = bench.sets
     trial = Trial(0, Setting(Combination((352,), "clamp", "prompt"), 1.5, "dense", 0.1), Score(1.0, {}, ()))
@@ -212,7 +212,7 @@ def test_a_looser_gate_that_gains_nothing_does_not_hide_the_plan_that_does(bench
     assert tune.unchecked(gains, BUDGETS) == [CAPABILITY, BROKEN_HARMFUL, BROKEN_SAFE, KL]
 
 
-def test_budgets_that_the_prompts_cannot_prove_stop_before_the_search(subject: Subject, tmp_path: Path) -> None:
+def test_budgets_that_the_prompts_cannot_prove_stop_before_the_search(subject: Study, tmp_path: Path) -> None:
     request = tune.Request(dataclasses.replace(BUDGETS, capability=0.001), Choices(), SCALE)
     with pytest.raises(NotEnoughDataError, match="cannot show a budget of") as error:
         tune.choose_tuned(subject, request, tmp_path / "run", quiet())
@@ -221,7 +221,7 @@ def test_budgets_that_the_prompts_cannot_prove_stop_before_the_search(subject: S
 
 
 def test_a_plan_that_turns_everything_into_noise_costs_its_trial_only(
-    finished: Path, subject: Subject, request_: tune.Request, tmp_path: Path
+    finished: Path, subject: Study, request_: tune.Request, tmp_path: Path
 ) -> None:
     from clampdown.study.tune.measuring import Trials
 
@@ -264,7 +264,7 @@ def test_the_table_says_what_was_chosen_and_fits_a_terminal(finished: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def prompts_file(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prompts_file(subject: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus's prompts of every split in one file."""
     sizes = {Split.DISCOVERY: SCALE.discovery, Split.CALIBRATION: SCALE.calibration, Split.TEST: 3}
     parts = [subject.suites(split, sizes.get(split, SCALE.trial + SCALE.fresh)) for split in Split]
@@ -287,7 +287,7 @@ def test_a_dry_run_counts_and_writes_nothing(prompts_file: Path, tmp_path: Path)
     assert not out.exists()
 
 
-def test_files_take_the_place_of_the_corpus(subject: Subject, prompts_file: Path) -> None:
+def test_files_take_the_place_of_the_corpus(subject: Study, prompts_file: Path) -> None:
     read = tuning_subject(ORGANISM, ORGANISM, Sources((str(prompts_file),), judge="rules"), 0)
     ours, theirs = prompt_sets(subject, SCALE), prompt_sets(read, SCALE)
     assert (ours.discovery, ours.trial, ours.fresh) == (theirs.discovery, theirs.trial, theirs.fresh)

@@ -68,12 +68,15 @@ def stages() -> Stages:
 
 def show_run(directory: Path, progress: Stages) -> None:
     """Write the report and print the table."""
+    from clampdown.reports.methods_terminal import methods_summary
     from clampdown.results.run import Run
 
     run = Run.read(directory)
     with progress.stage("Writing the report"):
         path = run.report()
     console.print(run)
+    if run.methods:
+        console.print(methods_summary(run))
     console.print(f"[bold]report:[/bold] {path}", soft_wrap=True)
 
 

@@ -111,8 +111,8 @@ def gate_calibrate(
     otherwise: Annotated[
         Path | None, typer.Option("--otherwise", help="A plan for over-refused prompts: makes it two-sided.")
     ] = None,
-    borderline: Annotated[
-        str, typer.Option("--borderline", help="Suites that the second gate is to find.")
+    found_by_second: Annotated[
+        str, typer.Option("--down-suites", help="Suites that the second gate is to find.")
     ] = "borderline,about_harm",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts per suite of the embedded corpus.")] = 240,
     site: Annotated[str | None, typer.Option("--site", help="Where to read; default: at the plan's SAE.")] = None,
@@ -134,7 +134,7 @@ def gate_calibrate(
     """Put a plan behind a gate whose benign trigger rate is bounded, and say how often it fires."""
     from clampdown.study import gate as job
 
-    names = names_in(borderline)
+    names = names_in(found_by_second)
     request = job.Request(
         plan, kind, budget, confidence, file, otherwise, names, n, limit, site, seed, first, down_budget, features,
         inverse_penalty, turns, in_doubt.value, prompts.load(),

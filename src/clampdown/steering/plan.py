@@ -19,7 +19,7 @@ import struct
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import tomli_w
 from pydantic import (
@@ -68,6 +68,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
 
+@runtime_checkable
 class Named(Protocol):
     """What a plan needs of a model to name it."""
 
@@ -262,6 +263,7 @@ _ADDED_TO_GATES = {
 """Fields of later schemas with the values that mean what schema 1 meant, as JSON."""
 
 
+@runtime_checkable
 class GatedBy(Protocol):
     """A gate with the dense vectors that it reads, which belong into the plan."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from clampdown.evaluation import runner, utility
 from clampdown.evaluation.suites import write_suites
@@ -32,6 +32,7 @@ def nothing(_records: Sequence[Record]) -> Mapping[str, Any]:
     return {}
 
 
+@runtime_checkable
 class Subject(Protocol):
     """What is measured: a model with the SAEs that plans read, and who judges its replies."""
 

@@ -10,8 +10,8 @@ from clampdown.saes.checkpoints import load_sae
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.gates import choose_threshold, provable_budget
 from clampdown.steering.plan import Branch, Edit, Gate, Plan, parse_plan, read_plan, write_plan
-from clampdown.study import tuned
 from clampdown.study.frontier import Axes
+from clampdown.study.methods import gated_set as tuned
 from clampdown.study.strengths import Candidate
 from clampdown.types import ArmKind
 
