@@ -22,7 +22,7 @@ from tests.serving.example_plans import Answer, ask
 from tests.steering.conftest import SITE, random_sae, tiny_llama
 
 LM, SAE = tiny_llama(), random_sae()
-LM.model.generation_config.eos_token_id = 9999  # replies are as long as they may be
+vars(LM)["eos_ids"] = frozenset({9999})  # replies are as long as they may be
 LM.model.config.max_position_embeddings = 100_000
 ENDLESS, LONG = 90_000, 60
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from clampdown.models.generation_config import Penalties
 from clampdown.serving.requests import Sampling
 from clampdown.serving.sampling import Drawing, choose, describe
 
@@ -35,6 +45,52 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     assert set(drawn(Sampling(1, temperature=1.0, top_p=0.7, seed=1))) == {0, 1}
     assert set(drawn(Sampling(1, temperature=1.0, top_p=0.9, seed=1))) == {0, 1, 2}
     assert set(drawn(Sampling(1, temperature=1.0, top_p=0.0, seed=1))) == {0}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *({"top_k": 7}, {"top_k": 1}, {"top_k": 500}, {"min_p": 0.1}, {"min_p": 1.0}, {"top_k": 12, "top_p": 0.6}),
+        *({"top_p": 0.4, "min_p": 0.2}, {"top_k": 9, "top_p": 0.9, "min_p": 0.05, "temperature": 1.7}),
+    ],
+    ids=lambda asked: "+".join(asked),
+)
+def test_the_tokens_that_can_be_drawn_are_those_of_the_library(asked: dict[str, Any]) -> None:
+    logits = torch.randn(4, 40, generator=torch.Generator().manual_seed(3)) * 2
+    sampling = Sampling(1, **{"temperature": 1.0, **asked})
+    scores = TemperatureLogitsWarper(sampling.temperature)(None, logits)
+    if "top_k" in asked:
+        scores = TopKLogitsWarper(asked["top_k"])(None, scores)
+    if "top_p" in asked:
+        scores = TopPLogitsWarper(asked["top_p"])(None, scores)
+    if "min_p" in asked:
+        scores = MinPLogitsWarper(asked["min_p"])(None, scores)
+    drawing = Drawing.of(replace(sampling, seed=1))
+    for row, expected in zip(logits, scores.softmax(-1), strict=True):
+        found = Counter(choose(row.expand(4000, -1), [drawing] * 4000))
+        assert set(found) <= set(expected.nonzero().flatten().tolist())
+        for token, p in enumerate(expected.tolist()):
+            assert found[token] / 4000 == pytest.approx(p, abs=4.5 * math.sqrt(p * (1 - p) / 4000) + 1e-3)
+
+
+def test_penalties_are_the_librarys_for_greedy_and_sampled_rows() -> None:
+    logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(5))
+    past = logits[0].topk(4).indices.tolist()
+    penalties = Penalties((("repetition_penalty", 4.0),), 2, frozenset({0}), "cpu")
+    expected = RepetitionPenaltyLogitsProcessor(4.0)(torch.tensor([past]), logits[:1].clone())
+    drawings = [
+        Drawing.of(Sampling(1), penalties),
+        Drawing.of(Sampling(1)),
+        Drawing.of(Sampling(1, temperature=1e-6), penalties),
+    ]
+    before = logits.clone()
+    rows = torch.stack([logits[0], logits[0], logits[0]])
+    assert choose(rows, drawings, [past, [], past]) == [
+        int(expected.argmax()),
+        int(logits[0].argmax()),
+        int(expected.argmax()),
+    ]
+    assert int(expected.argmax()) != int(logits[0].argmax()) and torch.equal(before, logits)
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company() -> None:

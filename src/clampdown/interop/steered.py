@@ -128,6 +128,7 @@ class SteeredModel:
                 top_k=decoding.top_k or 0,
                 max_new_tokens=decoding.max_new_tokens,
                 pad_token_id=self.lm.pad_id,
+                eos_token_id=sorted(self.lm.eos_ids),
             )
             receipts = steering.receipts()
         tail = [token for token in output[0, len(ids) :].tolist() if token not in self.lm.eos_ids]

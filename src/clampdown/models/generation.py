@@ -7,13 +7,15 @@
    costs one row's copy. `on_keep` tells per-row steering which row is now where.
 
 Everything goes through the model's own forward, so hooks fire exactly as they do in the library's `generate`, to
-which this is equal token for token (tested); the library's sampling penalties are not applied.
+which this is equal token for token (tested). Penalties that the model's generation config asks for are applied as
+there, its sampling is not: this is greedy (`generation_config.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,8 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from clampdown.models.chat import Batch, pad_left
+from clampdown.models.chat import ChatFormat, pad_left
+from clampdown.models.generation_config import Asked, Penalties
 from clampdown.models.loading import LanguageModel
+from clampdown.models.voice import Voice
 
 KeepFn = Callable[[Int[Tensor, " kept"]], None]
 WidenFn = Callable[[], Int[Tensor, " rows"]]
@@ -31,7 +35,10 @@ _ROOM = 64  # positions of growth room, at least
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A reply: its tokens without the end token, its text, and whether it ended by itself."""
+    """A reply: its tokens without the end token, its text, and whether it ended by itself.
+
+    Where the template opens the reply's thoughts, the text begins with the mark that opens them.
+    """
 
     ids: tuple[int, ...]
     text: str
@@ -113,10 +120,12 @@ def generate(
     many arms at once), and row i of its output then shows prompt widened()[i]. There is one reply per row.
     `on_keep(rows)` is called just before a forward with fewer rows than the last: row i now is what row rows[i] was
     (not necessarily ascending). `on_step(n)` is called after every forward with the number of tokens it produced.
+
+    Raises `ModelError` for a generation config that asks for another way of decoding (beams, guidance).
     """
     if not prompts or max_new_tokens < 1:
         return [Generation((), "", False) for _ in prompts]
-    decoding = _Decoding(lm, pad_left(prompts, lm.pad_id, lm.device), max_new_tokens)
+    decoding = _Decoding(lm, prompts, max_new_tokens)
     with torch.no_grad():
         for step in range(max_new_tokens):
             produced = decoding.advance(step, on_keep, widened)
@@ -130,8 +139,12 @@ def generate(
 class _Decoding:
     """The state of one batch being decoded. `rows[i]` is the prompt that live row i answers."""
 
-    def __init__(self, lm: LanguageModel, batch: Batch, max_new_tokens: int) -> None:
+    def __init__(self, lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         self.lm = lm
+        batch = pad_left(prompts, lm.pad_id, lm.device)
+        wanted = Asked.of(lm.model.generation_config, greedy=True).penalties
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.penalties = [Penalties(wanted, len(prompt), lm.eos_ids, lm.device) for prompt in prompts]
         self.cache = growing_cache()
         n, width = batch.input_ids.shape
         self.ids = batch.input_ids
@@ -151,6 +164,8 @@ class _Decoding:
 
     def _widen(self, prompt_of: Int[Tensor, " rows"]) -> None:
         self.mask, self.positions = self.mask[prompt_of], self.positions[prompt_of]
+        self.prompts = [self.prompts[i] for i in prompt_of.tolist()]
+        self.penalties = [self.penalties[i] for i in prompt_of.tolist()]
         self._start(len(prompt_of))
 
     @property
@@ -171,13 +186,19 @@ class _Decoding:
         )
         if step == 0 and widened is not None:
             self._widen(widened())
-        chosen = output.logits[:, -1].argmax(-1)
+        chosen = self._penalised(output.logits[:, -1], step).argmax(-1)
         self.ended = torch.isin(chosen, self.eos).cpu()
         self.tokens[self.rows, step] = chosen.cpu()
         self.finished[self.rows] = self.ended
         self.ids = chosen[:, None]
         self.positions = self.positions[:, -1:] + 1
         return len(chosen)
+
+    def _penalised(self, logits: Float[Tensor, "rows vocab"], step: int) -> Float[Tensor, "rows vocab"]:
+        if not any(self.penalties):
+            return logits
+        histories = [(row, [*self.prompts[row], *self.tokens[row, :step].tolist()]) for row in self.rows.tolist()]
+        return torch.stack([self.penalties[row](past, logits[i]) for i, (row, past) in enumerate(histories)])
 
     def _leave(self, on_keep: KeepFn | None) -> None:
         """Drop ended rows; live rows from the end fill the places they leave."""
@@ -189,14 +210,25 @@ class _Decoding:
             on_keep(kept)
 
     def results(self) -> list[Generation]:
-        return [
-            self._result(row, finished)
-            for row, finished in zip(self.tokens.tolist(), self.finished.tolist(), strict=True)
-        ]
+        rows = zip(self.prompts, self.tokens.tolist(), self.finished.tolist(), strict=True)
+        return [self._result(prompt, row, finished) for prompt, row, finished in rows]
 
-    def _result(self, row: list[int], finished: bool) -> Generation:
+    def _result(self, prompt: list[int], row: list[int], finished: bool) -> Generation:
         ids = tuple(token for token in row if token >= 0 and token not in self.lm.eos_ids)
-        return Generation(ids, self.lm.tokenizer.decode(ids, skip_special_tokens=True), finished)
+        return Generation(ids, reply_text(self.lm.tokenizer, prompt, ids), finished)
+
+
+def reply_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """A reply as text, without control tokens. Marks of thoughts stay, and the one that the template itself wrote at
+    the end of the prompt comes first: so the text alone says where the answer begins."""
+    decode = tokenizer.decode
+    if not getattr(tokenizer, "chat_template", None):
+        return decode(ids, skip_special_tokens=True)
+    marks, chat = Voice.of(tokenizer).marks, ChatFormat.kept(tokenizer)
+    opened = bool(chat.opening) and tuple(prompt[-len(chat.generation_prompt) :]) == chat.generation_prompt
+    runs = groupby(ids, key=lambda token: token if token in marks else None)
+    pieces = [decode(list(run), skip_special_tokens=True) if mark is None else marks[mark] for mark, run in runs]
+    return (chat.opening if opened else "") + "".join(pieces)
 
 
 def _fill_holes(ended: Tensor) -> Int[Tensor, " kept"]:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from clampdown.config import embedded_model
 from clampdown.errors import ModelError, PickleCheckpointError
 from clampdown.models.chat import ChatFormat
+from clampdown.models.generation_config import end_tokens
 from clampdown.models.gguf import directory_of, is_gguf
 from clampdown.models.known import KnownModel, fetched, known_model
 from clampdown.models.layout import Layout, find_layout
@@ -63,13 +64,9 @@ class LanguageModel:
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """The tokens that end a reply: the generation config's, else the tokenizer's."""
-        configured = self.model.generation_config.eos_token_id
-        if configured is None:
-            configured = self.tokenizer.eos_token_id
-        if configured is None:
-            return frozenset()
-        return frozenset(configured if isinstance(configured, list) else [configured])
+        """The tokens that end a reply, whichever of the model's files names them."""
+        templated = getattr(self.tokenizer, "chat_template", None)
+        return end_tokens(self.model, self.tokenizer, self.chat.end_ids if templated else frozenset())
 
     @property
     def chat(self) -> ChatFormat:

@@ -5,12 +5,14 @@ Everything here is derived from the tokenizer and kept as long as its template a
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from clampdown.errors import ChatTemplateError
 from clampdown.models.control import ControlTokens, Token, Twin
 from clampdown.models.template import Rendered, Skeletons, located, source
+from clampdown.replies import THINKING
 from clampdown.types import Message, Role
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Voice:
             written = iter(())
         self.control = ControlTokens.of(tokenizer, "\0".join((template, *written)))
         self.format: Any = None  # a ChatFormat, once somebody has asked for it
+        self.marks = {self.control.ids[mark]: mark for mark in chain(*THINKING) if mark in self.control.ids}
         self._twin: Twin | None = None
 
     @classmethod

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self
 
 from clampdown.errors import QueueFullError, RequestError
+from clampdown.models.generation_config import Asked, Penalties
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.checkpoints import open_sae
 from clampdown.saes.sae import FeatureSource
@@ -87,6 +88,7 @@ class Engine:
         self._shelf = SaeShelf(str(lm.device), saes)
         self._context = context_length(lm)
         self._decode = decoder(lm)
+        self._asked = Asked.of(lm.model.generation_config)
         self._checked: dict[str, None] = {}
         self._worker: Worker | None = None
         self._draining = False
@@ -121,7 +123,7 @@ class Engine:
         ticket = Ticket(
             request,
             Mailbox(),
-            Drawing.of(request.sampling),
+            Drawing.of(request.sampling, self._penalties(request)),
             TextStream(self._decode, request.sampling.stop),
             f"{request.owner}\n{key}",
         )
@@ -136,6 +138,13 @@ class Engine:
     @property
     def places(self) -> int:
         return self._limits.queue
+
+    def _penalties(self, request: Request) -> Penalties:
+        """What the model's generation config asks for; a request may set its own penalty of repetition."""
+        wanted, own = dict(self._asked.penalties), request.sampling.repetition_penalty
+        if own is not None:
+            wanted["repetition_penalty"] = own
+        return Penalties(list(wanted.items()), len(request.prompt), self._lm.eos_ids, self._lm.device)
 
     def load(self) -> Load:
         queued, running = self._worker.counts() if self._worker else (0, 0)

@@ -16,6 +16,7 @@ from typing import Any
 
 from clampdown.errors import ChatTemplateError, RequestError
 from clampdown.models.chat import encode
+from clampdown.models.generation_config import Asked
 from clampdown.models.loading import LanguageModel
 from clampdown.serving.limits import Limits
 from clampdown.serving.plans import Choice, PlanTable
@@ -214,14 +215,14 @@ class Intake:
         return list(ids)
 
     def _sampling(self, body: ChatRequest | CompletionRequest, longest: int) -> Sampling:
-        config = self.lm.model.generation_config
-        draws = bool(getattr(config, "do_sample", False))
-        usual = float(getattr(config, "temperature", None) or 1.0) if draws else 0.0
-        usual_p = float(getattr(config, "top_p", None) or 1.0) if draws else 1.0
+        usual = Asked.of(self.lm.model.generation_config)
         return Sampling(
             max_tokens=self._max_tokens(body, longest),
-            temperature=usual if body.temperature is None else body.temperature,
-            top_p=usual_p if body.top_p is None else body.top_p,
+            temperature=(usual.temperature if usual.draws else 0.0) if body.temperature is None else body.temperature,
+            top_p=usual.top_p if body.top_p is None else body.top_p,
+            top_k=usual.top_k if body.top_k is None else max(body.top_k, 0),
+            min_p=usual.min_p if body.min_p is None else body.min_p,
+            repetition_penalty=body.repetition_penalty,
             seed=body.seed,
             stop=body.stops,
             top_logprobs=body.alternatives,

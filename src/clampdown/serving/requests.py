@@ -16,7 +16,8 @@ from clampdown.types import Receipt
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. `temperature` 0 is greedy; `top_logprobs` None returns no log-probabilities."""
+    """How the next token is drawn. `temperature` 0 is greedy, `top_k` 0 keeps every token, `repetition_penalty` None is
+    what the model's generation config asks for; `top_logprobs` None returns no log-probabilities."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -24,6 +25,9 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

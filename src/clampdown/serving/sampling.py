@@ -1,10 +1,12 @@
 """The next token of every row of a batch, each by its own rules and its own randomness.
 
-1. Greedy rows take the likeliest token.
-2. Sampled rows draw one uniform number each from a generator of their own, and take the token whose interval of the
-   cumulative distribution holds it; `top_p` keeps the likeliest tokens that together reach it. So a seed gives the same
-   reply whoever else is in the batch.
-3. Log-probabilities are those of the model as it is steered, at temperature 1, whatever the request samples with.
+1. Penalties that the model's generation config asks for, or the request, change a row's logits first.
+2. Greedy rows take the likeliest token.
+3. Sampled rows draw one uniform number each from a generator of their own, and take the token whose interval of the
+   cumulative distribution holds it. `top_k` keeps as many of the likeliest tokens, `top_p` those of them that together
+   reach it, `min_p` those that are at least this many times as likely as the likeliest: in the library's meaning and
+   order. So a seed gives the same reply whoever else is in the batch.
+4. Log-probabilities are those of the model as it is steered, at temperature 1, whatever the request samples with.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clampdown.models.generation_config import Penalties
 from clampdown.serving.requests import Sampling, Token
 
 TokenText = Callable[[int], str]
@@ -25,19 +28,24 @@ _COLDEST = 1e-9  # logits divided by less than this leave the range of a float, 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How one row draws: its request's sampling, and the generator that is its alone."""
+    """How one row draws: its request's sampling, the generator that is its alone, and its penalties."""
 
     sampling: Sampling
     generator: random.Random
+    penalties: Penalties | None = None
 
     @classmethod
-    def of(cls, sampling: Sampling) -> Drawing:
+    def of(cls, sampling: Sampling, penalties: Penalties | None = None) -> Drawing:
         seed = sampling.seed  # Python's generator drops an integer's sign: -1 and 1 must not be the same draw
-        return cls(sampling, random.Random(seed if seed is None else seed % 2**65))
+        return cls(sampling, random.Random(seed if seed is None else seed % 2**65), penalties or None)
 
 
-def choose(logits: Float[Tensor, "rows vocab"], drawings: Sequence[Drawing]) -> list[int | None]:
-    """The next token of each row, or None where the model gave no number to choose by."""
+def choose(
+    logits: Float[Tensor, "rows vocab"], drawings: Sequence[Drawing], pasts: Sequence[Sequence[int]] = ()
+) -> list[int | None]:
+    """The next token of each row, or None where the model gave no number to choose by. `pasts` are what comes before,
+    for rows with penalties."""
+    logits = _penalised(logits, drawings, pasts)
     highest, likeliest = logits.max(-1)
     chosen: list[int | None] = [
         token if abs(value) < float("inf") else None
@@ -51,14 +59,32 @@ def choose(logits: Float[Tensor, "rows vocab"], drawings: Sequence[Drawing]) -> 
     return chosen
 
 
+def _penalised(
+    logits: Float[Tensor, "rows vocab"], drawings: Sequence[Drawing], pasts: Sequence[Sequence[int]]
+) -> Float[Tensor, "rows vocab"]:
+    rows = [i for i, drawing in enumerate(drawings) if drawing.penalties]
+    if not rows:
+        return logits
+    changed = logits.float().clone()
+    for i in rows:
+        penalties = drawings[i].penalties
+        if penalties is not None:
+            changed[i] = penalties(pasts[i], logits[i])
+    return changed
+
+
 def _draw(logits: Float[Tensor, "rows vocab"], drawings: Sequence[Drawing]) -> list[int]:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
     scaled = logits.double() / column([max(d.sampling.temperature, _COLDEST) for d in drawings])
     weights, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = weights.cumsum(-1) - weights
-    kept = weights * (before < column([d.sampling.top_p for d in drawings]))
+    ranks = torch.arange(weights.shape[-1], device=logits.device)
+    first = weights * (ranks < column([d.sampling.top_k or weights.shape[-1] for d in drawings]))
+    share = first / first.sum(-1, keepdim=True)
+    enough = (share.cumsum(-1) - share) < column([d.sampling.top_p for d in drawings])
+    likely = weights >= column([d.sampling.min_p for d in drawings]) * weights[:, :1]
+    kept = first * enough * likely
     kept[:, 0] = weights[:, 0]  # top_p = 0 means the likeliest
     cumulative = kept.cumsum(-1)
     point = column([d.generator.random() for d in drawings]) * cumulative[:, -1:]

@@ -28,10 +28,7 @@ _NO_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "logit_bias": ({},),
-    "top_k": (0, -1),
-    "min_p": (0,),
     "best_of": (1,),
     "suffix": ("",),
     "tools": ([],),
@@ -109,6 +106,9 @@ class _Common(_Body):
     max_tokens: Annotated[int, Field(ge=0, le=_LARGEST)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_LARGEST)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     n: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     seed: Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)] | None = None
     stop: Stop | list[Stop | None] | None = None

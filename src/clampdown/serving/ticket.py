@@ -39,6 +39,11 @@ class Ticket:
         return self.ids[-1]
 
     @property
+    def past(self) -> list[int]:
+        """The prompt and what has been written, where the next token's penalties ask for it."""
+        return [*self.request.prompt, *self.ids] if self.drawing.penalties else []
+
+    @property
     def reusable(self) -> int:
         """How many of the prompt's first tokens may come from another's pass, or serve another's."""
         return 0 if self.request.echo else reusable(self.request)

@@ -354,7 +354,7 @@ class Worker:
         receipt_of: Callable[[int], Receipt | None],
     ) -> list[int]:
         """Give every request its next token. Returns which of them go on."""
-        chosen = choose(logits, [ticket.drawing for ticket in tickets])
+        chosen = choose(logits, [ticket.drawing for ticket in tickets], [ticket.past for ticket in tickets])
         ids = [0 if token is None else token for token in chosen]
         n_top = [ticket.request.sampling.top_logprobs for ticket in tickets]
         tokens = describe(logits, ids, n_top, self._text_of)
