@@ -26,12 +26,17 @@ from clampdown.serving.limits import Limits
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 32  # connections that the loop accepts in one go, before it can close any
+_BACKLOG = 8  # connections that the loop accepts in one turn of it
+_TURNS = 6  # of the loop, from a connection's being accepted to its being closed again
 _WAITING = 1024  # connections that the system holds until they are accepted
 _OTHER_FILES = 32  # logs, and what the model's libraries open
 _FEWEST = 8
 _SELDOM = 10.0  # seconds between two lines that say the same
-_FLOODS = ("socket.accept() out of system resource", "Invalid HTTP request received.")
+_FLOODS = (
+    "socket.accept() out of system resource",
+    "Exception in callback BaseSelectorEventLoop._start_serving",  # what comes of the former
+    "Invalid HTTP request received.",
+)
 
 
 def most_connections(asked: int) -> int:
@@ -39,7 +44,7 @@ def most_connections(asked: int) -> int:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
         return asked
-    return max(_FEWEST, min(asked, files - _open_files() - 2 * _BACKLOG - _OTHER_FILES))
+    return max(_FEWEST, min(asked, files - _open_files() - _TURNS * _BACKLOG - _OTHER_FILES))
 
 
 def _open_files() -> int:
