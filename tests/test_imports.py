@@ -45,6 +45,7 @@ RANK = {
     "interop": 7,
     "scale": 7,
     "commands": 8,
+    "face": 8,
     "cli": 9,
     "__main__": 10,
 }
@@ -73,6 +74,7 @@ CEILING = {
     "scale": 6,
     "organism": 2,
     "commands": 7,
+    "face": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -1,6 +1,63 @@
 """clampdown: find the features that make a language model refuse, steer them, and see what it costs.
 
-Heavy imports (torch, transformers) happen in the subpackages only, so `clampdown --help` is instant.
+    import clampdown as cd
+
+The names of `clampdown.face` are here, each imported when it is first used: importing the package alone loads neither
+torch nor transformers, so that `clampdown --help` is instant.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from clampdown.face import (
+        Budgets,
+        add,
+        card,
+        clamp,
+        data,
+        evaluate,
+        find,
+        gate,
+        generate,
+        load,
+        load_sae,
+        plan,
+        run,
+        steer,
+        study,
+        tune,
+    )
+
+__all__ = [
+    "Budgets",
+    "add",
+    "card",
+    "clamp",
+    "data",
+    "evaluate",
+    "find",
+    "gate",
+    "generate",
+    "load",
+    "load_sae",
+    "plan",
+    "run",
+    "steer",
+    "study",
+    "tune",
+]
+
+_FACE = frozenset(__all__)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FACE:
+        return getattr(import_module("clampdown.face"), name)
+    raise AttributeError(f"module 'clampdown' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,6 +24,7 @@ from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, read_plan, write_plan
 from clampdown.study import gate as job
 from clampdown.study.progress import Stages
+from clampdown.study.prompts import prompts_from
 from clampdown.study.study import make_study
 from clampdown.types import Split
 
@@ -142,8 +143,9 @@ def test_what_cannot_be_calibrated_is_an_error(plans: Path, tmp_path: Path) -> N
     for wrong in ({"first": "down"}, {"first": "sideways"}, {"kind": "dense", "features": 3}, {"features": 0}):
         with pytest.raises(PlanError):
             run(plans, tmp_path / "x.toml", **wrong)
-    rows = [{"prompt": "hi", "suite": "s", "harmful": False, "split": "discovery"}]
+    rows = [{"prompt": f"{n}", "suite": n, "harmful": n == "harmful", "split": s}
+            for n in ("harmful", "benign") for s in ("discovery", "validation", "test")]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(PromptSetError, match="no prompt of the split 'calibration'"):
-        run(plans, tmp_path / "x.toml", prompts=tmp_path / "p.jsonl")
+        run(plans, tmp_path / "x.toml", data=prompts_from(mixed=tmp_path / "p.jsonl"))
     assert not (tmp_path / "x.toml").exists()

@@ -17,6 +17,7 @@ from clampdown.cli.main import app
 from clampdown.config import ORGANISM
 from clampdown.errors import NotEnoughDataError, PlanError, PromptSetError, ScopeError, StoreError
 from clampdown.evaluation import metrics
+from clampdown.evaluation.dealing import dealt
 from clampdown.evaluation.suites import write_suites
 from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE
@@ -24,18 +25,16 @@ from clampdown.steering.plan import read_plan
 from clampdown.store import read_records, write_feature_set
 from clampdown.study.budgets import BROKEN_HARMFUL, BROKEN_SAFE, CAPABILITY, KL, OVER_REFUSAL, Budgets, Use
 from clampdown.study.progress import Stages
+from clampdown.study.prompts import prompts_from
 from clampdown.study.sizes import Answering
 from clampdown.study.study import Study, make_study
 from clampdown.study.tune import run as tune
 from clampdown.study.tune.measuring import Bench, Finalist, changes_of, confirm
 from clampdown.study.tune.prompts import (
     Scale,
-    Sources,
     capability,
-    dealt_out,
     prompt_sets,
     safe,
-    tuning_subject,
 )
 from clampdown.study.tune.search import NO_GATE, Combination, Score, Setting, Trial
 from clampdown.study.tune.space import Choices, find_candidates
@@ -168,7 +167,7 @@ def test_rows_that_no_gate_fired_on_are_the_unsteered_models(bench: Bench, subje
     (short,) = confirm(bench, [trial]).finalists
     arm = bench.arm(trial.setting, "trial 0")
     harmless = (*safe(sets.fresh), *capability(sets.fresh))
-    records = experiment.generate_records(
+    records = measure.generate_records(
         subject, [BASELINE, arm], harmless, tmp_path / "long", bench.sizes(), quiet(), "all"
     )
     changes = changes_of(metrics.by_arm_and_suite(records), "trial 0", harmless)
@@ -280,7 +279,7 @@ def prompts_file(subject: Study, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_a_dry_run_counts_and_writes_nothing(prompts_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     loose = ["--max-over-refusal", "0.2", "--max-capability-loss", "0.2", "--max-broken", "0.2"]
-    arguments = ["--quick", "--dry-run", "--trials", "16", "--suites", str(prompts_file), "--judge", "exact", *loose]
+    arguments = ["--quick", "--dry-run", "--trials", "16", "--prompts", str(prompts_file), "--judge", "exact", *loose]
     result = CliRunner().invoke(app, ["tune", *arguments, "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert "16 trials in 2 batches" in result.output and "replies at most" in result.output
@@ -288,7 +287,7 @@ def test_a_dry_run_counts_and_writes_nothing(prompts_file: Path, tmp_path: Path)
 
 
 def test_files_take_the_place_of_the_corpus(subject: Study, prompts_file: Path) -> None:
-    read = tuning_subject(ORGANISM, ORGANISM, Sources((str(prompts_file),), judge="rules"), 0)
+    read = make_study(ORGANISM, ORGANISM, prompts_from(mixed=prompts_file), judge="rules")
     ours, theirs = prompt_sets(subject, SCALE), prompt_sets(read, SCALE)
     assert (ours.discovery, ours.trial, ours.fresh) == (theirs.discovery, theirs.trial, theirs.fresh)
     assert read.judge_name.startswith("rules")
@@ -302,13 +301,11 @@ def test_prompts_without_a_split_are_dealt_out_and_twins_stay_together() -> None
         )
         return Suite(name, SuiteKind.SAFETY, is_harmful, prompts)
 
-    bad, good = dealt_out([suite("bad", True), suite("good", False)], seed=0)
-    assert [p.split for p in bad.prompts] == [p.split for p in good.prompts]
-    assert {p.split for p in bad.prompts} == set(Split)
-    labelled = dataclasses.replace(bad, prompts=bad.prompts[:50])
-    assert dealt_out([labelled], seed=1) == (labelled,)
+    bad, good = (dealt(one.prompts) for one in (suite("bad", True), suite("good", False)))
+    assert [p.split for p in bad] == [p.split for p in good]
+    assert {p.split for p in bad} == set(Split)
 
 
 def test_a_model_without_prompts_of_its_own_needs_some() -> None:
     with pytest.raises(PromptSetError, match="no prompts of our own"):
-        tuning_subject("somebody/else", "a:b", Sources(), 0)
+        make_study("somebody/else", "a:b")

@@ -87,7 +87,9 @@ def screen(
         float | None,
         typer.Option("--kl-limit", min=0, help="Drop what costs more nats on benign prompts."),
     ] = None,
-    screened: Annotated[int, typer.Option("--prompts", min=1, help="Prompts per harmful suite to screen on.")] = 16,
+    screened: Annotated[
+        int, typer.Option("--screen-prompts", min=1, help="Prompts per harmful suite to screen on.")
+    ] = 16,
     split: Annotated[str, typer.Option("--split", help="Where the kept are measured: validation or test.")] = (
         "validation"
     ),

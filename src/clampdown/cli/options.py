@@ -39,6 +39,9 @@ class PromptOptions:
     borderline: Annotated[Listed, _option("Harmless prompts that look harmful.", "--borderline")] = None
     benign: Annotated[Listed, _option("Harmless prompts.", "--benign", "--harmless")] = None
     capability: Annotated[Listed, _option("Prompts with a column `answer`.", "--capability")] = None
+    mixed: Annotated[Listed, _option("A file of several roles, with columns `suite` and `harmful`.", "--prompts")] = (
+        None
+    )
     hold_out: Annotated[Listed, _option("An attack family to test on only.", "--hold-out")] = None
 
     @property

@@ -104,9 +104,6 @@ def gate_calibrate(
     kind: Annotated[str, typer.Option("--kind", help="feature, probe, dense or cosine.")] = "probe",
     budget: Annotated[float, typer.Option("--budget", help="Share of benign prompts that may trigger it.")] = 0.02,
     confidence: Annotated[float, typer.Option("--confidence", help="How sure the budget must hold.")] = 0.95,
-    file: Annotated[
-        Path | None, typer.Option("--prompts", help="Prompts with suite, harmful and split; default: embedded corpus.")
-    ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Benign calibration prompts at most.")] = 1600,
     otherwise: Annotated[
         Path | None, typer.Option("--otherwise", help="A plan for over-refused prompts: makes it two-sided.")
@@ -136,7 +133,7 @@ def gate_calibrate(
 
     names = names_in(found_by_second)
     request = job.Request(
-        plan, kind, budget, confidence, file, otherwise, names, n, limit, site, seed, first, down_budget, features,
+        plan, kind, budget, confidence, otherwise, names, n, limit, site, seed, first, down_budget, features,
         inverse_penalty, turns, in_doubt.value, prompts.load(),
     )  # fmt: skip
     found = job.calibrate(request, out, stages())

@@ -29,6 +29,11 @@ def steers_here(key: int, owner: object) -> bool:
     return active is owner
 
 
+def owner_of(key: int) -> object | None:
+    """What steers the decoder `key` in the running context; None where nothing does."""
+    return _ACTIVE.get().get(key)
+
+
 @contextmanager
 def aside(key: int) -> Iterator[None]:
     """Inside the block the running context only reads the decoder `key`: hooks of steering skip its passes."""

@@ -21,6 +21,7 @@ from clampdown.evaluation.catalog import load_suites
 from clampdown.evaluation.condition import Condition, condition
 from clampdown.evaluation.control_arms import Control, Matching, Material, control_arms
 from clampdown.evaluation.controls import FeatureTable
+from clampdown.evaluation.judges.interface import NamedJudge
 from clampdown.models.loading import LanguageModel
 from clampdown.results.run import Run
 from clampdown.saes.sae import Sae
@@ -101,15 +102,27 @@ def prepare(request: Request, stages: Stages) -> Evaluation:
     plans = _plans(request.plans)
     with stages.stage("Loading"):
         lm, saes = load_for(plans, request.model)
-    suites = suites_of(request, lm.name)
     judge = judge_for(request.judge, lm, _data(request, lm.name))
+    return prepared(request, plans, lm, saes, judge, stages)
+
+
+def prepared(
+    request: Request,
+    plans: Sequence[Plan],
+    lm: LanguageModel,
+    saes: Sequence[Sae],
+    judge: NamedJudge,
+    stages: Stages,
+) -> Evaluation:
+    """As `prepare`, on loaded things."""
+    suites = suites_of(request, lm.name)
     answering = Answering(request.limit, request.limit, request.batch_rows, request.max_new_tokens)
     with stages.stage("Benign replies"):
         benign = benign_replies(lm, suites, answering)
-    rows, more = _controls(request, plans, lm, saes, benign, stages)
+    rows, more = _controls(request, plans, lm, tuple(saes), benign, stages)
     arms = (BASELINE, *(arm_of(plan, "plan") for plan in plans), *(row.arm for row in rows if row.arm))
     asked = Asked(suites, split_to_measure(request.split), benign, BY_LIKELIHOOD[request.likelihood])
-    return Evaluation(lm, (*saes, *more), judge, judge.name, arms, asked, answering, rows, plans, request.seed)
+    return Evaluation(lm, (*saes, *more), judge, judge.name, arms, asked, answering, rows, tuple(plans), request.seed)
 
 
 def preview(evaluation: Evaluation, out: Path) -> Estimate:

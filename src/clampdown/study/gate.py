@@ -24,16 +24,14 @@ from clampdown.activations.stream import plan_pass
 from clampdown.config import ORGANISM
 from clampdown.errors import NotEnoughDataError, PlanError, PromptSetError
 from clampdown.evaluation.intervals import wilson
-from clampdown.evaluation.suites import read_suites
-from clampdown.models.loading import LanguageModel, load_model
-from clampdown.saes.checkpoints import load_sae
+from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.gate_fitting import FittedGate, Pooled, fit_gate, fit_probe_of, gate_reading
 from clampdown.steering.plan import Branch, Guarantee, Plan, read_plan, write_plan
-from clampdown.steering.program import check_plan
 from clampdown.steering.turn_promise import TURNS, Turnwise, last_turns, longest_turn
 from clampdown.steering.turn_reading import read_prompts
 from clampdown.store import prompts_hash
+from clampdown.study.loading import load_for
 from clampdown.study.progress import Stages, Tick
 from clampdown.study.prompts import StudyPrompts, embedded_prompts
 from clampdown.types import ATTACKS, Interval, Prompt, PromptRole, Site, Split, Suite
@@ -56,7 +54,6 @@ class Request:
     kind: str
     budget: float = 0.02
     confidence: float = 0.95
-    prompts: Path | None = None
     otherwise: Path | None = None
     borderline: tuple[str, ...] = ("borderline", "about_harm")
     n: int = 1600
@@ -125,13 +122,8 @@ def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
     plan, other = read_plan(request.plan), request.otherwise and read_plan(request.otherwise)
     _check(request, plan, other)
     with stages.stage("Loading"):
-        lm = load_model(plan.model.name)
-        saes = {ref.site: load_sae(ref.name).to(lm.device) for ref in plan.saes}
-        check_plan(plan, lm, saes)
-        site = _site(request, plan)
-        suites = _suites(request, plan)
-    with stages.stage("Reading prompts") as tick:
-        material = read(request, lm, site, saes.get(site.name), suites, tick)
+        lm, saes = load_for([plan])
+    material = material_of(request, lm, saes, plan, stages)
     with stages.stage("Fitting"):
         first, second = _fit(request, material, two_sided=other is not None)
     if other is None or second is None:
@@ -141,6 +133,22 @@ def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
         gated = _two_sided(_behind(asked[0], first, material), asked[1], second)
     write_plan(out, gated)
     return Calibrated(gated, trigger_rates(material, first, second), request.first)
+
+
+def gate_for(request: Request, lm: LanguageModel, saes: Sequence[Sae], plan: Plan, stages: Stages) -> FittedGate:
+    """The plan's one-sided gate on loaded things, with its promise. Raises as `calibrate`."""
+    _check(request, plan, None)
+    material = material_of(request, lm, saes, plan, stages)
+    with stages.stage("Fitting"):
+        return fit_and_calibrate(request, material, material.harmful)
+
+
+def material_of(request: Request, lm: LanguageModel, saes: Sequence[Sae], plan: Plan, stages: Stages) -> Material:
+    """What the plan's gates are made from."""
+    site = _site(request, plan)
+    sae = next((each for each in saes if each.cfg.site == site), None)
+    with stages.stage("Reading prompts") as tick:
+        return read(request, lm, site, sae, _suites(request, plan), tick)
 
 
 def _check(request: Request, plan: Plan, other: Plan | None) -> None:
@@ -171,12 +179,10 @@ def _site(request: Request, plan: Plan) -> Site:
 
 
 def _suites(request: Request, plan: Plan) -> tuple[Suite, ...]:
-    if request.prompts is not None:
-        return read_suites(request.prompts)
     if request.data is None and plan.model.name != ORGANISM:
         raise PromptSetError(
             f"there are no prompts of our own for '{plan.model.name}'",
-            hint="--harmful FILE and --benign FILE, or --prompts FILE with columns suite, harmful and split",
+            hint="--harmful FILE and --benign FILE, or --prompts FILE with columns suite and harmful",
         )
     data = request.data or embedded_prompts(request.seed)
     calibrating = [PromptRole.BENIGN, *(ATTACKS if request.first == DOWN else ())]

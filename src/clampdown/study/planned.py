@@ -13,7 +13,7 @@ from clampdown.results.run import Run
 from clampdown.store import read_json, write_atomic, write_json
 from clampdown.study.planning import Speed, fitted, measured_speed, outline
 from clampdown.study.progress import Stages
-from clampdown.study.run import run_study
+from clampdown.study.run import StudyRequest, run_study
 from clampdown.study.sizes import Answering, Sizes
 from clampdown.study.spec import StudySpec
 from clampdown.study.study import Study
@@ -27,23 +27,36 @@ SLOW = 60.0
 
 def planned_study(study: Study, spec: StudySpec, out: Path, stages: Stages, *, dry_run: bool = False) -> Run | None:
     """Say what will be done, then do it; None after a dry run."""
-    request = spec.request
-    with stages.stage("Timing a few replies"):
-        speed = measured_speed(study, request)
-    if spec.minutes is not None:
-        request = replace(request, sizes=_kept(out / SIZES_FILE) or fitted(study, request, speed, spec.minutes).sizes)
-    expected = outline(study, request, speed)
-    if dry_run or spec.minutes is not None or expected.seconds > SLOW:
-        for line in (str(study.data), *expected.lines()):
-            stages.console.print(line, highlight=False, soft_wrap=True)
     if dry_run:
+        _said(study, spec.request, out, stages, spec.minutes, always=True)
         return None
     write_atomic(out / SPEC, tomli_w.dumps(spec.model_dump(mode="json", by_alias=True, exclude_none=True)))
-    if spec.minutes is None:
+    return run_sized(study, spec.request, out, stages, minutes=spec.minutes)
+
+
+def run_sized(study: Study, request: StudyRequest, out: Path, stages: Stages, *, minutes: float | None = None) -> Run:
+    """Run a study, its sizes fitted to the minutes if they are given."""
+    request, speed = _said(study, request, out, stages, minutes)
+    if minutes is None:
         return run_study(study, out, request, stages)
     write_json(out / SIZES_FILE, request.sizes)
-    shorten = _within(study, speed, 60 * spec.minutes, out / TEST_FILE)
+    shorten = _within(study, speed, 60 * minutes, out / TEST_FILE)
     return run_study(study, out, request, stages, shorten=shorten)
+
+
+def _said(
+    study: Study, request: StudyRequest, out: Path, stages: Stages, minutes: float | None, *, always: bool = False
+) -> tuple[StudyRequest, Speed]:
+    """Say what will be done when it takes long; the request at its fitted sizes, and the speed that was measured."""
+    with stages.stage("Timing a few replies"):
+        speed = measured_speed(study, request)
+    if minutes is not None:
+        request = replace(request, sizes=_kept(out / SIZES_FILE) or fitted(study, request, speed, minutes).sizes)
+    expected = outline(study, request, speed)
+    if always or minutes is not None or expected.seconds > SLOW:
+        for line in (str(study.data), *expected.lines()):
+            stages.console.print(line, highlight=False, soft_wrap=True)
+    return request, speed
 
 
 def _kept(path: Path) -> Sizes | None:

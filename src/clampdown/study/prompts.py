@@ -143,14 +143,16 @@ def prompts_from(
     borderline: Sources | None = None,
     benign: Sources | None = None,
     capability: Sources | None = None,
+    mixed: Sources | None = None,
     name: str = "files",
     hold_out: Sequence[str] | None = None,
 ) -> StudyPrompts:
     """Prompts of files (CSV, JSONL, JSON, Parquet, txt) or public sets (NAME or NAME=FILE) for each role.
 
-    `hold_out` names the attack families (column `family`) that are tested only; by default a third of them, chosen by a
-    hash of their names, or those that a file's own `split` column keeps to `test`. Raises `PromptSetError` for what
-    cannot be read, for a suite that two roles name, and when harmful or benign prompts are missing from a split.
+    `mixed` are files of suites of several roles (columns `suite` and `harmful`), told apart by `role_of`. `hold_out`
+    names the attack families (column `family`) that are tested only; by default a third of them, chosen by a hash of
+    their names, or those that a file's own `split` column keeps to `test`. Raises `PromptSetError` for what cannot be
+    read, for a suite that two roles name, and when harmful or benign prompts are missing from a split.
     """
     given = {
         PromptRole.HARMFUL: harmful,
@@ -161,6 +163,9 @@ def prompts_from(
         PromptRole.CAPABILITY: capability,
     }
     loaded = [(role, suite) for role, sources in given.items() for suite in _suites_of(role, _listed(sources))]
+    for source in _listed(mixed):
+        every = read_suites(Path(source)) if _is_file(source) else load_suites(str(source))
+        loaded += [(role, _as_role(role, suite, source)) for suite in every for role in [role_of(suite)]]
     found = of_suites(loaded, name, hold_out)
     _check_needed(found)
     return found
@@ -196,6 +201,16 @@ def of_suites(
         frozenset(suite for suite, role in roles.items() if role is PromptRole.BORDERLINE),
         lambda prompt: _twin(prompt, plain),
     )
+
+
+def role_of(suite: Suite) -> PromptRole:
+    """What a suite's prompts are for, by its name where that begins with a role's, else by its label."""
+    if suite.kind is SuiteKind.CAPABILITY:
+        return PromptRole.CAPABILITY
+    for role in (*ATTACKS, *SAFE):
+        if suite.harmful == role.harmful and (suite.name == role.value or suite.name.startswith(f"{role.value}_")):
+            return role
+    return PromptRole.HARMFUL if suite.harmful else PromptRole.BORDERLINE
 
 
 def _listed(sources: Sources | None) -> list[Source]:

@@ -34,6 +34,7 @@ from clampdown.study.study import Study, make_study
 from clampdown.types import PromptRole
 
 Sources = tuple[str, ...]
+SOURCES = (*(role.value for role in PromptRole), "mixed")
 
 
 class _Part(BaseModel):
@@ -50,6 +51,7 @@ class PromptsPart(_Part):
     borderline: Sources = ()
     benign: Sources = ()
     capability: Sources = ()
+    mixed: Sources = ()
     hold_out: Sources | None = None
 
     @field_validator("*", mode="before")
@@ -59,14 +61,14 @@ class PromptsPart(_Part):
 
     @property
     def given(self) -> bool:
-        return any(getattr(self, role.value) for role in PromptRole)
+        return any(getattr(self, name) for name in SOURCES)
 
     def load(self, name: str) -> StudyPrompts | None:
         """The prompts; None when no role has any. Raises `PromptSetError`."""
         if not self.given:
             return None
-        roles = {role.value: getattr(self, role.value) or None for role in PromptRole}
-        return prompts_from(**roles, name=name, hold_out=self.hold_out)
+        given = {name: getattr(self, name) or None for name in SOURCES}
+        return prompts_from(**given, name=name, hold_out=self.hold_out)
 
 
 class GatePart(_Part):

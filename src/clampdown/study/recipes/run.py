@@ -29,7 +29,7 @@ from clampdown.study.methods.clamp import ClampSettings, clamp_of_one_refusal
 from clampdown.study.methods.method import Method
 from clampdown.study.methods.refine import RefineSettings, contrast_settings, score_and_refine
 from clampdown.study.progress import Stages
-from clampdown.study.prompts import StudyPrompts
+from clampdown.study.prompts import StudyPrompts, role_of
 from clampdown.study.published import ControlsRequest, PublishedRequest
 from clampdown.study.recipes import sources
 from clampdown.study.recipes.dry_run import dry_run
@@ -37,7 +37,7 @@ from clampdown.study.recipes.schema import ContrastRefine, MultiturnPart, Recipe
 from clampdown.study.run import PLAN, UNGATED, StudyRequest, run_study
 from clampdown.study.sizes import Answering, Sizes
 from clampdown.study.study import Study, load_pair
-from clampdown.types import Message, Prompt, PromptRole, Split, Suite, SuiteKind
+from clampdown.types import Message, Prompt, Split, Suite
 
 EVERY = 10**6
 """Stands for all prompts that a source gives: a recipe's own slices say how many there are."""
@@ -195,15 +195,7 @@ def prompts_of(recipe: Recipe) -> StudyPrompts:
     order = [name for (split, name) in suites if split is Split.TEST]
     names = dict.fromkeys([*order, *(name for _, name in suites)])
     kinds = {name: next(suite for (_, other), suite in suites.items() if other == name) for name in names}
-    return StudyPrompts(recipe.name, {name: _role(suite) for name, suite in kinds.items()}, draw)
-
-
-def _role(suite: Suite) -> PromptRole:
-    if suite.kind is SuiteKind.CAPABILITY:
-        return PromptRole.CAPABILITY
-    if suite.name in PromptRole:
-        return PromptRole(suite.name)
-    return PromptRole.HARMFUL if suite.harmful else PromptRole.BORDERLINE
+    return StudyPrompts(recipe.name, {name: role_of(suite) for name, suite in kinds.items()}, draw)
 
 
 def _check_stated(recipe: Recipe, lm: LanguageModel, sae: Sae) -> None:
