@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clampdown.cli.app import ModelOption, app, console, errors, escaped, stages
+from clampdown.cli.app import app, console, errors, escaped, stages
 from clampdown.config import ORGANISM
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ _GatedScoring = Annotated[
 _Raw = Annotated[bool, typer.Option("--raw/--no-raw", help="Take /v1/completions: prompts without the chat template.")]
 
 
+_Run = Annotated[Path | None, typer.Argument(help="A finished study's directory: its model and plans are served.")]
+_Model = Annotated[str | None, typer.Option("--model", help="Default: the study's, else the embedded one.")]
 _Sae = Annotated[str | None, typer.Option("--sae", help="Default: those that the plans name.")]
 _Plans = Annotated[
     list[Path] | None, typer.Option("--plans", help="A plan.toml or a directory of them; repeat for several.")
@@ -72,7 +74,8 @@ _Drain = Annotated[float, typer.Option("--drain", min=0, help="Seconds to finish
 
 @app.command()
 def serve(
-    model: ModelOption = ORGANISM,
+    run: _Run = None,
+    model: _Model = None,
     sae: _Sae = None,
     plans: _Plans = None,
     name: _Name = None,
@@ -104,6 +107,7 @@ def serve(
 ) -> None:
     """Serve the model and its plans behind an OpenAI-compatible API."""
     from clampdown.commands import serve as job
+    from clampdown.commands.finished import finished
     from clampdown.commands.monitor import duration
     from clampdown.serving.inline import Bounds
     from clampdown.serving.limits import Limits, allowed_hosts, scoring_mode
@@ -120,10 +124,12 @@ def serve(
         receive_seconds=receive_timeout,
         hosts=allowed_hosts(host, allow_host or ()),
     )
+    studied = finished(run) if run else None
+    named = (*(studied.plans if studied else ()), *(plans or ()))
     options = job.Options(
-        model=model,
+        model=model or (studied.model if studied else ORGANISM),
         sae=sae,
-        plans=tuple(plans) if plans else None,
+        plans=named or None,
         name=name,
         api_keys=api_key_file,
         limits=limits,

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
-from clampdown.cli.app import ModelOption, app, console, errors, stages
+from clampdown.cli.app import app, console, errors, stages
 from clampdown.config import ORGANISM
 
 
 @app.command()
 def studio(
+    run: Annotated[
+        Path | None, typer.Argument(help="A finished study's directory: its model and plans are opened.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="The plan.toml to begin with.")] = None,
     plans: Annotated[Path, typer.Option("--plans", help="Directory where plans are kept, and read from.")] = Path(
         "plans"
@@ -22,7 +25,7 @@ def studio(
         Path | None, typer.Option("--prompts", help="Prompts for calibration, cards and gates; default: embedded.")
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest reply on the page.")] = 64,
-    model: ModelOption = ORGANISM,
+    model: Annotated[str | None, typer.Option("--model", help="Default: the study's, else the embedded one.")] = None,
     sae: Annotated[str | None, typer.Option("--sae", help="Default: those that the plans name.")] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")] = 7860,
@@ -30,6 +33,7 @@ def studio(
     """Try a steered model on a page in the browser, with the API of `serve` beside it."""
     from clampdown.commands import serve
     from clampdown.commands import studio as job
+    from clampdown.commands.finished import finished
     from clampdown.serving.limits import Limits, allowed_hosts
 
     job.require_gradio()
@@ -38,7 +42,12 @@ def studio(
     if not serve.is_local(host):
         errors.print("[yellow]anybody who reaches this machine may use the page and the API[/yellow]")
     limits = Limits(hosts=allowed_hosts(host, ()))
-    server = serve.Options(model=model, sae=sae, prompts=prompts, limits=limits)
+    studied = finished(run) if run else None
+    model = model or (studied.model if studied else ORGANISM)
+    plan = plan or (studied.best if studied else None)
+    server = serve.Options(
+        model=model, sae=sae, plans=studied.plans if studied else None, prompts=prompts, limits=limits
+    )
     options = job.Options(server, plan, plans, runs, max_tokens)
     served = job.open_studio(options, stages())
     job.run(served, options, url, bound, lambda: _say_ready(url), 5.0)

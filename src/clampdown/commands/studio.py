@@ -50,10 +50,11 @@ def require_gradio() -> None:
 
 def with_plans(options: Options) -> serve.Options:
     """The server's options with the plans of the studio: the first, those that come with the model, those kept."""
-    shipped = (PLANS_DIR,) if embedded_model(options.server.model) is not None else ()
+    studied = options.server.plans or ()
+    shipped = (PLANS_DIR,) if not studied and embedded_model(options.server.model) is not None else ()
     kept = (options.plans,) if any(options.plans.glob("*.toml")) else ()
-    first = (options.plan,) if options.plan else ()
-    return replace(options.server, plans=(*first, *shipped, *kept))
+    first = (options.plan,) if options.plan and not studied else ()
+    return replace(options.server, plans=(*first, *studied, *shipped, *kept))
 
 
 def open_studio(options: Options, stages: Stages) -> Served:
