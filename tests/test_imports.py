@@ -145,7 +145,9 @@ def test_every_module_has_a_place_in_the_table() -> None:
 
 
 def test_imports_point_down() -> None:
-    wrong = [f"{a} imports {b}" for a, b in internal_edges() if not may_import(area(a), area(b))]
+    # The package's own names are those of its face, for type checkers alone: nothing is imported when it is.
+    edges = [(a, b) for a, b in internal_edges() if (a, b) != (PACKAGE, f"{PACKAGE}.face")]
+    wrong = [f"{a} imports {b}" for a, b in edges if not may_import(area(a), area(b))]
     assert not wrong, wrong
 
 

@@ -26,7 +26,7 @@ from clampdown.study import gate as job
 from clampdown.study.progress import Stages
 from clampdown.study.prompts import prompts_from
 from clampdown.study.study import make_study
-from clampdown.types import Split
+from clampdown.types import ATTACKS, PromptRole, Split
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_down_first_spares_harmful_prompts_and_asks_the_harm_gate_next(plans: Pa
     assert max(len(gate.features) for gate in plan.gates) <= 12
     assert "of 180 harmful calibration prompts" in shown.output
     subject = make_study(ORGANISM, ORGANISM)
-    harmful = subject.prompts(Split.CALIBRATION, 60, "harmful", "jailbroken_seen", "multi_turn")
+    harmful = subject.prompts(Split.CALIBRATION, 60, *ATTACKS)
     with steer(subject.lm, plan, subject.sae) as steering:
         next_token_logits(subject.lm, [encode(subject.lm, prompt.messages) for prompt in harmful])
         taken = sum(receipt.branch == "edits" for receipt in steering.receipts() if receipt)
@@ -96,7 +96,7 @@ def test_down_first_spares_harmful_prompts_and_asks_the_harm_gate_next(plans: Pa
 def test_rates_are_those_of_the_steered_model(plans: Path, tmp_path: Path) -> None:
     found = run(plans, tmp_path / "gated.toml")
     subject = make_study(ORGANISM, ORGANISM)
-    prompts = subject.prompts(Split.VALIDATION, 24, "jailbroken_unseen")
+    prompts = subject.data.draw("jailbroken_unseen", Split.VALIDATION, 24).prompts
     with steer(subject.lm, found.plan, subject.sae) as steering:
         next_token_logits(subject.lm, [encode(subject.lm, prompt.messages) for prompt in prompts])
         fired = [receipt.gate_fired for receipt in steering.receipts() if receipt]
@@ -117,8 +117,8 @@ def test_the_guarantee_holds_over_200_resampled_calibration_sets() -> None:
     """The benign prompts' scores are computed once; 200 calibration sets of 200 are drawn from them, and the trigger
     rate among all of them exceeds the budget no more often than the confidence allows."""
     subject = make_study(ORGANISM, ORGANISM)
-    harmful = subject.prompts(Split.DISCOVERY, 30, "harmful", "jailbroken_seen")
-    benign = subject.prompts(Split.CALIBRATION, 460, "benign")
+    harmful = subject.prompts(Split.DISCOVERY, 30, PromptRole.HARMFUL, PromptRole.JAILBROKEN)
+    benign = subject.prompts(Split.CALIBRATION, 460, PromptRole.BENIGN)
     store = collect(plan_pass(subject.lm, [gate_reading(subject.sae.cfg.site, subject.sae)], [*harmful, *benign]))
     pooled = Pooled.of(store)
     labels = np.arange(len(store.prompts)) < len(harmful)

@@ -9,7 +9,7 @@ from clampdown.interop.steered import load_steered
 from clampdown.models.loading import load_model
 from clampdown.saes.checkpoints import open_sae
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, write_plan
-from clampdown.study import evaluate, multiturn
+from clampdown.study.loading import load_for
 from clampdown.types import Site
 
 
@@ -24,6 +24,6 @@ def test_every_front_end_loads_the_sae_for_the_plans_site(tmp_path: Path) -> Non
         edits=(Edit(site=site.name, operator="add", features=(5,), strengths=(1.0,)),),
     )
     write_plan(tmp_path / "plan.toml", plan)
-    _, evaluated = evaluate._load([plan], None)
+    _, evaluated = load_for([plan])
     served = load_steered(plan=tmp_path / "plan.toml").saes
-    assert [sae.cfg.site for sae in (*evaluated, *multiturn._saes([plan], lm), *served)] == [site] * 3
+    assert [sae.cfg.site for sae in (*evaluated, *served)] == [site] * 2

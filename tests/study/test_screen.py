@@ -29,7 +29,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("screen") / "run"
-    sizes = ("--top", 3, "--multiples", "0.5,1", "--keep", 2, "--prompts", 6, "--limit", 3)
+    sizes = ("--top", 3, "--multiples", "0.5,1", "--keep", 2, "--screen-prompts", 6, "--limit", 3)
     assert command("screen", features, *sizes, "--out", out) == 0
     return out
 
@@ -59,7 +59,7 @@ def test_a_budget_that_nothing_meets_and_a_scope_that_no_prefill_shows(
 ) -> None:
     assert command("screen", features, "--scopes", "generated", "--out", tmp_path) == 2
     assert "a prefill generates nothing" in capsys.readouterr().err
-    assert command("screen", features, "--kl-limit", "0", "--prompts", 2, "--out", tmp_path) == 2
+    assert command("screen", features, "--kl-limit", "0", "--screen-prompts", 2, "--out", tmp_path) == 2
     assert "cost more than 0 nats" in capsys.readouterr().err
     other = tmp_path / "other"
     shutil.copytree(features.parent, other)

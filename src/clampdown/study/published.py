@@ -19,7 +19,7 @@ from clampdown.steering.plan import Plan
 from clampdown.study.gating import GateChoice, gate_plan
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.measure import benign_replies, generate_records
-from clampdown.study.methods.method import Method, plan_of
+from clampdown.study.methods.method import Method, Picked, plan_of
 from clampdown.study.strengths import candidates
 from clampdown.types import ATTACKS, SAFE, ArmKind, Judge, Prompt, Split
 
@@ -77,7 +77,8 @@ def run_published(ground: Groundwork, request: PublishedRequest, directory: Path
     """Propose, choose on validation attacks (a run in `directory`), gate, control."""
     with ground.stages.stage("Finding features"):
         method = request.make(ground)
-    chosen, note = _choose(ground, method, directory)
+    picked = _choose(ground, method, directory)
+    chosen, note = picked.as_column(method).arm, picked.note
     arms = method.shown(chosen)
     same = next((arm for arm in arms if plan_of(arm).digest == plan_of(chosen).digest), None)
     arms = arms if same else (chosen, *arms)
@@ -93,7 +94,7 @@ def run_published(ground: Groundwork, request: PublishedRequest, directory: Path
     return Published(method, chosen, gated, arms, controls, facts, matched_on)
 
 
-def _choose(ground: Groundwork, method: Method, directory: Path) -> tuple[Arm, str]:
+def _choose(ground: Groundwork, method: Method, directory: Path) -> Picked:
     """The arm that validation prompts choose by generated, judged replies, and what is to be said about it."""
     suites = ground.study.data.known(Split.VALIDATION, ground.sizes.validation, *ATTACKS)
     answering = replace(ground.sizes.answering, per_suite=ground.sizes.validation)
@@ -101,8 +102,7 @@ def _choose(ground: Groundwork, method: Method, directory: Path) -> tuple[Arm, s
         ground.study, [BASELINE, *method.arms], suites, directory, answering, ground.stages, "Choosing on validation"
     )
     (unsteered,) = candidates([BASELINE], records, suites)
-    picked = method.chosen(candidates(method.arms, records, suites), unsteered)
-    return picked.arm, picked.note
+    return method.chosen(candidates(method.arms, records, suites), unsteered)
 
 
 def _controls(ground: Groundwork, plan: Plan, request: ControlsRequest) -> tuple[Control, ...]:
