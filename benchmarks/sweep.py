@@ -138,10 +138,10 @@ def ours(subject: Subject, plans: Sequence[Plan | None], prompts: list[list[int]
             prompts,
             max_new_tokens=NEW,
             on_keep=steering.keep_rows,
-            widened=lambda: steering.spread.prompt_of,
+            widened=lambda: steering.row_map.prompt_of,
         )
         steering.receipts()
-    replies = [list(found[row].ids) for row in steering.spread.row_of.tolist()]
+    replies = [list(found[row].ids) for row in steering.row_map.row_of.tolist()]
     return [replies[i :: len(plans)] for i in range(len(plans))]
 
 

@@ -12,7 +12,7 @@ from clampdown.serving.requests import Request, Sampling
 from clampdown.serving.worker import Limits
 from tests.models.conftest import BOS
 from tests.serving.example_plans import Answer, ask
-from tests.steering.test_widening import model_of, plain_generate, plans_at, sae_at
+from tests.steering.test_prompt_sharing import model_of, plain_generate, plans_at, sae_at
 
 FAMILIES = ["llama", "gemma2", "gemma3", "mistral", "gpt2", "gpt_neox", "qwen3_moe", "olmo2"]
 

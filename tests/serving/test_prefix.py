@@ -18,7 +18,7 @@ from clampdown.serving.worker import Limits
 from clampdown.steering.plan import Edit, Gate, ModelRef, Plan, SaeRef
 from tests.models.conftest import BOS, build
 from tests.serving.example_plans import Answer, ask
-from tests.steering.test_widening import IdTokenizer, find_layout, sae_at
+from tests.steering.test_prompt_sharing import IdTokenizer, find_layout, sae_at
 
 SITE = "blocks.1.hook_resid_post"
 SYSTEM = (BOS, *(3 + 7 * i % 50 for i in range(30)))

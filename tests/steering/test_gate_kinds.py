@@ -180,7 +180,7 @@ def test_arms_that_share_a_prompts_pass_share_the_rows_where_no_branch_fired(
     prompt_of = torch.arange(len(TEXTS)).repeat_interleave(2)
     with steer(lm, [None, plan] * len(TEXTS), sae, prompt_of=prompt_of) as steering:
         logits = next_token_logits(lm, prompts(lm, TEXTS))
-        receipts, row_of = steering.receipts(), steering.spread.row_of.tolist()
+        receipts, row_of = steering.receipts(), steering.row_map.row_of.tolist()
     for i, own in enumerate(alone):
         shared = receipts[2 * i + 1]
         assert shared is not None and (shared.branch, shared.gate_fired) == (own.branch, own.gate_fired)

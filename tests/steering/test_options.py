@@ -11,7 +11,7 @@ from clampdown.steering.hooks import steer
 from clampdown.steering.options import Continued, continuation_log_likelihoods
 from clampdown.steering.plan import Plan
 from tests.models.conftest import ARCHITECTURES
-from tests.steering.test_widening import model_of, plans_at, sae_at
+from tests.steering.test_prompt_sharing import model_of, plans_at, sae_at
 
 OPTIONS = ((7, 9, 11), (7, 13), (21,))
 PROMPTS = [[1, 5, 9, 30, 31], [1, 44], [1, 17, 18, 19, 20, 21, 22, 23]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import jaxtyping
@@ -71,11 +71,12 @@ def mixed_plans(site: str, plan_of: PlanOf) -> list[Plan | None]:
     dense = Edit(site=site, operator="ablate_direction", vector="v", strengths=(1.0,))
     added = Edit(site=site, operator="add_direction", vector="v", strengths=(0.5,), scope="assistant")
     two = Edit(site=site, operator="clamp", features=(9, 5), strengths=(4.0, 1.0), scope="prompt")
+    live = Edit(site=site, operator="clamp_active", features=(11,), strengths=(3.0,))
     return [
         plan_of(edit_of(site), edit_of(site, "scale", -2.0, scope="assistant")),
         None,
         plan_of(dense, added, edit_of(site, "floor", 2.0, scope="last_user"), vectors=vector),
-        plan_of(two, edit_of(site, "clamp_active", 3.0)),
+        plan_of(two, live),
     ]
 
 
@@ -244,7 +245,7 @@ def test_what_a_prepared_model_cannot_do_is_an_error(
             logits(own_lm, batch)
 
     plan = plan_of(edit_of(site))
-    refused(PlanError, plan_of(edit_of(site), edit_of(site, "clamp")), "prepared for 1")
+    refused(PlanError, plan_of(edit_of(site), edit_of(site, "scale")), "prepared for 1")
     refused(PlanError, plan_of(edit_of(site, error_term="drop")), "keeps the SAE's error term")
     refused(PlanError, [plan, None], "2 plans for 4 prompts")
     refused(ScopeError, plan_of(edit_of(site, scope="generated")), "never covered")
@@ -338,9 +339,9 @@ def test_a_captured_decode_step_follows_the_plan() -> None:
     with prepared.steer(plan, batch):
         step.rewind()
         steered = step.replay()
+    with prepared.steer(plan, batch):
         step.rewind()
-        with steer(lm, None):
-            expected = step.forward()
+        expected = step.forward()
     torch.testing.assert_close(steered, expected)
     step.rewind()
     assert torch.equal(step.replay(), unsteered)
@@ -400,3 +401,87 @@ def test_a_seat_is_not_given_after_rows_have_left(own_lm: LanguageModel, sae: Sa
         steering.keep_rows(torch.tensor([2, 3]))
         with pytest.raises(PlanError, match="seats have moved"):
             steering.seat(1, plan, [1, 2, 7])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prefill_chunk_size": 3}, "in pieces"),
+        ({"guidance_scale": 1.5}, "other tokens|twice"),
+        ({"prompt_lookup_num_tokens": 3}, "several tokens|twice"),
+    ],
+)
+def test_passes_that_are_not_those_of_the_prompts_are_an_error(
+    own_lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf, options: dict, says: str
+) -> None:
+    gate = Gate(site=site, features=(5,), poolings=("max",), weights=(1.0,), bias=0.0, threshold=-9.0)
+    plan = plan_of(edit_of(site), gate=gate)
+    one = pad_left([encode(own_lm, [Message("user", "w1 w2 w3 w1 w2 w3 w1 w2")])], own_lm.pad_id)
+    prepared = prepare(own_lm, sae, capacity=CAPACITY)
+    with prepared.steer(plan, one) as steering:
+        hf_generate(own_lm, one)
+        assert [r.gate_fired for r in steering.receipts() if r] == [True]
+    with pytest.raises(SteeringNotAppliedError, match=says), prepared.steer(plan, one):
+        hf_generate(own_lm, one, **options)
+
+
+def test_a_prompt_without_a_gate_may_come_in_pieces_to_a_prepared_model(
+    own_lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf
+) -> None:
+    batch = prompts(own_lm)
+    prepared = prepare(own_lm, sae, capacity=CAPACITY)
+    for scope in SCOPES:
+        found = []
+        for options in ({}, {"prefill_chunk_size": 3}):
+            with prepared.steer(plan_of(edit_of(site, scope=scope)), batch) as steering:
+                found.append((hf_generate(own_lm, batch, **options).tolist(), steering.receipts()))
+        assert found[0][0] == found[1][0]
+        assert [r.tokens_touched for r in found[0][1] if r] == [r.tokens_touched for r in found[1][1] if r]
+
+
+def test_turns_padding_and_caches_that_a_prepared_model_was_not_told_of_are_errors(
+    own_lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf
+) -> None:
+    batch, plan = prompts(own_lm), plan_of(edit_of(site))
+    prepared = prepare(own_lm, sae, capacity=CAPACITY)
+    one = Batch(batch.input_ids[2:3], batch.attention_mask[2:3])
+    behind = Batch(batch.input_ids.flip(1), batch.attention_mask.flip(1))
+
+    def run(turns: Sequence[list[int]], *, fill_outside: bool = False) -> None:
+        cache = own_lm.model(one.input_ids, use_cache=True).past_key_values if fill_outside else None
+        with prepared.steer(plan, one):
+            for ids in turns:
+                cache = own_lm.model(torch.tensor([ids]), past_key_values=cache, use_cache=True).past_key_values
+
+    prompt = one.input_ids[0].tolist()
+    run([prompt, [7], [8]])
+    with pytest.raises(SteeringNotAppliedError, match="several tokens"):
+        run([prompt, [7], [5, 2, 9, 5, 3]])
+    with pytest.raises(SteeringNotAppliedError, match="outside this block"):
+        run([[7], [8]], fill_outside=True)
+    with pytest.raises(SteeringNotAppliedError, match="other tokens"):
+        run([prompt[::-1]])
+    with pytest.raises(PlanError, match="ends in padding"), prepared.steer(plan, behind):
+        pass
+    with pytest.raises(SteeringNotAppliedError, match="other tokens"), prepared.steer(plan, batch):
+        logits(own_lm, behind)
+
+
+def test_a_token_that_several_sites_change_is_counted_once(own_lm: LanguageModel, site: str, plan_of: PlanOf) -> None:
+    def at(name: str, scope: str) -> Edit:
+        return Edit(site=name, operator="add_direction", vector="v", strengths=(1.0,), scope=scope)
+
+    batch, other = prompts(own_lm), "blocks.2.hook_resid_post"
+    for scopes in (("all", "all"), ("prompt", "generated"), ("all", "last_user")):
+        plan = plan_of(at(site, scopes[0]), at(other, scopes[1]), vectors={"v": (0.1,) * 32})
+        with steer(own_lm, plan) as steering:
+            hf_generate(own_lm, batch)
+            plain = steering.receipts()
+        prepared = prepare(own_lm, sites=[site, other], capacity=CAPACITY)
+        with prepared.steer(plan, batch) as steering:
+            out = hf_generate(own_lm, batch)
+            receipts = steering.receipts()
+        prepared.detach()
+        columns = batch.attention_mask.sum(1) + out.shape[1] - batch.input_ids.shape[1] - 1
+        for receipt, proof, n in zip(receipts, plain, columns.tolist(), strict=True):
+            assert receipt and proof and receipt.tokens_touched == proof.tokens_touched <= n

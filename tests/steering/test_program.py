@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from clampdown.errors import PlanError
 from clampdown.models.chat import encode
 from clampdown.models.generation import next_token_logits
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
+from clampdown.steering.gate_programs import gate_programs
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Edit, Gate, Plan
-from clampdown.steering.program import Reach, gate_programs, site_programs
+from clampdown.steering.program import Reach, check_plan, site_programs
 from clampdown.types import Message
 from tests.steering.conftest import random_sae, tiny_llama
 
@@ -65,3 +68,36 @@ def test_terms_of_a_gate_that_read_the_same_thing_add_up(
 
 def split(gate: Gate) -> Gate:
     return gate.model_copy(update={"features": (9, 9), "poolings": ("max", "max"), "weights": (1.0, 2.0)})
+
+
+def test_a_plan_that_does_nothing_or_contradicts_itself_is_refused(
+    lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf
+) -> None:
+    def edit(operator: str, scope: str, feature: int = 5) -> Edit:
+        return Edit(site=site, operator=operator, features=(feature,), strengths=(2.0,), scope=scope)
+
+    def check(*edits: Edit) -> None:
+        check_plan(plan_of(*edits), lm, {site: sae})
+
+    with pytest.raises(PlanError, match="no edits"):
+        check()
+    for scopes in (("all", "prompt"), ("prompt", "last_user"), ("assistant", "generated"), ("prompt", "assistant")):
+        for operators in (("clamp", "add"), ("scale", "floor"), ("clamp_active", "clamp")):
+            with pytest.raises(PlanError, match=r"feature 5 .* twice"):
+                check(*(edit(*pair) for pair in zip(operators, scopes, strict=True)))
+    check(edit("clamp", "prompt"), edit("clamp", "generated"))
+    check(edit("clamp", "last_user"), edit("floor", "assistant"))
+    check(edit("add", "all"), edit("scale", "prompt"))
+    check(edit("clamp", "all"), edit("clamp", "all", feature=9))
+
+
+def test_what_became_no_number_was_touched(lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf) -> None:
+    """16-bit residuals overflow; here a float32 one does."""
+    much = Edit(site=site, operator="add", features=(5,), strengths=(3e38,))
+    twice = Edit(site=site, operator="add", features=(9,), strengths=(3e38,))
+    ids = torch.tensor([[1, 7, 8, 9]])
+    for edits in ((much, twice), (much.model_copy(update={"strengths": (3.3e38,)}), twice)):
+        with steer(lm, plan_of(*edits), sae) as steering:
+            lm.model(ids)
+            (receipt,) = steering.receipts()
+        assert receipt is not None and receipt.tokens_touched == 4 and not math.isfinite(receipt.edit_norm)

@@ -32,7 +32,7 @@ from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.hooks import steer
 from clampdown.steering.options import Continued, continuation_log_likelihoods
 from clampdown.steering.plan import Plan
-from clampdown.steering.widening import distinct
+from clampdown.steering.prompt_sharing import distinct
 from clampdown.types import Interval, OptionChoice, Prompt, Receipt
 
 Saes = Sae | Sequence[Sae] | None
@@ -248,7 +248,7 @@ def teacher_force(lm: LanguageModel, saes: Saes, rows: Sequence[tuple[Arm, Force
 
 
 def force_tokens(lm: LanguageModel, saes: Saes, rows: Sequence[Presented]) -> Scored:
-    """Present each text after its prompt, in one forward. Plans share what they cannot change (`steering.widening`).
+    """Present each text after its prompt, in one forward. Plans share what they cannot change (`prompt_sharing.py`).
 
     A block of one-token replies holds nothing for a scope 'generated' to cover, as in generation: callers refuse
     plans that could not act on any of their texts.
@@ -271,7 +271,7 @@ def force_tokens(lm: LanguageModel, saes: Saes, rows: Sequence[Presented]) -> Sc
         receipts = steering.receipts()
     counts = torch.tensor([len(row.reply) + row.ended for row in rows], device=lm.device)
     mask = torch.arange(predicted, device=lm.device) < counts[:, None]
-    log_probs = output.logits.float().log_softmax(-1)[steering.spread.row_of]
+    log_probs = output.logits.float().log_softmax(-1)[steering.row_map.row_of]
     return Scored(log_probs, mask, real.sum(1)[prompt_of.to(real.device)], receipts)
 
 

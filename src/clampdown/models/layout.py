@@ -66,11 +66,12 @@ class HookPoint:
     module: nn.Module
     before: bool
 
-    def register(self, fn: HiddenFn) -> RemovableHandle:
-        """Call `fn` with the hidden states at every forward; a tensor that it returns takes their place."""
+    def register(self, fn: HiddenFn, *, first: bool = False) -> RemovableHandle:
+        """Call `fn` with the hidden states at every forward; a tensor that it returns takes their place. With `first`
+        it runs before the module's other hooks, also those that are there already."""
         if self.before:
-            return self.module.register_forward_pre_hook(_on_input(fn), with_kwargs=True)
-        return self.module.register_forward_hook(_on_output(fn))
+            return self.module.register_forward_pre_hook(_on_input(fn), with_kwargs=True, prepend=first)
+        return self.module.register_forward_hook(_on_output(fn), prepend=first)
 
 
 def _on_output(fn: HiddenFn) -> Callable[[nn.Module, Any, Any], Any]:

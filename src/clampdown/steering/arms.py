@@ -1,7 +1,7 @@
 """Arms: the columns of an experiment, and many of them in one batch.
 
 Rows of a batch are (arm, prompt) pairs; each row carries its arm's plan. Sweeps, side-by-side chat and a server with
-many tenants are the same mechanism, and arms share what they cannot change (`widening.py`):
+many tenants are the same mechanism, and arms share what they cannot change (`prompt_sharing.py`):
 
 1. A prompt's pass through the blocks below the lowest edit is computed once for all its arms.
 2. Rows that cannot differ are one row: a gate that stayed shut, neutral strengths, or a plan that another arm has too.
@@ -24,7 +24,7 @@ from clampdown.models.memory import rows_that_fit
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Plan
-from clampdown.steering.widening import distinct
+from clampdown.steering.prompt_sharing import distinct
 from clampdown.types import ArmKind, Message, Prompt, Receipt
 
 
@@ -154,12 +154,12 @@ def _generate(
             prompts,
             max_new_tokens=max_new_tokens,
             on_keep=steering.keep_rows,
-            widened=lambda: steering.spread.prompt_of,
+            widened=lambda: steering.row_map.prompt_of,
         )
         receipts = steering.receipts()
     first: dict[int, str] = {}
     replies = []
-    for (arm, prompt, _), output, receipt in zip(batch, steering.spread.row_of.tolist(), receipts, strict=True):
+    for (arm, prompt, _), output, receipt in zip(batch, steering.row_map.row_of.tolist(), receipts, strict=True):
         owner = first.setdefault(output, arm.name)
         reply = texts[output]
         replies.append(Reply(arm, prompt, reply.text, len(reply.ids), receipt, "" if owner == arm.name else owner))

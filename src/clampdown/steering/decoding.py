@@ -25,15 +25,15 @@ from clampdown.errors import PlanError, SteeringNotAppliedError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.fused import Step, decoding_step
+from clampdown.steering.hook_order import attach_in_order
 from clampdown.steering.ownership import owning, steers_here
 from clampdown.steering.plan import Plan
 from clampdown.steering.program import Reach, SiteProgram, site_programs
 from clampdown.steering.receipts import Seat
 from clampdown.steering.scopes import covers_generated
-from clampdown.steering.turn import Tally
+from clampdown.steering.tally import FLUSH_EVERY, Change, Tally
 from clampdown.types import Receipt, Site
 
-FLUSH_EVERY = 32
 _REMEMBERED = 1024  # plans whose digests are kept
 SaesOf = Callable[[Plan], Sequence[FeatureSource]]
 
@@ -68,6 +68,8 @@ class Decoding:
         self._table: list[SiteProgram] = []
         self._parts: dict[str, list[_Part]] = {}
         self._tally = Tally.empty(0, lm.device)
+        self._step = 0
+        self._touched, self._norm = torch.zeros(2, 0, device=lm.device)
         self._visited: set[str] = set()
 
     def __len__(self) -> int:
@@ -77,10 +79,9 @@ class Decoding:
 
     def join(self, seats: Sequence[Seat]) -> None:
         """These rows follow the ones that are there. Raises `PlanError` for a gate that reads replies: here none is."""
-        kept = self._counted()
+        counted = self._counted()
         self._seats += seats
-        self._tally = Tally.empty(len(self._seats), self._lm.device)
-        self._tally.touched[: len(kept[0])], self._tally.norm[: len(kept[0])] = kept
+        self._count_on(*(torch.nn.functional.pad(column, (0, len(seats))) for column in counted))
         plans = {self._digest(seat.plan): seat.plan for seat in self._seats if seat.plan is not None}
         if set(plans) - set(self._row_of):
             self._make_table(plans)
@@ -90,8 +91,7 @@ class Decoding:
         """The batch goes on with these of its rows: row i now is what row rows[i] was."""
         touched, norm = self._counted()
         self._seats = [self._seats[row] for row in rows.tolist()]
-        self._tally = Tally.empty(len(self._seats), self._lm.device)
-        self._tally.touched[:], self._tally.norm[:] = touched[rows], norm[rows]
+        self._count_on(touched[rows], norm[rows])
         self._place()
 
     def receipt(self, row: int) -> Receipt | None:
@@ -103,7 +103,14 @@ class Decoding:
 
     def _counted(self) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
         self._tally.flush(torch.arange(len(self._seats), device=self._lm.device))
-        return self._tally.touched, self._tally.norm
+        touched, norm = self._tally.totals()
+        self._count_on(self._touched + touched, self._norm + norm)
+        return self._touched, self._norm
+
+    def _count_on(self, touched: Float[Tensor, " rows"], norm: Float[Tensor, " rows"]) -> None:
+        """From what was counted so far. A step is a column: what several sites do to its tokens is one change."""
+        self._touched, self._norm, self._step = touched, norm, 0
+        self._tally = Tally.empty(len(self._seats), self._lm.device)
 
     def _digest(self, plan: Plan) -> str:
         """The plan's digest, computed once per plan: it hashes the whole plan."""
@@ -161,9 +168,8 @@ class Decoding:
             decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True),
             decoder.register_forward_hook(self._after_pass),
         ]
-        for site in self._parts:
-            handles.append(self._lm.layout.hook_point(Site.parse(site)).register(partial(self._edit, site)))
-        return handles
+        hooks = [(Site.parse(site), partial(self._edit, site)) for site in self._parts]
+        return handles + attach_in_order(self._lm, hooks)
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not steers_here(self._key, self):
@@ -172,6 +178,9 @@ class Decoding:
         if tuple(ids.shape) != (len(self._seats), 1):
             raise PlanError(f"a pass of shape {tuple(ids.shape)}, but {len(self._seats)} rows decode one token each")
         self._visited.clear()
+        if len(self._tally.pending) >= FLUSH_EVERY:
+            self._counted()
+        self._step += 1
 
     def _edit(self, site: str, x: Float[Tensor, "rows 1 d_model"]) -> Tensor | None:
         if not steers_here(self._key, self):
@@ -183,9 +192,7 @@ class Decoding:
             changed = changed if step is None else step
         if changed is x:
             return None
-        self._tally.pending.append((changed, x))
-        if len(self._tally.pending) >= FLUSH_EVERY:
-            self._counted()
+        self._tally.pending.append(Change(self._step, changed, x))
         return changed
 
     def _after_pass(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations under many arms: a prompt is read once, its continuations are read from its cache.
 
-1. The prompts of a batch run once, arms sharing what their plans cannot change (`widening.py`). Every row then has the
-   keys and values of its prompt and the distribution of the token after it.
+1. The prompts of a batch run once, arms sharing what their plans cannot change (`prompt_sharing.py`). Every row then
+   has the keys and values of its prompt and the distribution of the token after it.
 2. Rows are repeated for their continuations, which run in one short pass over the cache.
 
 A continuation's tokens count as generated, as they do when a model writes them itself.
@@ -22,7 +22,7 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Plan
-from clampdown.steering.widening import distinct
+from clampdown.steering.prompt_sharing import distinct
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ def continuation_log_likelihoods(
     batch = pad_left(prompts, lm.pad_id, lm.device)
     cache = growing_cache()
     plans = [row.plan for row in rows]
-    with steer(lm, plans, saes, require_reach=False, prompt_of=prompt_of) as steering:
+    width = batch.input_ids.shape[1]
+    with steer(lm, plans, saes, prompt_width=width, require_reach=False, prompt_of=prompt_of) as steering:
         first = lm.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -53,15 +54,15 @@ def continuation_log_likelihoods(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        row_of = steering.spread.row_of.tolist()
+        row_of = steering.row_map.row_of.tolist()
         texts = _Texts.of(rows, row_of, lm)
-        shown = steering.spread.prompt_of[texts.source]
+        shown = steering.row_map.prompt_of[texts.source]
         log_probs = first.float().log_softmax(-1)[texts.source, None]
         if texts.ids.shape[1] > 0:
             cache.batch_select_indices(texts.source)
             steering.keep_rows(texts.source)
             mask = torch.cat([batch.attention_mask[shown], texts.real.long()], dim=1)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, batch.input_ids.shape[1] :]
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, width:]
             rest = lm.model(
                 input_ids=texts.ids,
                 attention_mask=mask,

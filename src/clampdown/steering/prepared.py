@@ -7,7 +7,8 @@ model changes in place. No plan is the exact identity. Changing the plan traces 
 1. Before the block, on the host: each row's prompt gives the intervals of positions that its scopes mean.
 2. In the graph: a pre-hook on the decoder finds each token's row and position, gates read the prompt and fix per row
    whether anything is done, sites add their delta and count what they did.
-3. After the block, on the host: the counters show that every pass went through every hook, or it is an error.
+3. After the block, on the host: the counters show that every pass went through every hook, and that the passes were
+   those of the prompts given: their tokens, in order, and then a reply token by token. Else it is an error.
 
 One prepared model is one engine: requests share it as rows of a batch, not as threads.
 """
@@ -18,9 +19,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -31,123 +31,18 @@ from clampdown.models.chat import Batch, pad_left
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource, check_fits
 from clampdown.steering.compiled import refuse_compiled
+from clampdown.steering.hook_order import attach_in_order
 from clampdown.steering.plan import Plan
+from clampdown.steering.prepared_passes import FAULTS, Capacity, Passes
 from clampdown.steering.program import check_plan
 from clampdown.steering.receipts import make_receipt
-from clampdown.steering.seating import Seating, prompt_spans
-from clampdown.steering.slots import GateSlots, PromptMarks, SiteSlots, Tokens, move_rows
+from clampdown.steering.seating import PromptSpan, Seating, prompt_spans
+from clampdown.steering.slots import GateSlots, SiteSlots
 from clampdown.types import Receipt, Site
 
 _OWNED: ContextVar[frozenset[int]] = ContextVar("clampdown_prepared", default=frozenset())
 
 Prompts = Batch | Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """The fixed sizes. `features` and `directions` are slots per site, one for each different (feature or vector,
-    operator, scope) in a batch; `prompt` is the longest prompt that a gate reads. `tokens` > 0 makes batches packed: it
-    is the most tokens of one pass, and `rows` is the most requests."""
-
-    rows: int
-    features: int = 8
-    directions: int = 2
-    gate_features: int = 64
-    prompt: int = 4096
-    tokens: int = 0
-
-
-class Passes(nn.Module):
-    """What the hooks know about a pass and have counted so far, as buffers."""
-
-    first: Tensor
-    arm_of_token: Tensor
-    position: Tensor
-    fired: Tensor
-    fresh: Tensor
-    score: Tensor
-    touched: Tensor
-    norm: Tensor
-    furthest: Tensor
-    n_passes: Tensor
-    n_visits: Tensor
-
-    def __init__(self, capacity: Capacity, n_sites: int, device: str) -> None:
-        super().__init__()
-        self.packed = capacity.tokens > 0
-        self.prompt = PromptMarks(capacity.rows, capacity.prompt, device)
-        rows = capacity.rows
-        for name, tensor in {
-            "first": torch.zeros((), dtype=torch.long),
-            "arm_of_token": torch.full((capacity.tokens,), -1),
-            "position": torch.zeros(capacity.tokens, dtype=torch.long),
-            "fired": torch.ones(rows, dtype=torch.bool),
-            "fresh": torch.zeros(rows, dtype=torch.bool),
-            "score": torch.zeros(rows),
-            "touched": torch.zeros(rows),
-            "norm": torch.zeros(rows),
-            "furthest": torch.full((rows,), -1),
-            "n_passes": torch.zeros((), dtype=torch.long),
-            "n_visits": torch.zeros(n_sites, dtype=torch.long),
-        }.items():
-            self.register_buffer(name, tensor.to(device))
-
-    def reset(self) -> None:
-        for counter in (self.score, self.touched, self.norm, self.n_passes, self.n_visits):
-            counter.zero_()
-        self.fired.fill_(True)
-        self.furthest.fill_(-1)
-
-    def tokens(self, shape: torch.Size) -> Tokens:
-        """Rows and positions of the tokens of a residual [rows, pos, d_model], or packed [(1,) tokens, d_model]."""
-        if self.packed:
-            n = shape[:-1].numel()
-            rows = self.arm_of_token[:n]
-            return Tokens(rows.clamp(min=0), torch.where(rows < 0, -1, self.position[:n]))
-        n_rows, width = shape[0], shape[1]
-        columns = self.first + torch.arange(width, device=self.first.device)
-        positions = columns - self.prompt.pad[:n_rows].unsqueeze(1)
-        rows = torch.arange(n_rows, device=self.first.device).unsqueeze(1).expand(n_rows, width)
-        return Tokens(rows.reshape(-1), positions.reshape(-1))
-
-    def open(self, inputs: Tensor, past: Tensor | int, position_ids: Tensor | None) -> None:
-        """Begin a pass. A row whose position 0 is in it starts a new turn."""
-        if self.packed and position_ids is not None:
-            flat = position_ids.reshape(-1)
-            self.position[: flat.shape[0]] = flat
-        elif isinstance(past, Tensor):
-            self.first.copy_(past)
-        else:
-            self.first.fill_(past)
-        tokens = self.tokens(torch.Size((*inputs.shape[:2], 1)))
-        starts = torch.zeros_like(self.touched).index_add_(0, tokens.rows, (tokens.positions == 0).float())
-        self.fresh.copy_(starts > 0)
-        self.fired.logical_or_(self.fresh)
-        for tally in (self.touched, self.norm, self.score):
-            tally.masked_fill_(self.fresh, 0.0)
-        self.furthest.masked_fill_(self.fresh, -1)
-        self.furthest.scatter_reduce_(0, tokens.rows, tokens.positions, "amax")
-        self.n_passes.add_(1)
-
-    def decide(self, gate: GateSlots, x: Float[Tensor, "tokens 1 d_model"], tokens: Tokens) -> None:
-        """Let a site's gates decide for the rows whose prompt this pass holds a part of."""
-        scores = gate.scores(x, tokens, self.prompt, self.fresh)
-        in_prompt = (tokens.positions >= 0) & (tokens.positions < self.prompt.length[tokens.rows])
-        reading = torch.zeros_like(self.touched).index_add_(0, tokens.rows, in_prompt.float()) > 0
-        deciding = gate.gated & reading
-        self.score.copy_(torch.where(deciding, scores, self.score))
-        self.fired.copy_(torch.where(deciding, scores > gate.threshold, self.fired))
-
-    def count(self, delta: Float[Tensor, "tokens 1 d"], x: Float[Tensor, "tokens 1 d"], tokens: Tokens) -> None:
-        size = torch.linalg.vector_norm(delta.squeeze(1).detach(), dim=-1, dtype=torch.float32)
-        length = torch.linalg.vector_norm(x.squeeze(1).detach(), dim=-1, dtype=torch.float32).clamp(min=1e-12)
-        self.touched.index_add_(0, tokens.rows, (size > 0).float())
-        self.norm.index_add_(0, tokens.rows, size / length)
-
-    def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
-        self.prompt.keep_rows(rows)
-        for tensor in (self.fired, self.score, self.touched, self.norm, self.furthest):
-            move_rows(tensor, rows)
 
 
 class Prepared:
@@ -161,7 +56,8 @@ class Prepared:
         self.saes = {sae.cfg.site.name: sae for sae in saes}
         self.names = tuple(site.name for site in sorted({*sites, *(sae.cfg.site for sae in saes)}))
         device = str(lm.device)
-        self.passes = Passes(capacity, len(self.names), device)
+        endings = sorted({*lm.eos_ids, lm.pad_id})
+        self.passes = Passes(capacity, len(self.names), endings, device)
         self.sites = {
             name: SiteSlots(
                 self.saes.get(name),
@@ -185,13 +81,11 @@ class Prepared:
 
     def _attach(self) -> list[Any]:
         handles: list[Any] = [self.lm.layout.decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True)]
+        # Gates first: hooks of one module run in this order, and a gate must read what no edit has changed.
+        hooks: list[Any] = [(Site.parse(name), partial(self._read_gate, gate)) for name, gate in self.gates.items()]
         for index, name in enumerate(self.names):
-            point = self.lm.layout.hook_point(Site.parse(name))
-            # The gate first: hooks of one module run in this order, and it must read what no edit has changed.
-            if name in self.gates:
-                handles.append(point.register(partial(self._read_gate, self.gates[name])))
-            handles.append(point.register(partial(self._edit, self.sites[name], index)))
-        return handles
+            hooks.append((Site.parse(name), partial(self._edit, self.sites[name], index)))
+        return handles + attach_in_order(self.lm, hooks)
 
     def detach(self) -> None:
         """Take the hooks off. Graphs that were compiled with them must be compiled again."""
@@ -207,7 +101,7 @@ class Prepared:
             self._check_call(inputs, kwargs.get("position_ids"))
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
-        self.passes.open(inputs, past, kwargs.get("position_ids"))
+        self.passes.open(inputs, past, kwargs.get("position_ids"), ids)
 
     def _read_gate(self, gate: GateSlots, x: Float[Tensor, "*tokens d_model"]) -> None:
         self.passes.decide(gate, x.reshape(-1, 1, x.shape[-1]).float(), self.passes.tokens(x.shape))
@@ -216,7 +110,7 @@ class Prepared:
         tokens = self.passes.tokens(x.shape)
         flat = x.reshape(-1, 1, x.shape[-1]).float()
         delta = slots.delta(flat, tokens, self.passes.fired).to(x.dtype)
-        self.passes.count(delta, flat, tokens)
+        self.passes.count(index, delta, flat, tokens)
         self.passes.n_visits[index].add_(1)
         return x + delta.view_as(x)
 
@@ -288,9 +182,10 @@ class PreparedSteering:
             check_plan(plan, prepared.lm, prepared.saes)
         self._plans = rows
         self._origin = list(range(n))
-        self._tallies: list[tuple[float, float, float, bool, int]] = [(0.0, 0.0, 0.0, False, -1)] * n
+        self._tallies = [_Counted((0.0,), (0.0,), 0.0, False, -1, -1, -1, ())] * n
         self._spans = prompt_spans(prepared.lm, rows, prompts)
         prepared.passes.reset()
+        prepared.passes.expect(self._spans)
         prepared.seating.place(rows, self._spans)
 
     def seat(self, row: int, plan: Plan | None, prompt: Sequence[int]) -> None:
@@ -301,7 +196,9 @@ class PreparedSteering:
         if plan is not None:
             check_plan(plan, prepared.lm, prepared.saes)
         (span,) = prompt_spans(prepared.lm, [plan], pad_left([prompt], prepared.lm.pad_id, prepared.lm.device))
+        self._collect()
         self._plans[row], self._spans[row] = plan, span
+        prepared.passes.expect(self._spans)
         prepared.seating.place(self._plans, self._spans)
 
     def pack(self, arm_of_token: Int[Tensor, " tokens"]) -> None:
@@ -323,19 +220,33 @@ class PreparedSteering:
         prepared.set_rows(len(self._origin))
 
     def receipts(self) -> list[Receipt | None]:
-        """One receipt per row of the batch; None for rows without a plan."""
+        """One receipt per row of the batch; None for rows without a plan. Raises `SteeringNotAppliedError` when passes
+        were not those of the prompts."""
         self._collect()
+        for plan, span, counted in zip(self._plans, self._spans, self._tallies, strict=True):
+            if plan is not None:
+                counted.check(plan, span)
         return [
-            None if plan is None else make_receipt(plan, *tally[:2], [tally[2]], [tally[3]])
-            for plan, tally in zip(self._plans, self._tallies, strict=True)
+            None if plan is None else counted.receipt(plan, span, self._prepared.names)
+            for plan, span, counted in zip(self._plans, self._spans, self._tallies, strict=True)
         ]
 
     def _collect(self) -> None:
         passes = self._prepared.passes
-        columns = (passes.touched, passes.norm, passes.score, passes.fired, passes.furthest)
+        marks = torch.stack(passes.faults, dim=1)
+        columns = (
+            passes.touched.T,
+            passes.norm.T,
+            passes.score,
+            passes.fired,
+            passes.began,
+            passes.furthest,
+            passes.counted,
+            marks,
+        )
         found = zip(*(column.tolist() for column in columns), strict=True)
-        for origin, tally in zip(self._origin, found, strict=False):
-            self._tallies[origin] = tally
+        for origin, values in zip(self._origin, found, strict=False):
+            self._tallies[origin] = _Counted(*values)
 
     def check_it_happened(self) -> None:
         """Raises `SteeringNotAppliedError` when a pass went past a hook, `ScopeError` when a scope met no token."""
@@ -352,15 +263,61 @@ class PreparedSteering:
                 else f"of {n_passes} passes, {visits[missed[0]]} went through the hook at {missed[0]}",
                 hint="prepare the model before it is compiled; a graph that was traced earlier does not know the hooks",
             )
-        self._collect()
-        for plan, span, tally in zip(self._plans, self._spans, self._tallies, strict=True):
+        self.receipts()
+        for plan, span, counted in zip(self._plans, self._spans, self._tallies, strict=True):
             for edit in plan.edits if plan is not None else ():
                 reach = span.scopes[edit.scope]
-                if reach.low >= reach.high or reach.low > tally[4]:
+                if reach.low >= reach.high or reach.low > counted.furthest:
                     raise ScopeError(
                         f"scope {edit.scope} never covered a token of this run",
                         hint="a 'generated' scope cannot act on log-likelihoods; use 'all', 'prompt' or 'assistant'",
                     )
+
+
+class _Counted(NamedTuple):
+    """What the passes say of one row; `touched` and `norm` by site, and `faults` in the order of `FAULTS`."""
+
+    touched: Sequence[float]
+    norm: Sequence[float]
+    score: float
+    fired: bool
+    began: int
+    furthest: int
+    counted: int
+    faults: Sequence[bool]
+
+    def check(self, plan: Plan, span: PromptSpan) -> None:
+        """Raises `SteeringNotAppliedError` when the passes were not those of this prompt."""
+        for (what, hint), marked in zip(FAULTS.values(), self.faults, strict=False):
+            if marked:
+                raise SteeringNotAppliedError(what, hint=hint)
+        needed = min((span.scopes[edit.scope].low for edit in plan.edits), default=0)
+        if self.began > (0 if plan.gate else needed):
+            raise SteeringNotAppliedError(
+                f"the first {self.began} tokens of a prompt were computed outside this block, unsteered",
+                hint="fill the cache inside the block",
+            )
+
+    def receipt(self, plan: Plan, span: PromptSpan, names: Sequence[str]) -> Receipt:
+        pairs = sum(self.touched)
+        mean = sum(self.norm) / pairs if pairs else 0.0
+        tokens = self._tokens(plan, span, names)
+        return make_receipt(plan, tokens, mean * tokens, [self.score], [self.fired])
+
+    def _tokens(self, plan: Plan, span: PromptSpan, names: Sequence[str]) -> int:
+        """Tokens that were changed at one site at least. Sites count on their own: where they changed all that their
+        scopes cover, these say which tokens were the same."""
+        covered = [self._covered(plan, span, name) for name in names]
+        if sum(n > 0 for n in self.touched) > 1 and [len(c) for c in covered] == [int(n) for n in self.touched]:
+            return len(set().union(*covered))
+        return int(max(self.touched))
+
+    def _covered(self, plan: Plan, span: PromptSpan, site: str) -> set[int]:
+        """The positions counted that the plan's edits at a site cover."""
+        reached = [span.scopes[edit.scope] for edit in plan.edits if edit.site == site]
+        return {
+            at for low, high in ((r.low, r.high) for r in reached) for at in range(low, min(high, self.counted + 1))
+        }
 
 
 def prepare(

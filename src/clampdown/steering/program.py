@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from itertools import combinations
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from clampdown.errors import PlanError, PlanMismatchError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource, FeatureView, Sae, check_features, check_fits
-from clampdown.steering.gate_kinds import GATE_KINDS, GATE_POOLINGS, Readout, check_scorer
-from clampdown.steering.gate_kinds import Directions as GateDirections
+from clampdown.steering.gate_kinds import check_scorer
 from clampdown.steering.operators import OPERATORS
-from clampdown.steering.plan import Edit, Gate, Plan
+from clampdown.steering.plan import Edit, Plan
+from clampdown.steering.scopes import overlap
 from clampdown.types import Site
 
 Residual = Float[Tensor, "rows pos d_model"]
@@ -144,60 +145,6 @@ class SiteProgram:
         return {group.reach for bank in self.banks for group in bank.groups} | dropped
 
 
-@runtime_checkable
-class Reader(Protocol):
-    """What a gate pools: numbers at every position of a residual."""
-
-    def read(self, x: Residual) -> Float[Tensor, "rows pos width"]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """Gates on the residual pool the residual itself."""
-
-    def read(self, x: Residual) -> Residual:
-        return x
-
-
-@dataclass(frozen=True, slots=True)
-class GateProgram:
-    """Gates of one branch that read one site in one way: per pooling, weights [rows, channels] over shared channels."""
-
-    site: Site
-    branch: int
-    reader: Reader
-    readout: Readout
-    directions: GateDirections
-    gated: Bool[Tensor, " rows"]
-    weights: Mapping[str, Float[Tensor, "rows channels"]]
-    bias: Float[Tensor, " rows"]
-    threshold: Float[Tensor, " rows"]
-
-    def scores(
-        self,
-        x: Float[Tensor, "prompts prompt d_model"],
-        content: Bool[Tensor, "prompts prompt"],
-        prompt_of: Int[Tensor, " rows"] | None = None,
-    ) -> Float[Tensor, " rows"]:
-        """Each row's score from the residual at its own prompt's tokens. Without `prompt_of` prompts are rows."""
-        values = self.reader.read(x.float())
-        channels = {name: self.readout(GATE_POOLINGS[name](values, content), self.directions) for name in self.weights}
-        if prompt_of is not None:
-            channels = {name: found[prompt_of] for name, found in channels.items()}
-        return torch.stack([(channels[name] * w).sum(-1) for name, w in self.weights.items()]).sum(0) + self.bias
-
-    def at(self, rows: Int[Tensor, " kept"]) -> GateProgram:
-        """The gates of some of the rows."""
-        weights = {name: w[rows] for name, w in self.weights.items()}
-        return replace(
-            self,
-            gated=self.gated[rows],
-            weights=weights,
-            bias=self.bias[rows],
-            threshold=self.threshold[rows],
-        )
-
-
 Rows = Sequence[Plan | None]
 
 
@@ -256,7 +203,7 @@ def _group(operator: str, reach: Reach, cells: list[tuple[int, int, float]], n_r
     )
 
 
-def _wide(sae: FeatureSource, features: Sequence[int], device: torch.device) -> FeatureView:
+def wide_view(sae: FeatureSource, features: Sequence[int], device: torch.device) -> FeatureView:
     """The features' view beside the model, in float32 whatever the SAE is stored in: activations are compared with
     thresholds, and sums in 16 bit land on the wrong side. A top-k view holds the whole encoder, whose precision is left
     as it is."""
@@ -267,7 +214,7 @@ def _wide(sae: FeatureSource, features: Sequence[int], device: torch.device) -> 
 def _feature_bank(rows: Rows, site: str, sae: FeatureSource, device: torch.device) -> Bank:
     found = _edits(rows, site, dense=False)
     features = sorted({f for asked in found for f in asked.edit.features})
-    view = _wide(sae, features, device)
+    view = wide_view(sae, features, device)
     entries = [(asked, asked.edit.features) for asked in found]
     groups = _groups(entries, {f: i for i, f in enumerate(features)}, len(rows), view.directions)
     return Bank(view, len(features), groups)
@@ -319,80 +266,16 @@ def site_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSourc
     return tuple(_site_program(rows, name, lm, saes.get(name)) for name in sorted(names, key=Site.parse))
 
 
-def gate_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> tuple[GateProgram, ...]:
-    """One gate reader per branch, site and way of reading that any row's gates use. External gates read no site."""
-    found: dict[tuple[int, str, Readout], dict[int, Gate]] = {}
-    for row, plan in enumerate(rows):
-        for branch, gate in enumerate(plan.gates if plan is not None else ()):
-            if GATE_KINDS[gate.kind].reads != "text":
-                found.setdefault((branch, gate.site, GATE_KINDS[gate.kind].readout), {})[row] = gate
-    return tuple(
-        _gate_program(
-            {row: _gate_channels(gate, rows[row].vectors) for row, gate in gates.items()},  # type: ignore[union-attr]
-            len(rows),
-            branch,
-            readout,
-            gates,
-            saes.get(site),
-            lm.device,
-        )
-        for (branch, site, readout), gates in found.items()
-    )
-
-
-def gate_program(
-    gate: Gate, vectors: Mapping[str, tuple[float, ...]], sae: FeatureSource | None, device: torch.device
-) -> GateProgram:
-    """The reader of one gate, for prompts of which each is scored by it."""
-    channels = {0: _gate_channels(gate, vectors)}
-    return _gate_program(channels, 1, 0, GATE_KINDS[gate.kind].readout, {0: gate}, sae, device)
-
-
-def _gate_channels(gate: Gate, vectors: Mapping[str, tuple[float, ...]]) -> Sequence[Any]:
-    """What a gate's channels are: features by index, or vectors by value."""
-    return gate.features or tuple(vectors[name] for name in gate.vectors)
-
-
-def _gate_program(
-    channels: Mapping[int, Sequence[Any]],
-    n_rows: int,
-    branch: int,
-    readout: Readout,
-    gates: Mapping[int, Gate],
-    sae: FeatureSource | None,
-    device: torch.device,
-) -> GateProgram:
-    keys = sorted({key for own in channels.values() for key in own})
-    column = {key: i for i, key in enumerate(keys)}
-    used = sorted({name for gate in gates.values() for name in gate.poolings})
-    weights = {name: torch.zeros(n_rows, len(keys)) for name in used}
-    bias, threshold = torch.zeros(n_rows), torch.zeros(n_rows)
-    gated = torch.zeros(n_rows, dtype=torch.bool)
-    for row, gate in gates.items():
-        for key, name, weight in zip(channels[row], gate.poolings, gate.weights, strict=True):
-            weights[name][row, column[key]] += weight
-        bias[row], threshold[row], gated[row] = gate.bias, gate.threshold, True
-    first = next(iter(gates.values()))
-    on_features = GATE_KINDS[first.kind].reads == "features"
-    assert sae is not None or not on_features, "check_plan has made sure that every site with features has its SAE"
-    return GateProgram(
-        site=Site.parse(first.site),
-        branch=branch,
-        reader=_wide(sae, keys, device) if sae is not None and on_features else Whole(),
-        readout=readout,
-        directions=None if on_features else torch.tensor(keys, device=device),
-        gated=gated.to(device),
-        weights={name: w.to(device) for name, w in weights.items()},
-        bias=bias.to(device),
-        threshold=threshold.to(device),
-    )
-
-
 def check_plan(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> None:
-    """Refuse a plan made for another model or SAE, or one whose features do not exist here.
+    """Refuse a plan made for another model or SAE, one whose features do not exist here, and one that does nothing or
+    contradicts itself.
 
-    Raises `PlanMismatchError`, `FeatureIndexError`, `SiteError` or `WidthMismatchError`.
+    Raises `PlanError`, or a `PlanMismatchError`, `FeatureIndexError`, `SiteError` or `WidthMismatchError`.
     """
+    if not all(plan.branches):
+        raise PlanError(f"plan '{plan.name}' has no edits: it would change nothing", hint="steer with None for that")
+    for edits in plan.branches:
+        _check_together(plan, edits)
     if plan.model.revision != lm.revision:
         raise PlanMismatchError(
             f"plan '{plan.name}' was made for {plan.model.name} at revision {plan.model.revision}, "
@@ -411,6 +294,28 @@ def check_plan(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource])
             )
         check_fits(sae, lm.d_model, lm.layout.n_layers)
     _check_edits(plan, lm, saes)
+
+
+_SETS = frozenset({"clamp", "clamp_active", "floor"})
+"""Operators that say what an activation is to be, not by how much it is to change."""
+
+
+def contradict(one: Edit, other: Edit) -> bool:
+    """Whether both touch a feature of which one of them sets the activation: changes add up, and the sum of two would
+    be neither."""
+    shared = one.site == other.site and set(one.features) & set(other.features)
+    return bool(shared and _SETS & {one.operator, other.operator})
+
+
+def _check_together(plan: Plan, edits: Sequence[Edit]) -> None:
+    for one, other in combinations(edits, 2):
+        if contradict(one, other) and overlap(one.scope, other.scope):
+            feature = min(set(one.features) & set(other.features))
+            raise PlanError(
+                f"plan '{plan.name}' edits feature {feature} at {one.site} twice, by '{one.operator}' on {one.scope} "
+                f"and '{other.operator}' on {other.scope}: the changes would add up to neither",
+                hint="give the two edits scopes that do not overlap, or leave one out",
+            )
 
 
 def _check_edits(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> None:

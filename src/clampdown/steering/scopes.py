@@ -1,8 +1,8 @@
 """Scopes: which token positions an edit may touch.
 
-Positions are counted in columns of the left-padded batch, so one number serves all rows: the prompt is the columns
-before `prompt_width`, the assistant's turn opens at `assistant_start` (the template's generation prompt, whose last
-token predicts the first reply token). Offsets come from the template's own token ids, never from guesses.
+Positions are counted in columns of a batch whose prompts end together, so one number serves all rows: the prompt is
+the columns before `prompt_width`, the assistant's turn opens at `assistant_start` (the template's generation prompt,
+whose last token predicts the first reply token). Offsets come from the template's own token ids, never from guesses.
 
 A new scope is one function and one row of `SCOPES`.
 """
@@ -22,12 +22,13 @@ PromptMask = Bool[Tensor, "rows prompt"]
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The columns that one forward pass computes: `columns` are absolute; `real` is False on padding.
+    """The columns that one forward pass computes, numbered so that every prompt ends before `prompt_width`: one row of
+    numbers, or one for each row. `real` is False on padding.
 
-    `assistant_start` and `content` are None until a plan needs them.
+    `assistant_start` and `last_user` are None until a plan needs them.
     """
 
-    columns: Int[Tensor, " pos"]
+    columns: Int[Tensor, "#rows pos"]
     real: Bool[Tensor, "rows pos"]
     prompt_width: int
     assistant_start: int | None = None
@@ -56,10 +57,8 @@ def assistant(window: Window) -> Bool[Tensor, "rows pos"]:
 
 def last_user(window: Window) -> Bool[Tensor, "rows pos"]:
     assert window.last_user is not None, "the caller resolves the last user turn when a plan uses this scope"
-    mask = torch.zeros_like(window.real)
-    inside = window.columns < window.prompt_width
-    mask[:, inside] = window.last_user[:, window.columns[inside]]
-    return window.real & mask
+    columns = window.columns.clamp(max=window.prompt_width - 1).expand_as(window.real)
+    return window.real & (window.columns < window.prompt_width) & window.last_user.gather(1, columns)
 
 
 def last_run(content: PromptMask) -> PromptMask:
@@ -83,8 +82,17 @@ SCOPES: dict[str, ScopeMask] = {
 def covers_generated(scope: str) -> bool:
     """Whether a scope holds the tokens that a reply adds: asked of the scope itself, for one such column."""
     nothing = torch.zeros(1, 1, dtype=torch.bool)
-    window = Window(torch.tensor([1]), ~nothing, prompt_width=1, assistant_start=0, last_user=nothing)
+    window = Window(torch.tensor([[1]]), ~nothing, prompt_width=1, assistant_start=0, last_user=nothing)
     return bool(SCOPES[scope](window).any())
+
+
+@cache
+def overlap(one: str, other: str) -> bool:
+    """Whether some token can lie in both scopes: asked of the scopes themselves, for a prompt with a user turn and an
+    assistant header, and a token that follows."""
+    user = torch.tensor([[False, True, False]])
+    window = Window(torch.arange(4)[None], torch.ones(1, 4, dtype=torch.bool), 3, assistant_start=2, last_user=user)
+    return bool((SCOPES[one](window) & SCOPES[other](window)).any())
 
 
 LOCAL = frozenset({"all", "prompt", "generated"})

@@ -20,6 +20,7 @@ from clampdown.errors import PlanError, ScopeError
 from clampdown.models.chat import Batch
 from clampdown.models.loading import LanguageModel
 from clampdown.steering.operators import OPERATORS
+from clampdown.steering.passes import trailing_padding
 from clampdown.steering.plan import Gate, Plan
 from clampdown.steering.program import checked_vector
 from clampdown.steering.scopes import SCOPES, Window, last_run
@@ -55,24 +56,30 @@ class _Wish:
 
 @dataclass(frozen=True, slots=True)
 class PromptSpan:
-    """One row's prompt: its padding, its length, its content positions, and the interval of each scope it uses."""
+    """One row's prompt: its padding, its tokens, its content positions, and the interval of each scope it uses."""
 
     pad: int
-    length: int
+    ids: tuple[int, ...]
     content: tuple[bool, ...]
     scopes: Mapping[str, Interval]
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
 
 
 def prompt_spans(lm: LanguageModel, rows: Rows, prompts: Batch) -> list[PromptSpan]:
     """Each row's intervals. Raises `ScopeError` when a prompt lacks what a scope needs, or a scope is no interval."""
     ids, real = prompts.input_ids, prompts.attention_mask.bool()
     width = ids.shape[1]
+    if trailing_padding(real, "a prompt") is not None:
+        raise PlanError("a prompt ends in padding", hint="a prepared model takes prompts that are padded on the left")
     scopes = {edit.scope for plan in rows if plan is not None for edit in plan.edits}
     content = torch.zeros_like(real)
     if "last_user" in scopes or any(plan is not None and plan.gate for plan in rows):
         content = lm.chat.content_mask(ids, prompts.attention_mask)
     window = Window(
-        columns=torch.arange(width + 1, device=ids.device),
+        columns=torch.arange(width + 1, device=ids.device)[None],
         real=torch.cat([real, torch.ones_like(real[:, :1])], dim=1),
         prompt_width=width,
         assistant_start=lm.chat.assistant_start(ids) if "assistant" in scopes else None,
@@ -85,7 +92,7 @@ def prompt_spans(lm: LanguageModel, rows: Rows, prompts: Batch) -> list[PromptSp
     return [
         PromptSpan(
             pad=pad,
-            length=width - pad,
+            ids=tuple(ids[row, pad:].tolist()),
             content=tuple(content[row, pad:].tolist()),
             scopes={scope: _interval(mask[row, pad:], scope) for scope, mask in masks.items()},
         )

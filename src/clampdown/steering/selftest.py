@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,9 +26,11 @@ from clampdown.errors import SteeringNotAppliedError
 from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
+from clampdown.steering.hook_order import attach_in_order, hook_point
 from clampdown.steering.hooks import resolve_saes, steer
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.plan import Edit, Plan
+from clampdown.steering.program import contradict
 from clampdown.types import Message, Receipt, Site
 
 PROMPT = "Hello, how are you?"
@@ -96,12 +99,13 @@ def require_self_test(lm: LanguageModel, plan: Plan, saes: FeatureSource | Seque
 
 
 def _everywhere(edits: Iterable[Edit]) -> tuple[Edit, ...]:
-    """The edits at every token. Those that then do the same to the same channel are tried once."""
+    """The edits at every token. Of those that then do the same to the same channel, or would
+    contradict each other there, one is tried."""
     seen: set[tuple[object, ...]] = set()
     kept: list[Edit] = []
     for edit in edits:
         channels = {(edit.site, edit.operator, channel) for channel in edit.features or (edit.vector,)}
-        if not channels & seen:
+        if not channels & seen and not any(contradict(edit, other) for other in kept):
             kept.append(edit.model_copy(update={"scope": "all"}))
             seen |= channels
     return tuple(kept)
@@ -126,12 +130,12 @@ def _run(
     names = sorted({edit.site for edit in sites_of.edits})
     before: dict[str, list[Tensor]] = {name: [] for name in names}
     after: dict[str, list[Tensor]] = {name: [] for name in names}
-    points = {name: lm.layout.hook_point(Site.parse(name)) for name in names}
-    handles = [points[name].register(before[name].append) for name in names]
+    handles: list[Any] = []
     try:
-        # Hooks of one module run in the order of registration: these two lie on either side of the edit.
+        # These lie on either side of the edit's hooks, which come first of those that are there when they are put on.
         with steer(lm, plan, list(sources.values())) as steering:
-            handles += [points[name].register(after[name].append) for name in names]
+            handles += attach_in_order(lm, [(Site.parse(name), before[name].append) for name in names])
+            handles += [hook_point(lm, Site.parse(name)).register(after[name].append) for name in names]
             logits = lm.model(ids).logits
             (receipt,) = steering.receipts()
     finally:
@@ -193,7 +197,8 @@ def _moves_logits(plan: Plan, plain: _Pass, steered: _Pass) -> Check:
 
 
 def _counted(steered: _Pass) -> Check:
-    changed = sum(int((steered.after[name][0] != steered.before[name][0]).any(-1).sum()) for name in steered.after)
+    moved = [(steered.after[name][0] != steered.before[name][0]).any(-1) for name in steered.after]
+    changed = int(torch.stack(moved).any(0).sum())
     counted = steered.receipt.tokens_touched if steered.receipt else -1
     return Check(
         "the receipt counts the tokens that changed", counted == changed, f"{counted} counted, {changed} changed"

@@ -25,9 +25,10 @@ from clampdown.models.chat import Ids, encode, pad_left
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.gate_kinds import external_score
+from clampdown.steering.gate_programs import GateProgram, gate_program
 from clampdown.steering.ownership import aside
 from clampdown.steering.plan import Gate
-from clampdown.steering.program import GateProgram, Rows, gate_program
+from clampdown.steering.program import Rows
 from clampdown.steering.windows import Conversation, LoneTurn, Window, conversation
 from clampdown.store import content_hash
 from clampdown.types import Prompt

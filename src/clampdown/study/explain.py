@@ -27,6 +27,7 @@ from clampdown.explanation import FeatureShift, MovedToken, PlaceCost, SiteEdit,
 from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
+from clampdown.steering.hook_order import hook_point
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Plan
 from clampdown.types import Point, Site
@@ -198,14 +199,14 @@ def _forward(
     lm: LanguageModel, saes: Sequence[Sae], plan: Plan | None, block: Block, edited: Sequence[Site],
     watched: Sequence[Site],
 ) -> Seen:  # fmt: skip
-    """Hooks of one module run in the order of registration: what is hooked before the steering sees what arrives."""
+    """What is hooked first of all sees what arrives at a site, what is hooked last sees what leaves it."""
     arriving: dict[Site, Tensor] = {}
     leaving: dict[Site, Tensor] = {}
     with ExitStack() as stack, torch.inference_mode():
-        _watch(lm, stack, edited, arriving)
         rows = [plan] * len(block.texts)
         stack.enter_context(steer(lm, rows, list(saes), prompt_width=block.width, require_reach=False))
-        _watch(lm, stack, watched, leaving)
+        _watch(lm, stack, edited, arriving, first=True)
+        _watch(lm, stack, watched, leaving, first=False)
         logits = lm.model(
             input_ids=block.ids,
             attention_mask=block.real.long(),
@@ -216,9 +217,11 @@ def _forward(
     return Seen(arriving, leaving, logits.float().log_softmax(-1))
 
 
-def _watch(lm: LanguageModel, stack: ExitStack, sites: Sequence[Site], into: dict[Site, Tensor]) -> None:
+def _watch(
+    lm: LanguageModel, stack: ExitStack, sites: Sequence[Site], into: dict[Site, Tensor], *, first: bool
+) -> None:
     for site in sites:
-        stack.callback(lm.layout.hook_point(site).register(partial(into.__setitem__, site)).remove)
+        stack.callback(hook_point(lm, site).register(partial(into.__setitem__, site), first=first).remove)
 
 
 def _add_predictions(

@@ -27,7 +27,7 @@ from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.plan import Plan
-from clampdown.steering.widening import first_alike
+from clampdown.steering.prompt_sharing import first_alike
 from clampdown.types import Prompt
 
 DECIDED = 4.0

@@ -105,9 +105,9 @@ def test_nine_arms_equal_nine_runs_of_the_librarys_generate(
             asked,
             max_new_tokens=NEW,
             on_keep=steering.keep_rows,
-            widened=lambda: steering.spread.prompt_of,
+            widened=lambda: steering.row_map.prompt_of,
         )
-    row_of = steering.spread.row_of.tolist()
+    row_of = steering.row_map.row_of.tolist()
     assert len(found) == 7 * len(asked), "the doubled plan and the neutral one are not computed"
     replies = {}
     for (plan, i), row in zip(rows, row_of, strict=True):
@@ -131,7 +131,7 @@ def test_plans_at_several_sites_and_at_the_very_first(sites: tuple[str, ...], pr
     saes = [sae_at(site, seed) for seed, site in enumerate(sites)]
     plans = [plan for site in sites for plan in plans_at(site, 5.0)[:3]]
     steering = widened(lm, saes, plans, prompts)
-    row_of = steering.spread.row_of.view(len(prompts), len(plans))
+    row_of = steering.row_map.row_of.view(len(prompts), len(plans))
     for column, plan in enumerate(plans):
         with steer(lm, plan, saes):
             alone = next_token_logits(lm, prompts)
@@ -157,7 +157,7 @@ def test_a_row_whose_gate_stays_shut_is_the_baselines_row_and_has_its_own_score(
     receipts = steering.receipts()
     assert [r.gate_score for r in receipts if r and r.plan == "gated"] == pytest.approx(scores)
     for i, score in enumerate(scores):
-        baseline, own, ungated = steering.spread.row_of[3 * i : 3 * i + 3].tolist()
+        baseline, own, ungated = steering.row_map.row_of[3 * i : 3 * i + 3].tolist()
         fired = score > scores[1]
         assert receipts[3 * i + 1].gate_fired is fired
         assert (receipts[3 * i + 1].tokens_touched > 0) is fired
@@ -184,7 +184,7 @@ def test_rows_that_share_a_verdict_read_above_the_widening_all_have_it_in_their_
     receipts = steering.receipts()[2:]
     assert [r.gate_score for r in receipts if r] == pytest.approx(alone * 2)
     assert [r.gate_fired for r in receipts if r] == [True, True]
-    assert steering.spread.row_of[2] == steering.spread.row_of[3]
+    assert steering.row_map.row_of[2] == steering.row_map.row_of[3]
 
 
 def _scores(lm: LanguageModel, saes: list[Sae], plan: Plan, asked: list[list[int]]) -> list[float]:
