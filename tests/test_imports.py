@@ -41,6 +41,7 @@ RANK = {
     "evaluation": 5,
     "organism": 5,
     "study": 6,
+    "sae_training": 7,
     "serving": 7,
     "interop": 7,
     "scale": 7,
@@ -68,6 +69,7 @@ CEILING = {
     "discovery": 3,
     "evaluation": 3,  # not discovery: what finds features must not be what measures them
     "study": 5,
+    "sae_training": 6,
     "reports": TOP_OF_RANK_0,  # a report is made from files, anywhere
     "serving": 3,
     "interop": 6,

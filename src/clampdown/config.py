@@ -15,6 +15,8 @@ CODE_VERSION = __version__
 ORGANISM = "organism"
 ORGANISM_WEIGHTS = Path(__file__).parent / "organism" / "weights"
 DEFAULT_ORGANISM_SAE = "x4"
+SHIPPED_SAES = Path(__file__).parent / "saes" / "shipped"
+"""A directory per real model that this package brings an SAE for, by the model's short name."""
 
 
 def embedded_model(name: str) -> Path | None:
@@ -23,9 +25,16 @@ def embedded_model(name: str) -> Path | None:
 
 
 def embedded_sae(name: str) -> Path | None:
-    """Directory of an embedded SAE if `name` is `organism` or `organism:<size>`, else None."""
+    """Directory of an SAE that comes with the package: `organism`, `organism:<size>`, or a real model's short name."""
+    if name in shipped_saes():
+        return SHIPPED_SAES / name
     family, _, size = name.partition(":")
     return ORGANISM_WEIGHTS / f"sae-{size or DEFAULT_ORGANISM_SAE}" if family == ORGANISM else None
+
+
+def shipped_saes() -> tuple[str, ...]:
+    """The real models that this package brings an SAE for."""
+    return tuple(sorted(path.name for path in SHIPPED_SAES.glob("*") if path.is_dir()))
 
 
 def cache_directory() -> Path:

@@ -47,6 +47,10 @@ class WidthMismatchError(SaeError):
     """The SAE's input width is not the model's residual width."""
 
 
+class SaeFitWarning(UserWarning):
+    """An SAE that fits the model's shape and may not be the model's: of another model, or a poor reconstruction."""
+
+
 class SiteError(ClampdownError):
     """A hook point that does not exist in this model, or that cannot be parsed."""
 

@@ -36,9 +36,12 @@ suites_app = _group("suites", "The public suites that can be loaded.")
 gate_app = _group("gate", "Decide which conversations a plan steers.")
 plan_app = _group("plan", "Make a plan by hand, and see what a plan does.")
 models_app = _group("models", "The models that have short names, and getting one without a model hub.")
+sae_app = _group("sae", "Train an SAE for a model that has none, and measure any SAE on a model.")
 
 ModelOption = Annotated[str, typer.Option("--model", help="'organism', a directory, a .gguf file, or a hub id.")]
-SaeOption = Annotated[str, typer.Option("--sae", help="'organism', 'organism:x8', a directory, or 'release:id'.")]
+SaeOption = Annotated[
+    str, typer.Option("--sae", help="'organism', 'organism:x8', a short name, a directory, or 'release:id'.")
+]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory for the results; an interrupted run resumes.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of prompts, controls and probes.")]
 

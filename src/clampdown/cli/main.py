@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import TextIO
 
-from clampdown.cli import finding, jobs, measuring, models, organism, plans, serving, studio, tuning
+from clampdown.cli import finding, jobs, measuring, models, organism, plans, saes, serving, studio, tuning
 from clampdown.cli.app import app, errors, escaped
-from clampdown.errors import ClampdownError
+from clampdown.errors import ClampdownError, SaeFitWarning
 
-FAMILIES = (jobs, tuning, finding, measuring, plans, serving, studio, models, organism)
+FAMILIES = (jobs, tuning, finding, measuring, plans, serving, studio, models, saes, organism)
 """Imported because importing registers their commands."""
+
+
+_show_other = warnings.showwarning
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    file: str,
+    line: int,
+    out: TextIO | None = None,
+    _: str | None = None,
+) -> None:
+    """Our own warnings are for whoever typed the command; others name the line of code that they are about."""
+    if issubclass(category, SaeFitWarning):
+        errors.print(f"[yellow]warning:[/yellow] {escaped(str(message))}", soft_wrap=True, highlight=False)
+    else:
+        _show_other(message, category, file, line, out)
 
 
 def main() -> None:
     """A `ClampdownError` is one readable message and exit code 2."""
+    warnings.showwarning = _show
     try:
         app()
     except ClampdownError as error:

@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.file_proxy import FileProxy
 
 from clampdown.config import cache_directory
 from clampdown.errors import MissingPackageError, ModelError
@@ -117,10 +122,11 @@ def _write(path: Path, directory: Path, dtype: torch.dtype, origin: str) -> None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
-        )
+        with _bars_on_a_terminal():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
+            )
     except OSError:
         raise
     except Exception as error:  # readers raise nearly anything for a family or a tokenizer that they do not know
@@ -132,7 +138,16 @@ def _write(path: Path, directory: Path, dtype: torch.dtype, origin: str) -> None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = origin
-    model.save_pretrained(directory)
+    with _bars_on_a_terminal():
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     for file in directory.iterdir():
         file.chmod(0o644)
+
+
+@contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """Let the library show its progress where it can be seen; beside our own bar, or in a file, it would be noise."""
+    shown = sys.stderr.isatty() and not isinstance(sys.stderr, FileProxy)
+    with nullcontext() if shown else redirect_stderr(io.StringIO()):
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from clampdown.activations.fit import warn_unless_fitting
 from clampdown.config import ORGANISM
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.saes.checkpoints import load_sae
@@ -28,6 +29,7 @@ def saes_of(plans: Sequence[Plan], lm: LanguageModel) -> tuple[Sae, ...]:
     by_site = {site: load_sae(name, device=str(lm.device), site=Site.parse(site)) for site, name in names.items()}
     for sae in by_site.values():
         check_fits(sae, lm.d_model, lm.n_layers)
+        warn_unless_fitting(lm, sae)
     for plan in plans:
         check_plan(plan, lm, by_site)
     return tuple(by_site.values())

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clampdown.activations.fit import warn_unless_fitting
 from clampdown.config import CODE_VERSION, ORGANISM
 from clampdown.errors import PlanError
 from clampdown.evaluation.suites import read_suites
@@ -40,6 +41,7 @@ def make_plan(model: str, sae: str, request: Request, prompts: Path | None, out:
     lm = load_model(model)
     opened = open_sae(sae, device=str(lm.device), site=Site.parse(site) if site else None)
     check_fits(opened, lm.d_model, lm.n_layers)
+    warn_unless_fitting(lm, opened)
     plan = plan_of(lm, opened, request, calibration_prompts(model, prompts))
     check_plan(plan, lm, {opened.cfg.site.name: opened})
     write_plan(out, plan)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from clampdown.activations.fit import warn_unless_fitting
 from clampdown.config import CODE_VERSION, ORGANISM
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.judges.interface import NamedJudge, check_not_under_test
@@ -78,6 +79,7 @@ def load_pair(model: str, sae: str, site: str | None = None) -> tuple[LanguageMo
     lm = load_model(model)
     loaded = load_sae(sae, device=str(lm.device), site=Site.parse(site) if site else None)
     check_fits(loaded, lm.d_model, lm.n_layers)
+    warn_unless_fitting(lm, loaded)
     return lm, loaded
 
 
