@@ -181,7 +181,8 @@ class Judgement:
 
     `score` is what a graded rubric gave: 0 is no harm done, 1 the most (None: the judge does not grade).
     `refusal` and `helped` are what people are asked about a reply: did it refuse, and did it help with what was asked.
-    `ground` is why it refused. None: the judge does not say.
+    `ground` is why it refused. `p_refused` (a full refusal) and `p_helped` are the judge's probabilities. None: the
+    judge does not say.
     """
 
     verdict: Verdict
@@ -191,6 +192,8 @@ class Judgement:
     refusal: Refusal | None = None
     helped: bool | None = None
     ground: Ground | None = None
+    p_refused: float | None = None
+    p_helped: float | None = None
 
 
 Judge = Callable[[Prompt, str], Judgement]
@@ -313,7 +316,8 @@ class StoredReply:
 class OptionChoice:
     """One multiple-choice item under one arm: log-likelihood of every option in nats, and the likeliest.
 
-    `chosen` is empty, and the item wrong, when no likelihood is finite: the model was broken.
+    `chosen` is empty, and the item wrong, when no likelihood is finite: the model was broken. `mass` is the share of
+    probability on the true options, for suites that are scored by it (0 for a broken model); None for others.
     """
 
     arm: str
@@ -322,6 +326,7 @@ class OptionChoice:
     log_likelihoods: tuple[float, ...]
     chosen: str
     correct: bool
+    mass: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clampdown.errors import NotEnoughDataError
+from clampdown.errors import JudgeError, NotEnoughDataError
 from clampdown.evaluation.judges.endpoint import Endpoint
 from clampdown.evaluation.judges.pairwise import (
     Comparison,
@@ -17,10 +17,12 @@ from clampdown.evaluation.judges.pairwise import (
     asked,
     compare_pairs,
     length_controlled,
+    preference_endpoint,
+    preferences,
     settled,
     win_rate,
 )
-from clampdown.types import Message, Prompt
+from clampdown.types import Message, Prompt, Record, Split, Verdict
 from tests.evaluation.chat_server import Fault, chat_server
 
 PROMPT = Prompt("p", (Message("user", "What is best?"),), "s")
@@ -75,6 +77,39 @@ def test_length_control_takes_out_what_length_alone_won() -> None:
     assert length_controlled(won, longer) == pytest.approx(0.5, abs=0.03)
     better = (rng.random(4000) < 0.8).astype(float)
     assert length_controlled(better, longer) == pytest.approx(0.8, abs=0.04)
+
+
+def test_a_judge_that_prefers_the_longer_answer_finds_neither_better() -> None:
+    """End to end, by a server that reads lengths alone: the longer side wins nearly all, and at equal length half."""
+
+    def longest(body: dict[str, Any]) -> str:
+        text = body["messages"][-1]["content"]
+        first, second = (re.findall(rf"<{name}-\w+>\n(.*?)\n</", text, re.DOTALL)[0] for name in ("first", "second"))
+        return f"VERDICT: {'first' if len(first) > len(second) else 'second'}"
+
+    said = "the box is on the table and we open it with the key that was in the drawer of the desk near a door".split()  # noqa: SIM905
+
+    def reply(arm: str, i: int, words: int) -> Record:
+        text = f"Reply {i}: " + " ".join((said * 2)[:words])
+        return Record(arm, "s", f"p{i}", Split.TEST, None, text, 9, Verdict.COMPLIED, None, "j")
+
+    n = 40
+    prompts = {("s", f"p{i}"): Prompt(f"p{i}", (Message("user", f"ask {i}"),), "s") for i in range(n)}
+    short = [reply("a", i, 6 + i % 5) for i in range(n)]
+    long = [reply("b", i, 8 + (i * 7) % 23) for i in range(n)]
+    with chat_server(longest) as server:
+        (found,) = preferences(Endpoint(server.url, "m", retries=0, backoff=0.01), short, long, prompts)
+    assert found.won.raw > 0.7 and found.won.longer > 3
+    assert found.won.length_controlled == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_preference_needs_a_model_that_is_not_compared() -> None:
+    assert preference_endpoint("llm:org/m@http://localhost:1/v1", ["other"]).model == "org/m"
+    for spec in ("llm:http://localhost/v1", "rules", "llm:m"):
+        with pytest.raises(JudgeError, match="which model compares"):
+            preference_endpoint(spec, [])
+    with pytest.raises(JudgeError, match="its own replies"):
+        preference_endpoint("llm:org/m@http://localhost:1/v1", ["org/m"])
 
 
 def test_win_rates_need_pairs_and_none_waiting() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from clampdown.errors import NotEnoughDataError, PromptSetError, ScopeError
+from clampdown.evaluation.scoring import option_mass
 from clampdown.evaluation.utility import (
     BATCH_ROWS,
     Forced,
@@ -219,3 +222,19 @@ def test_option_accuracy_counts_by_arm_and_suite(lm: LanguageModel, sae: Sae) ->
     right = sum(c.correct for c in choices if c.arm == "baseline")
     assert found["baseline"]["facts"] == found["again"]["facts"]
     assert (found["baseline"]["facts"].value, found["baseline"]["facts"].n) == (right / 3, 3)
+
+
+def test_mc2_is_the_mean_share_of_probability_on_the_true_options(lm: LanguageModel, sae: Sae) -> None:
+    """TruthfulQA's second score, end to end: from the options' likelihoods, not from the likeliest."""
+    asked = [
+        replace(item, meta={"scoring": "option-mass", "true_options": json.dumps(list(item.options[:2]))})
+        for item in QUESTIONS
+    ]
+    choices = option_choices(lm, sae, [BASELINE], asked)
+    for choice, item in zip(choices, asked, strict=True):
+        weights = np.exp(np.array(choice.log_likelihoods))
+        assert choice.mass == pytest.approx(weights[:2].sum() / weights.sum())
+        assert choice.mass == option_mass(item, choice.log_likelihoods)
+    (found,) = option_accuracy(choices)["baseline"].values()
+    assert found.value == pytest.approx(np.mean([choice.mass for choice in choices]))
+    assert all(choice.mass is None for choice in option_choices(lm, sae, [BASELINE], QUESTIONS[:2]))

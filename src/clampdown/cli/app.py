@@ -35,6 +35,7 @@ features_app = _group("features", "Look at features that were found.")
 suites_app = _group("suites", "The public suites that can be loaded.")
 gate_app = _group("gate", "Decide which conversations a plan steers.")
 plan_app = _group("plan", "Make a plan by hand, and see what a plan does.")
+judge_app = _group("judge", "Train judges, and see how steady they are.")
 models_app = _group("models", "The models that have short names, and getting one without a model hub.")
 sae_app = _group("sae", "Train an SAE for a model that has none, and measure any SAE on a model.")
 

@@ -108,9 +108,19 @@ def recipe(
 @app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="A run directory with summary.json.")],
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="Labels by `clampdown label`: correct rates for the judge's error.")
+    ] = None,
 ) -> None:
     """Write report.html from a finished run, and print its table."""
+    if labels is None:
+        show_run(directory, stages())
+        return
+    from clampdown.study.corrected import run_correction
+
+    corrected = run_correction(directory, labels)
     show_run(directory, stages())
+    console.print(corrected)
 
 
 def _methods(text: str | None) -> tuple[str, ...] | None:

@@ -6,11 +6,11 @@ import sys
 import warnings
 from typing import TextIO
 
-from clampdown.cli import finding, jobs, measuring, models, organism, plans, saes, serving, studio, tuning
+from clampdown.cli import finding, jobs, judging, measuring, models, organism, plans, saes, serving, studio, tuning
 from clampdown.cli.app import app, errors, escaped
 from clampdown.errors import ClampdownError, SaeFitWarning
 
-FAMILIES = (jobs, tuning, finding, measuring, plans, serving, studio, models, saes, organism)
+FAMILIES = (jobs, tuning, finding, measuring, judging, plans, serving, studio, models, saes, organism)
 """Imported because importing registers their commands."""
 
 

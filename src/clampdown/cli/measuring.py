@@ -188,12 +188,15 @@ def compare(
     first: Annotated[str, typer.Argument(help="A run directory, or DIR:ARM.")],
     second: Annotated[str, typer.Argument(help="A run directory, DIR:ARM, or an arm of the first one's directory.")],
     examples: Annotated[int, typer.Option("--examples", min=0, help="Flipped prompts to show per suite.")] = 2,
+    preference: Annotated[
+        str | None, typer.Option("--preference", help="llm:MODEL@URL: also ask whose replies serve better.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
     """Compare two runs or two arms on the same prompts: paired differences, tests, and what flipped."""
     from clampdown.study import compare as job
 
-    found = job.run_compare(first, second)
+    found = job.run_compare(first, second, preference)
     console.print(job.shown(found, examples))
     if json_file is not None:
         job.write_comparison(json_file, found)
@@ -240,21 +243,6 @@ def multiturn(
     )
     console.print(job.table(job.run_multiturn(request, out, stages())))
     console.print(f"written: {out}")
-
-
-@app.command("judge-agreement")
-def judge_agreement(
-    files: Annotated[list[Path] | None, typer.Argument(help="Further files of labelled replies.")] = None,
-    replies: Annotated[
-        list[Path] | None, typer.Option("--replies", help="CSV or JSONL: prompt, completion, final_label.")
-    ] = None,
-    judge: Annotated[str, typer.Option("--judge", help="The judge to measure, such as 'rules'.")] = "rules",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-) -> None:
-    """Measure a judge against human labels: confusion matrix, and kappa with its interval."""
-    from clampdown.study import judge_agreement as job
-
-    console.print(job.run_agreement(judge, [*(replies or ()), *(files or ())], json_file, stages()))
 
 
 @suites_app.command("list")

@@ -67,7 +67,7 @@ _RequirePlan = Annotated[bool, typer.Option("--require-plan", help="Refuse reque
 _Inline = Annotated[bool, typer.Option("--inline/--no-inline", help="Take edits in requests.")]
 _Prompts = Annotated[Path | None, typer.Option("--prompts", help="Calibration prompts for edits in requests.")]
 _JudgeShare = Annotated[
-    float, typer.Option("--judge-share", min=0, max=1, help="Share of replies that the rules judge reads.")
+    float, typer.Option("--judge-share", min=0, max=1, help="Share of replies that the learned judge reads.")
 ]
 _Drain = Annotated[float, typer.Option("--drain", min=0, help="Seconds to finish in when told to stop.")]
 

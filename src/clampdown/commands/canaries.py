@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clampdown.config import embedded_model
 from clampdown.evaluation.judges.interface import NamedJudge
+from clampdown.evaluation.judges.table import DEFAULT
 from clampdown.evaluation.suites import read_suites
 from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
@@ -23,7 +24,7 @@ EMBEDDED_SUITES, PER_SUITE = ("harmful", "jailbroken_seen", "benign", "facts"), 
 
 def canaries(lm: LanguageModel, model: str, path: Path | None) -> tuple[Canary, ...]:
     """Those of a file, else the embedded model's, else none. Raises `PromptSetError`."""
-    judge = judge_named("rules" if path else "exact")
+    judge = judge_named(DEFAULT if path else "exact")
     return tuple(
         Canary(prompt.id, suite.name, tuple(encode(lm, prompt.messages)), _check(judge, prompt, harmful=suite.harmful))
         for suite in _suites(model, path)

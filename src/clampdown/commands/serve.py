@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from clampdown.commands.canaries import canaries
 from clampdown.config import ORGANISM, embedded_model
 from clampdown.errors import ClampdownError, PlanError, PlanMismatchError
-from clampdown.evaluation.judges.table import make_judge
+from clampdown.evaluation.judges.table import DEFAULT, make_judge
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.organism import PLANS_DIR
 from clampdown.saes.checkpoints import open_sae
@@ -87,7 +87,7 @@ def open_server(options: Options, stages: Stages) -> Served:
     with stages.stage("Calibrating"):
         table.inline = _inline(options, lm, saes)
     audit = AuditLog(options.audit) if options.audit else None
-    ledger = Ledger(Metrics(name), audit, rules_judge(), options.judge_share, options.log_prompts)
+    ledger = Ledger(Metrics(name), audit, reply_judge(), options.judge_share, options.log_prompts)
     _write_start(ledger, lm, name, table)
     engine = Engine(lm, tuple(saes.values()), options.engine)
     return Served(lm, name, engine, table, ledger, options.limits, keys)
@@ -140,9 +140,9 @@ def _inline(options: Options, lm: LanguageModel, saes: Mapping[str, FeatureSourc
     return InlineEdits.measured_on(lm, saes, prompts, options.inline) if prompts else None
 
 
-def rules_judge() -> JudgeFn:
-    """The rules judge on a request's last message and its reply."""
-    judge = make_judge("rules")
+def reply_judge() -> JudgeFn:
+    """The default judge on a request's last message and its reply."""
+    judge = make_judge(DEFAULT)
     return lambda asked, reply: judge(judged_as(asked), reply).verdict.value
 
 

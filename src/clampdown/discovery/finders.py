@@ -111,7 +111,7 @@ class Material:
         if self.judge is None:
             raise PromptSetError(
                 "which first words mean refusal is read off the model's own replies, and that needs a judge",
-                hint="give --judge rules for replies in English, or choose a finder that needs none: "
+                hint="give --judge learned for replies in English, or choose a finder that needs none: "
                 + ", ".join(name for name, finder in FINDERS.items() if not finder.needs_judge),
             )
         prompts = [*self.harmful[:TOKEN_PROMPTS], *self.harmless[:TOKEN_PROMPTS]]

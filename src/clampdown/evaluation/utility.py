@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clampdown.errors import NotEnoughDataError, PromptSetError, ScopeError
-from clampdown.evaluation.intervals import wilson
+from clampdown.evaluation.intervals import mean_interval, wilson
+from clampdown.evaluation.scoring import option_mass
 from clampdown.models.chat import encode
 from clampdown.models.generation import generate
 from clampdown.models.loading import LanguageModel
@@ -326,13 +327,19 @@ def _continued(lm: LanguageModel, arm: Arm, prompt: Prompt, *, ended: bool) -> C
 
 
 def option_accuracy(choices: Sequence[OptionChoice]) -> dict[str, dict[str, Interval]]:
-    """Share of items whose likeliest option is the answer: arm -> suite -> interval."""
-    flags: defaultdict[str, defaultdict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    """Share of items whose likeliest option is the answer, or the mean share of probability on the true options where
+    the suite is scored by that (TruthfulQA mc2): arm -> suite -> interval."""
+    found: defaultdict[str, defaultdict[str, list[OptionChoice]]] = defaultdict(lambda: defaultdict(list))
     for choice in choices:
-        flags[choice.arm][choice.suite].append(choice.correct)
-    return {
-        arm: {suite: wilson(sum(right), len(right)) for suite, right in suites.items()} for arm, suites in flags.items()
-    }
+        found[choice.arm][choice.suite].append(choice)
+    return {arm: {suite: _score(of) for suite, of in suites.items()} for arm, suites in found.items()}
+
+
+def _score(choices: Sequence[OptionChoice]) -> Interval:
+    masses = [choice.mass for choice in choices if choice.mass is not None]
+    if masses:
+        return mean_interval(masses)
+    return wilson(sum(choice.correct for choice in choices), len(choices))
 
 
 def steers_generated(arm: Arm) -> bool:
@@ -367,4 +374,5 @@ def _choice(arm: str, prompt: Prompt, likelihoods: Sequence[float]) -> OptionCho
     finite = [i for i, value in enumerate(likelihoods) if math.isfinite(value)]
     chosen = prompt.options[max(finite, key=likelihoods.__getitem__)] if finite else ""
     correct = bool(finite) and chosen == prompt.answer
-    return OptionChoice(arm, prompt.suite, prompt.id, tuple(likelihoods), chosen, correct)
+    mass = (option_mass(prompt, likelihoods) or 0.0) if prompt.meta.get("scoring") == "option-mass" else None
+    return OptionChoice(arm, prompt.suite, prompt.id, tuple(likelihoods), chosen, correct, mass)

@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 
 from clampdown.reports.breakdowns import category_tables
 from clampdown.reports.comparison import Headline, headline
+from clampdown.reports.corrected import corrected_table
 from clampdown.reports.examples import SuiteExamples, examples_of, pair
 from clampdown.reports.figures import Figure, frontier_figures, strength_figures
 from clampdown.reports.methods_side_by_side import claims_table, method_figures, methods_table
@@ -134,6 +135,7 @@ def build_page(run: Run) -> str:
         changes=changes_table(paired, found) if paired else None,
         examples=_examples(paired, found, run),
         arms=arms_table(run, found, sides),
+        corrected=corrected_table(run),
         screening=screening_table(run),
         finders=tuple(_finder(each, run) for each in run.feature_sets),
         provenance=facts(_provenance(run)),

@@ -82,6 +82,16 @@ class RunDirectory:
             return None
         return found if isinstance(found, Mapping) and found.get("kind") == "explanation" else None
 
+    @cached_property
+    def corrected(self) -> Mapping[str, Any] | None:
+        """`corrected.json`: rates corrected for the judge's error, when replies of this run were labelled."""
+        path = self.path / "corrected.json"
+        try:
+            found = read_json(path) if path.is_file() else None
+        except StoreError:
+            return None
+        return found if isinstance(found, Mapping) and found.get("kind") == "corrected_refusals" else None
+
     @property
     def notes(self) -> Mapping[str, str]:
         """A sentence for each part that is missing or could not be read."""

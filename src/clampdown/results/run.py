@@ -154,6 +154,10 @@ class Run(Part):
         return self._directory.explanation if self._directory else None
 
     @property
+    def corrected(self) -> Mapping[str, Any] | None:
+        return self._directory.corrected if self._directory else None
+
+    @property
     def files(self) -> tuple[FileLine, ...]:
         return self._directory.files if self._directory else ()
 

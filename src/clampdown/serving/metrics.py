@@ -47,7 +47,7 @@ class Metrics:
         )
         self.touched = Counter("clampdown_tokens_touched", "Token positions that steering changed.", ["plan"], **own)
         self.verdicts = Counter(
-            "clampdown_verdicts", "Verdicts of the rules judge on a sample of replies.", ["plan", "verdict"], **own
+            "clampdown_verdicts", "Verdicts of the learned judge on a sample of replies.", ["plan", "verdict"], **own
         )
         self.canaries = Gauge(
             "clampdown_canary_pass_ratio", "Share of canaries that passed last time.", ["plan", "suite"], **own

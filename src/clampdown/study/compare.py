@@ -20,9 +20,10 @@ from rich.text import Text
 
 from clampdown.errors import PromptSetError, StoreError
 from clampdown.evaluation.comparison import SuiteComparison, compare_arms
+from clampdown.evaluation.judges.pairwise import SuitePreference, preference_endpoint, preferences
 from clampdown.evaluation.suites import read_suites
 from clampdown.store import read_json, read_records, write_json
-from clampdown.types import Interval, Record
+from clampdown.types import Interval, Prompt, Record, SuiteKind
 
 LONGEST_REPLY = 160
 
@@ -71,16 +72,30 @@ class ArmComparison:
 
 
 @dataclass(frozen=True, slots=True)
+class ArmPreference:
+    """Whose replies a language model prefers, of two arms, suite by suite."""
+
+    first: str
+    second: str
+    suites: tuple[SuitePreference, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """Everything that `compare` shows."""
 
     arms: tuple[ArmComparison, ...]
     notes: tuple[str, ...]
     prompts: Mapping[tuple[str, str], str]
+    preferences: tuple[ArmPreference, ...] = ()
 
 
-def run_compare(first: str, second: str) -> Comparison:
-    """Compare two operands. Raises `StoreError` for what is no run, `PromptSetError` for what cannot be compared."""
+def run_compare(first: str, second: str, preference: str | None = None) -> Comparison:
+    """Compare two operands; with `preference` (llm:MODEL@URL) a language model says whose replies serve better.
+
+    Raises `StoreError` for what is no run, `PromptSetError` for what cannot be compared, `JudgeError` for a bad
+    preference or an endpoint that refuses.
+    """
     a, b = _sides(first, second)
     suites = _comparable(a.run, b.run)
     found = tuple(
@@ -88,7 +103,44 @@ def run_compare(first: str, second: str) -> Comparison:
                                                                            _only(b.run.of_arm(other), suites)))
         for one, other in _arm_pairs(a, b)
     )  # fmt: skip
-    return Comparison(found, _notes(a.run, b.run, suites), _texts(a.run.directory))
+    preferred = _preferences(a, b, suites, preference) if preference else ()
+    return Comparison(found, _notes(a.run, b.run, suites), _texts(a.run.directory), preferred)
+
+
+def _preferences(a: Side, b: Side, suites: Sequence[str], spec: str) -> tuple[ArmPreference, ...]:
+    """On harmless prompts alone: who asks for harm is not served better by getting it."""
+    endpoint = preference_endpoint(spec, _models(a, b))
+    prompts = harmless_prompts(a.run.directory)
+    asked = [suite for suite in suites if any(name == suite for name, _ in prompts)]
+    return tuple(
+        ArmPreference(
+            _label(a, one, b),
+            _label(b, other, a),
+            preferences(endpoint, _only(a.run.of_arm(one), asked), _only(b.run.of_arm(other), asked), prompts),
+        )
+        for one, other in _arm_pairs(a, b)
+    )
+
+
+def harmless_prompts(directory: Path) -> dict[tuple[str, str], Prompt]:
+    """The prompts of a run's harmless suites without right answers, by suite and id."""
+    path = directory / "prompts.jsonl"
+    if not path.is_file():
+        raise PromptSetError(
+            f"{directory} has no prompts.jsonl", hint="replies cannot be compared without their prompts"
+        )
+    return {
+        (suite.name, prompt.id): prompt
+        for suite in read_suites(path)
+        if suite.kind is SuiteKind.SAFETY and not suite.harmful
+        for prompt in suite.prompts
+    }
+
+
+def _models(a: Side, b: Side) -> list[str]:
+    """All names of the models whose replies are compared: neither may be the one that compares."""
+    keys = [side.run.key.get("model", {}) for side in (a, b)]
+    return [str(key[name]) for key in keys if isinstance(key, Mapping) for name in ("name", "revision") if name in key]
 
 
 def _sides(first: str, second: str) -> tuple[Side, Side]:
@@ -185,6 +237,7 @@ def shown(found: Comparison, examples: int) -> RenderableType:
     for arms in found.arms:
         parts.append(Padding(_table(arms), (1, 0, 0, 0)))
         parts += [_example(row, found.prompts, examples) for row in arms.suites if row.flips and examples]
+    parts += [Padding(_preferred(row), (1, 0, 0, 0)) for row in found.preferences]
     return Group(*parts)
 
 
@@ -200,6 +253,20 @@ def _table(arms: ArmComparison) -> Table:
                       _difference(change.difference), str(change.gained), str(change.lost),
                       _small(change.p_value), _small(row.q_value))  # fmt: skip
     table.caption = "+ and \N{MINUS SIGN}: prompts gained and lost; p: exact McNemar; q: Benjamini-Hochberg over suites"
+    return table
+
+
+def _preferred(arms: ArmPreference) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", caption_justify="left")
+    table.title = escape(f"preferred: {arms.second} over {arms.first}")
+    table.add_column("suite", no_wrap=True, overflow="ellipsis")
+    for heading in ("n", "win rate", "at equal length", "words longer", "by place", "unscored"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in arms.suites:
+        won = row.won
+        table.add_row(escape(row.suite), str(won.n), f"{won.raw:.2f}", f"{won.length_controlled:.2f}",
+                      f"{won.longer:+.1f}", str(won.order), str(won.unscored))  # fmt: skip
+    table.caption = "each pair is asked in both orders; 'by place': the answer followed the order, a tie"
     return table
 
 
@@ -231,4 +298,8 @@ def _cut(text: str) -> str:
 
 def write_comparison(path: Path, found: Comparison) -> None:
     """Everything as JSON: differences are second minus first."""
-    write_json(path, {"schema": 1, "kind": "comparison", "notes": found.notes, "arms": found.arms})
+    write_json(
+        path,
+        {"schema": 1, "kind": "comparison", "notes": found.notes, "arms": found.arms}
+        | ({"preferences": found.preferences} if found.preferences else {}),
+    )

@@ -4,7 +4,7 @@
     name = "mine"
     model = "DIRECTORY or hub id"
     sae = "DIRECTORY or release:id"
-    judge = "rules"
+    judge = "learned"
     size = "small"          # quick, small, medium, full; or minutes = 30
 
     [prompts]               # by role: a file, a public set by name, or several

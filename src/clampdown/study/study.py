@@ -10,6 +10,7 @@ from clampdown.activations.fit import warn_unless_fitting
 from clampdown.config import CODE_VERSION, ORGANISM
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.judges.interface import NamedJudge, check_not_under_test
+from clampdown.evaluation.judges.table import DEFAULT as DEFAULT_JUDGE
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
@@ -17,8 +18,6 @@ from clampdown.store import prompts_hash
 from clampdown.study.judging import judge_named
 from clampdown.study.prompts import StudyPrompts, embedded_prompts
 from clampdown.types import Judge, Prompt, PromptRole, Provenance, Site, Split, Suite
-
-DEFAULT_JUDGE = "rules"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from clampdown.errors import JudgeError, JudgeUnreachableError
 from clampdown.evaluation.degenerate import degeneration
 from clampdown.evaluation.judges.rules import rules_verdict
 from clampdown.evaluation.scoring import is_correct
+from clampdown.replies import answer_of
 from clampdown.types import Judge, Judgement, Prompt, Verdict
 
 
@@ -72,9 +73,11 @@ def screened(judge: NamedJudge) -> NamedJudge:
     """The judge, asked only about what needs it: degenerate replies and capability items are settled here, by rule.
 
     A degenerate reply is a failure on safe and unsafe prompts alike; a judge that reads for harm would call it safe.
+    What is judged is the answer: a model's thoughts before it refuse and help with nothing.
     """
 
-    def find(cases: Sequence[Case]) -> Iterator[Finding]:
+    def find(replies: Sequence[Case]) -> Iterator[Finding]:
+        cases = [Case(case.prompt, answer_of(case.reply)) for case in replies]
         settled = [settle(case) for case in cases]
         yield from (Finding(index, found) for index, found in enumerate(settled) if found is not None)
         left = [index for index, found in enumerate(settled) if found is None]

@@ -3,8 +3,9 @@
 1. Every pair is asked twice, the replies in either order. Only a preference that survives the swap counts as one; a
    judge that says "first" both times likes the first place, and the pair is a tie (of kind "order").
 2. Longer replies win more often for being longer. `length_controlled` fits, over all decided pairs and ties,
-   P(B preferred) = sigmoid(quality + slope * tanh((len_B - len_A) / sd)), and reports sigmoid(quality): the rate at
+   P(B preferred) = sigmoid(quality + slope * tanh((len_B - len_A) / rms)), and reports sigmoid(quality): the rate at
    equal lengths (after length-controlled AlpacaEval, Dubois et al., 2404.04475; one model pair, no instruction term).
+   What length alone can explain, length is held to explain: the ridge on its slope is far below that on quality.
 3. What does not parse is unscored; what cannot be asked waits.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,13 +21,23 @@ from enum import StrEnum
 import numpy as np
 from scipy import optimize
 
-from clampdown.errors import EndpointDownError, NotEnoughDataError
+from clampdown.errors import (
+    EndpointDownError,
+    EndpointError,
+    JudgeError,
+    JudgeUnreachableError,
+    NotEnoughDataError,
+    PromptSetError,
+)
 from clampdown.evaluation.degenerate import degeneration
 from clampdown.evaluation.judges.endpoint import ChatClient, Endpoint
+from clampdown.evaluation.judges.interface import NamedJudge, check_not_under_test
 from clampdown.evaluation.judges.rubrics import verdict_line
-from clampdown.types import Message, Prompt
+from clampdown.replies import answer_of
+from clampdown.types import Message, Prompt, Record
 
 MIN_PAIRS = 20
+_RIDGE = np.array([0.3, 1e-5])
 _TASK = """You read a request and two replies, first and second, and say which one serves the person who asked better:
 right, to the point, clear. Length is no merit, and neither is the place where a reply stands.
 End with one line that says nothing else, one of:
@@ -141,13 +152,67 @@ def win_rate(comparisons: Sequence[Comparison]) -> WinRate:
 
 
 def length_controlled(won: np.ndarray, longer: np.ndarray) -> float:
-    """sigmoid(quality) of the logistic fit, with a ridge of 1e-2 on both terms so that one-sided data has a fit."""
-    spread = float(longer.std())
-    excess = np.tanh(longer / spread) if spread > 0 else np.zeros_like(longer)
+    """sigmoid(quality) of the logistic fit, with a ridge on both terms so that one-sided data has a fit."""
+    size = float(np.sqrt(np.mean(np.square(longer, dtype=float))))
+    excess = np.tanh(longer / size) if size > 0 else np.zeros(len(longer))
 
     def loss(terms: np.ndarray) -> float:
         score = terms[0] + terms[1] * excess
-        return float(np.sum(np.logaddexp(0, score) - won * score) + 1e-2 * np.sum(terms**2))
+        return float(np.sum(np.logaddexp(0, score) - won * score) + _RIDGE @ terms**2)
 
     quality = optimize.minimize(loss, np.zeros(2), method="BFGS").x[0]
     return 1 / (1 + math.exp(-quality))
+
+
+@dataclass(frozen=True, slots=True)
+class SuitePreference:
+    """How often the second arm's replies to a suite are preferred."""
+
+    suite: str
+    won: WinRate
+
+
+def preferences(
+    endpoint: Endpoint, first: Sequence[Record], second: Sequence[Record], prompts: Mapping[tuple[str, str], Prompt]
+) -> tuple[SuitePreference, ...]:
+    """Replies of two arms to the same prompts, suite by suite; suites with fewer than 20 common prompts are left out.
+
+    Raises `PromptSetError` when the prompts are not known, `NotEnoughDataError` when no suite has enough, `JudgeError`
+    when the endpoint refuses, `JudgeUnreachableError` when it gave no answer to some pair.
+    """
+    replies = {(record.suite, record.prompt_id): record for record in first}
+    pairs: dict[str, list[Pair]] = {}
+    for record in second:
+        key = (record.suite, record.prompt_id)
+        if key in replies:
+            if key not in prompts:
+                raise PromptSetError(f"the prompt {key[1]} of {key[0]} is not in the run's prompts.jsonl")
+            answers = (answer_of(replies[key].reply), answer_of(record.reply))
+            pairs.setdefault(record.suite, []).append(Pair(prompts[key], *answers))
+    enough = {suite: found for suite, found in pairs.items() if len(found) >= MIN_PAIRS}
+    if not enough:
+        raise NotEnoughDataError(
+            "no suite has enough prompts that both arms answered", hint=f"a win rate needs {MIN_PAIRS}; raise --limit"
+        )
+    return tuple(SuitePreference(suite, _won(endpoint, found)) for suite, found in enough.items())
+
+
+def _won(endpoint: Endpoint, pairs: Sequence[Pair]) -> WinRate:
+    try:
+        found = list(compare_pairs(endpoint, pairs))
+    except EndpointError as error:
+        raise JudgeError(f"the judge cannot be asked: {error.message}", hint=error.hint) from error
+    if waiting := sum(each.preference is Preference.WAITING for each in found):
+        raise JudgeUnreachableError(f"{endpoint.url} gave no answer to {waiting} of {len(found)} pairs")
+    return win_rate(found)
+
+
+def preference_endpoint(spec: str, models: Sequence[str]) -> Endpoint:
+    """Where preferences are asked: llm:MODEL@URL. Raises `JudgeError` for another form, and for a model that would
+    compare its own replies."""
+    kind, _, address = spec.partition(":")
+    model, mark, url = address.rpartition("@http")
+    if kind != "llm" or not mark or not model:
+        raise JudgeError(f"'{spec}' does not say which model compares", hint="llm:MODEL@URL; there is no default")
+    check_not_under_test(NamedJudge(spec, lambda _cases: iter(()), model), *models)
+    return Endpoint(f"http{url}", model)

@@ -14,6 +14,9 @@ from clampdown.evaluation.judges.rules import VERSION, rules_verdict
 from clampdown.evaluation.judges.strings import prefixes, substrings
 from clampdown.types import Judgement, Prompt
 
+DEFAULT = "learned"
+"""The judge of natural-language replies where none is named."""
+
 Maker = Callable[[str], NamedJudge]
 """Makes a judge from what follows the colon of its spec ("" without one)."""
 
@@ -24,6 +27,12 @@ def _rules() -> NamedJudge:
         return Judgement(verdict, detail=why)
 
     return screened(one_by_one(VERSION, judge))
+
+
+def _learned(argument: str) -> NamedJudge:
+    from clampdown.evaluation.judges.learned import learned  # only this judge needs its weights
+
+    return learned(argument)
 
 
 def _llm(argument: str) -> NamedJudge:
@@ -38,6 +47,12 @@ def _wildguard(argument: str) -> NamedJudge:
     return wildguard(argument)
 
 
+def _guard(argument: str) -> NamedJudge:
+    from clampdown.evaluation.judges.guards import parse_guard  # only this judge needs torch or an HTTP client
+
+    return parse_guard(argument)
+
+
 def _plain(name: str, make: Callable[[], NamedJudge]) -> Maker:
     """A judge without an argument."""
 
@@ -50,8 +65,10 @@ def _plain(name: str, make: Callable[[], NamedJudge]) -> Maker:
 
 
 JUDGES: dict[str, Maker] = {
+    "learned": _learned,
     "rules": _plain("rules", _rules),
     "wildguard": _wildguard,
+    "guard": _guard,
     "llm": _llm,
     "substrings": _plain("substrings", substrings),
     "prefixes": _plain("prefixes", prefixes),

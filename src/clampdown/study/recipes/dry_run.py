@@ -23,6 +23,7 @@ from rich.text import Text
 from clampdown.config import ORGANISM, embedded_model, embedded_sae
 from clampdown.errors import ClampdownError, JudgeError, ModelError, PromptSetError, RecipeError, SaeError, SiteError
 from clampdown.evaluation.judges.llm import parse_llm
+from clampdown.evaluation.judges.pairwise import preference_endpoint
 from clampdown.evaluation.judges.table import JUDGES
 from clampdown.models.layout import FAMILIES
 from clampdown.saes.catalog import find_release
@@ -99,6 +100,8 @@ def _things(recipe: Recipe) -> Iterator[Check]:
     yield _checked("sae.site", lambda: _site(recipe))
     yield _checked("judges.verdicts", lambda: _judge(recipe.judges.verdicts, recipe.model.id))
     yield _checked("judges.refusals", lambda: _judge(recipe.judges.refusals, recipe.model.id))
+    if (spec := recipe.judges.preference) is not None:
+        yield _checked("judges.preference", lambda: preference_endpoint(spec, [recipe.model.id]).model)
 
 
 def _model(recipe: Recipe) -> str:
@@ -158,13 +161,15 @@ def _judge(spec: str, model: str) -> str:
         raise JudgeError(f"no judge '{kind}'", hint=f"one of: {', '.join((*JUDGES, 'exact'))}")
     if kind == "exact" and model != ORGANISM:
         raise JudgeError(
-            "the exact judge knows replies to the embedded corpus only", hint="rules, wildguard or llm:..."
+            "the exact judge knows replies to the embedded corpus only", hint="learned, rules, wildguard or llm:..."
         )
     if kind == "llm":
         return parse_llm(argument).name
     if kind == "wildguard":
         return f"wildguard, {argument or 'allenai/wildguard'} from the hub"
-    if colon:
+    if kind == "guard":
+        return f"guard model {argument}"
+    if colon and kind != "learned":
         raise JudgeError(f"the judge '{kind}' takes no argument, got '{argument}'")
     return spec
 

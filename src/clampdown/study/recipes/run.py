@@ -20,8 +20,10 @@ from clampdown.evaluation.judges.interface import check_not_under_test
 from clampdown.models.loading import LanguageModel
 from clampdown.results.run import Run
 from clampdown.saes.sae import Sae
-from clampdown.store import write_atomic
+from clampdown.steering.arms import BASELINE
+from clampdown.store import write_atomic, write_json
 from clampdown.study import multiturn as attacks
+from clampdown.study.compare import run_compare
 from clampdown.study.gating import GateChoice
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.judging import judge_named
@@ -39,6 +41,8 @@ from clampdown.study.sizes import Answering, Sizes
 from clampdown.study.study import Study, load_pair
 from clampdown.types import Message, Prompt, Split, Suite
 
+PREFERENCE = "preference.json"
+"""How often the chosen arm's replies to harmless prompts are preferred to the baseline's, if a recipe asks that."""
 EVERY = 10**6
 """Stands for all prompts that a source gives: a recipe's own slices say how many there are."""
 
@@ -65,10 +69,19 @@ def run_recipe(recipe: Recipe, out: Path, stages: Stages) -> Ran:
         study = load_study(recipe)
     told = {"name": recipe.name, "paper": recipe.paper, "method": recipe.method.kind}
     run = run_study(study, out, request_of(recipe), stages, recipe=told)
+    if recipe.judges.preference is not None and run.chosen.arm is not None:
+        with stages.stage("Asking whose replies serve better"):
+            _prefer(recipe.judges.preference, run.chosen.arm, out)
     part = recipe.multiturn
     if part is None or part.attacker is None:
         return Ran(run, None)
     return Ran(run, attacks.run_multiturn(_attack(recipe, part, out), out / "multiturn", stages))
+
+
+def _prefer(preference: str, chosen: str, out: Path) -> None:
+    """Write `preference.json`: the chosen arm's replies to harmless prompts against the baseline's, suite by suite."""
+    found = run_compare(f"{out}:{BASELINE.name}", chosen, preference)
+    write_json(out / PREFERENCE, {"schema": 1, "kind": "preference", "arms": found.preferences})
 
 
 def _write_down(recipe: Recipe, out: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from clampdown.errors import ClampdownError, RecipeError
+from clampdown.evaluation.judges.table import DEFAULT
 from clampdown.evaluation.multiturn import Rules
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.scopes import SCOPES
@@ -77,10 +78,12 @@ class SaePart(_Part):
 
 
 class JudgesPart(_Part):
-    """`verdicts` judges every reply that is reported; `refusals` tells the refusal that finders read."""
+    """`verdicts` judges every reply that is reported; `refusals` tells the refusal that finders read; `preference`
+    (llm:MODEL@URL) says whose replies serve better on harmless prompts, the chosen arm's or the baseline's."""
 
     verdicts: str
-    refusals: str = "rules"
+    refusals: str = DEFAULT
+    preference: str | None = None
 
 
 class PromptsPart(_Part):
