@@ -104,7 +104,7 @@ def gate_calibrate(
     kind: Annotated[str, typer.Option("--kind", help="feature, probe, dense or cosine.")] = "probe",
     budget: Annotated[float, typer.Option("--budget", help="Share of benign prompts that may trigger it.")] = 0.02,
     confidence: Annotated[float, typer.Option("--confidence", help="How sure the budget must hold.")] = 0.95,
-    n: Annotated[int, typer.Option("--n", min=1, help="Benign calibration prompts at most.")] = 1600,
+    n: Annotated[int, typer.Option("--n", min=1, help="Benign calibration prompts at most.")] = 3200,
     otherwise: Annotated[
         Path | None, typer.Option("--otherwise", help="A plan for over-refused prompts: makes it two-sided.")
     ] = None,

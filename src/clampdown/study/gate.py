@@ -56,7 +56,7 @@ class Request:
     confidence: float = 0.95
     otherwise: Path | None = None
     borderline: tuple[str, ...] = ("borderline", "about_harm")
-    n: int = 1600
+    n: int = 3200
     limit: int = 240
     site: str | None = None
     seed: int = 0
