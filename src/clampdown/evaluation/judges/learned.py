@@ -49,10 +49,11 @@ class Reader:
 
     def read(self, found: Mapping[str, float]) -> Reading:
         """One reply's features that the judge knows, and the probability of each head."""
-        place = self._place
-        known = [(place[name], value) for name, value in found.items() if name in place]
-        places = np.fromiter((at for at, _ in known), dtype=np.intp, count=len(known))
-        values = np.fromiter((value for _, value in known), dtype=float, count=len(known))
+        get = self._place.get
+        known = [(at, value) for name, value in found.items() if (at := get(name)) is not None]
+        known.sort()  # sums of the same reply are the same to the last bit, in every process
+        places = np.array([at for at, _ in known], dtype=np.intp)
+        values = np.array([value for _, value in known], dtype=float)
         spoke = self.weights[:, places] * values
         return Reading(places, spoke, 1 / (1 + np.exp(-spoke.sum(1))))
 
