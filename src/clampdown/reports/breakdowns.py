@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from clampdown.reports.comparison import Headline
 from clampdown.reports.tables import Cell, Column, Row, Table, share_cell
-from clampdown.reports.wording import short_name
 from clampdown.results.points import Sides, point
 from clampdown.results.rows import ArmResult
 from clampdown.results.run import Run
@@ -34,7 +33,7 @@ def _of_suite(suite: str, arms: Sequence[ArmResult], capability: bool) -> SuiteC
     if len(names) < 2:
         return None
     what = "right" if capability else "refused"
-    columns = (Column("category", kind="text"), Column("prompts"), *(Column(short_name(arm), what) for arm in arms))
+    columns = (Column("category", kind="text"), Column("prompts"), *(Column(arm.name, what) for arm in arms))
     rows = tuple(_row(suite, name, arms, capability) for name in names)
     caption = f"Per cent {what}, with 95 % intervals; a dash where there are too few prompts to say."
     return SuiteCategories(suite, Table(f"category-{suite}", caption, columns, rows))

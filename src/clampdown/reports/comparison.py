@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clampdown.results.points import Sides, point
@@ -12,7 +13,8 @@ from clampdown.types import ArmKind
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """The arms that the page opens with. `others` are further resolved plans, for example tuned ones."""
+    """The arms that the page opens with: the unsteered model, what always steers, what steers behind a gate, and what a
+    search found."""
 
     baseline: ArmResult | None
     clamp: ArmResult | None
@@ -23,13 +25,23 @@ class Headline:
     def arms(self) -> tuple[ArmResult, ...]:
         return tuple(arm for arm in (self.baseline, self.clamp, self.gated, self.tuned) if arm is not None)
 
+    @property
+    def lead(self) -> ArmResult | None:
+        """What the verdict speaks of first; None when nothing was steered."""
+        return self.clamp or self.tuned or self.gated
+
+    @property
+    def resolved(self) -> ArmResult | None:
+        """What is to spare good answers."""
+        return self.tuned or self.gated
+
 
 def headline(run: Run, sides: Sides) -> Headline:
     """The arms to open with: those the run chose, else the strongest of each kind on harmful prompts."""
     by_name = {arm.name: arm for arm in run.arms}
     return Headline(
         next((arm for arm in run.arms if arm.kind is ArmKind.BASELINE), None),
-        by_name.get(run.chosen.arm or "") or _like_chosen(run) or _strongest(run, sides, ArmKind.FEATURE),
+        by_name.get(run.chosen.arm or "") or _like_chosen(run) or _always(run, sides),
         by_name.get(run.chosen.gated_arm or "") or _strongest(run, sides, ArmKind.GATED),
         _strongest(run, sides, ArmKind.TUNED),
     )
@@ -47,8 +59,21 @@ def _like_chosen(run: Run) -> ArmResult | None:
     )  # fmt: skip
 
 
+def _always(run: Run, sides: Sides) -> ArmResult | None:
+    """The strongest steered feature; without one, the strongest direction that is no control."""
+    directions = [arm for arm in run.arms if arm.kind is ArmKind.DIRECTION and arm.group != "control"]
+    return _strongest(run, sides, ArmKind.FEATURE) or (_best(directions, sides) if not _plans(run) else None)
+
+
+def _plans(run: Run) -> bool:
+    return any(arm.kind in (ArmKind.GATED, ArmKind.TUNED) for arm in run.arms)
+
+
 def _strongest(run: Run, sides: Sides, kind: ArmKind) -> ArmResult | None:
-    arms = [arm for arm in run.arms if arm.kind is kind]
+    return _best([arm for arm in run.arms if arm.kind is kind], sides)
+
+
+def _best(arms: Sequence[ArmResult], sides: Sides) -> ArmResult | None:
     return max(arms, key=lambda arm: point(arm, sides).refusal.value or 0.0, default=None)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from clampdown.reports.breakdowns import budget_places
 from clampdown.reports.comparison import Headline, headline, strength_curve
-from clampdown.reports.wording import KIND_TITLES, full, number, short_name, suite_title
+from clampdown.reports.wording import KIND_TITLES, full, number, suite_title
 from clampdown.results.points import Point, Sides, mean, pareto, point
 from clampdown.results.rows import ArmResult
 from clampdown.results.run import Run
@@ -305,7 +305,7 @@ def _label(p: Point, at: tuple[float, float], level: int) -> Spec:
     x, y = at
     above = y > 0.8
     return {
-        "x": x, "y": y, "text": f"<b>{escape(short_name(p.arm))}</b>", "showarrow": False,
+        "x": x, "y": y, "text": f"<b>{escape(p.arm.name)}</b>", "showarrow": False,
         "xanchor": "right" if x > 0.8 else "left" if x < 0.2 else "center",
         "yanchor": "bottom" if above else "top", "yshift": 7 + 15 * level if above else -9 - 15 * level,
         "font": {"size": 12, "color": f"@{p.arm.kind.value}"},

@@ -27,23 +27,11 @@ from clampdown.reports.figures import Figure, frontier_figures, strength_figures
 from clampdown.reports.methods_side_by_side import claims_table, method_figures, methods_table
 from clampdown.reports.operating import ArmGate, gates_of, operating_figure
 from clampdown.reports.origins import files_table, plans_table
+from clampdown.reports.price import is_lower, worst_capability
 from clampdown.reports.tables import EMPTY, Table, arms_table, changes_table, facts, feature_table, screening_table
 from clampdown.reports.tuning import tuning_sentence, tuning_tables
-from clampdown.reports.wording import (
-    DASH,
-    is_lower,
-    key_refusal,
-    key_refusal_title,
-    number,
-    percent,
-    sample_sizes,
-    short_name,
-    span,
-    suite_title,
-    title,
-    verdict,
-    worst_capability,
-)
+from clampdown.reports.verdict import key_refusal, key_refusal_title, title, verdict
+from clampdown.reports.wording import DASH, number, percent, sample_sizes, span, suite_title
 from clampdown.results.points import Sides, point
 from clampdown.results.rows import GateRow
 from clampdown.results.run import Run
@@ -162,7 +150,7 @@ def tiles(found: Headline, sides: Sides) -> tuple[Tile, ...]:
 
 def _tile(found: Headline, title: str, better: str, intervals: Sequence[Interval]) -> Tile | None:
     rows = tuple(
-        TileRow(short_name(arm), arm.kind.value, interval)
+        TileRow(arm.name, arm.kind.value, interval)
         for arm, interval in zip(found.arms, intervals, strict=True)
         if interval.value is not None
     )
@@ -209,7 +197,7 @@ def _gate_facts(gate: GateRow) -> list[tuple[str, str]]:
 
 
 def _examples(paired: Sequence[Any], found: Headline, run: Run) -> tuple[SuiteExamples, ...]:
-    labels = [short_name(arm) for arm in found.arms]
+    labels = [arm.name for arm in found.arms]
     return tuple(examples_of(each, labels, run.prompts) for each in paired)
 
 

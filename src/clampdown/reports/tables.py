@@ -11,7 +11,7 @@ from typing import Any
 
 from clampdown.reports.comparison import Headline
 from clampdown.reports.examples import Change, Paired
-from clampdown.reports.wording import DASH, KIND_TITLES, number, percent, sample_sizes, short_name, span, suite_title
+from clampdown.reports.wording import DASH, KIND_TITLES, number, percent, sample_sizes, span, suite_title
 from clampdown.results.points import Sides, mean
 from clampdown.results.rows import ArmResult, ScreenedRow
 from clampdown.results.run import Run
@@ -159,7 +159,7 @@ def changes_table(paired: Sequence[Paired], found: Headline) -> Table:
         Row((Cell(suite_title(each.suite), each.suite), _count(len(each.rows)), *_changes(each, steered, tested)))
         for each in paired
     )
-    groups = (("", 2), *((short_name(arm), len(columns)) for arm in steered))
+    groups = (("", 2), *((arm.name, len(columns)) for arm in steered))
     caption = "Prompts whose outcome differs from the baseline's." + (" p: exact McNemar test." if tested else "")
     lead = (Column("suite", kind="text"), Column("prompts"))
     return Table("changes", caption, (*lead, *(columns * len(steered))), rows, groups)

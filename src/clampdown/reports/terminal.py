@@ -19,7 +19,8 @@ from rich.text import Text
 
 from clampdown.reports.comparison import Headline, headline
 from clampdown.reports.tables import MEASURED, visible
-from clampdown.reports.wording import MISSING, UNIT, number, percent, title, verdict
+from clampdown.reports.verdict import title, verdict
+from clampdown.reports.wording import MISSING, UNIT, number, percent
 from clampdown.results.points import UNSEEN_JAILBREAKS, Point, Sides, point
 from clampdown.results.rows import ArmResult
 from clampdown.results.run import Run

@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from clampdown.notebook import html_table, pandas
 from clampdown.results import views
-from clampdown.results.rows import ArmResult
+from clampdown.results.rows import ArmResult, Paired
 from clampdown.types import ArmKind, Interval, Verdict
 
 UNSEEN_JAILBREAKS = "jailbroken_unseen"
-Measure = Literal["refusal", "over_refusal", "capability"]
+Measure = Literal["refusal", "over_refusal", "capability", "likelihood", "degenerate"]
 NOTHING = Interval(None, None, None, 0)
 HARMFUL_SUITES = ("harmful", "jailbroken_seen", UNSEEN_JAILBREAKS, "multi_turn")
 
@@ -40,15 +40,17 @@ class Sides:
 class Point:
     """An arm's place in the trade-off: means over the suites of each side, with 95 % intervals.
 
-    `unanswered` is the share of safe prompts refused or broken: a model that only babbles refuses nothing, and
-    must not look good for it. `changes` are paired differences to the baseline, for measures that have them in all
-    suites.
+    `capability` is of generated answers, `likelihood` of answers chosen by the options' likelihood. `degenerate` is
+    over all suites. `unanswered` is the share of safe prompts refused or broken: a model that only babbles refuses
+    nothing, and must not look good for it. `changes` are paired differences to the baseline, for measures that have
+    them in all suites.
     """
 
     arm: ArmResult
     refusal: Interval
     over_refusal: Interval
     capability: Interval
+    likelihood: Interval
     degenerate: Interval
     unanswered: Interval
     changes: Mapping[Measure, Interval] = field(default_factory=dict)
@@ -133,22 +135,40 @@ def _arm_length(part: Interval, bound: str) -> float:
 
 
 def point(arm: ArmResult, sides: Sides) -> Point:
-    suites: dict[Measure, tuple[str, ...]] = {
-        "refusal": sides.harmful, "over_refusal": sides.answerable, "capability": sides.capability,
-    }  # fmt: skip
+    """Where an arm stands."""
     return Point(
         arm,
         refusal=mean(arm.rate(suite) for suite in sides.harmful),
         over_refusal=mean(arm.rate(suite) for suite in sides.answerable),
         capability=mean(arm.capability.get(suite) for suite in sides.capability),
-        degenerate=mean(arm.rate(suite, Verdict.DEGENERATE) for suite in sides.harmful + sides.answerable),
+        likelihood=mean(arm.capability_by_likelihood.values()),
+        degenerate=mean(_broken(arm, sides).values()),
         unanswered=mean(_either(arm.rate(s), arm.rate(s, Verdict.DEGENERATE)) for s in sides.answerable),
-        changes={
-            measure: mean((arm.against_baseline[name].interval for name in names), least=-1.0)
-            for measure, names in suites.items()
-            if names and all(name in arm.against_baseline for name in names)
-        },
+        changes=_changes(arm, sides),
     )
+
+
+def _broken(arm: ArmResult, sides: Sides) -> dict[str, Interval | None]:
+    """Broken replies by suite; of capability suites where the judge told them."""
+    safety = {suite: arm.rate(suite, Verdict.DEGENERATE) for suite in (*sides.harmful, *sides.answerable)}
+    return safety | {s: i for s, i in arm.degenerate_capability.items() if i.n and s in sides.capability}
+
+
+def _changes(arm: ArmResult, sides: Sides) -> dict[Measure, Interval]:
+    """Paired differences to the baseline, for measures that have them in all of their suites."""
+    paired, likely = arm.against_baseline, arm.likelihood_against_baseline
+    parts: dict[Measure, list[Interval | None]] = {
+        "refusal": [_moved(paired.get(suite)) for suite in sides.harmful],
+        "over_refusal": [_moved(paired.get(suite)) for suite in sides.answerable],
+        "capability": [_moved(paired.get(suite)) for suite in sides.capability],
+        "likelihood": [_moved(likely.get(suite)) for suite in arm.capability_by_likelihood],
+        "degenerate": [paired[suite].degenerate if suite in paired else None for suite in _broken(arm, sides)],
+    }
+    return {name: mean(each, least=-1.0) for name, each in parts.items() if each and None not in each}
+
+
+def _moved(found: Paired | None) -> Interval | None:
+    return None if found is None or found.low is None else found.interval
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
