@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clampdown.reports.page import write_report
+from clampdown.results.run import Run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = (
@@ -28,15 +28,15 @@ PROBE = """
 addEventListener("load", () => setTimeout(() => {
   const root = document.documentElement;
   root.dataset.sideways = root.scrollWidth - root.clientWidth;
-  document.querySelectorAll("#table-arms th button")[1].click();
-  root.dataset.first = document.querySelector("#table-arms tbody tr th").textContent.trim();
+  document.querySelectorAll("#table-arms-0 th button")[1].click();
+  root.dataset.first = document.querySelector("#table-arms-0 tbody tr th").textContent.trim();
 }, 1500));
 </script></body>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
 def test_it_works_in_a_browser(run_dir, tmp_path):
-    path = write_report(shutil.copytree(run_dir, tmp_path / "copy"))
+    path = Run.read(shutil.copytree(run_dir, tmp_path / "copy")).report()
     html = path.read_text(encoding="utf-8")
     nonce = re.search(r"'nonce-([0-9a-f]+)'", html)
     assert nonce is not None

@@ -23,6 +23,7 @@ from clampdown.reports.methods_side_by_side import claims_table, method_figures,
 from clampdown.reports.operating import ArmGate, Curve, curves, gates_of, guarantee, operating_figure
 from clampdown.reports.origins import files_table, plans_table
 from clampdown.reports.page import build_page, gate_sentence
+from clampdown.reports.tables import MEASURES_ABREAST, arms_tables, facts, feature_tables
 from clampdown.reports.wording import suite_title
 from clampdown.results.points import point
 from clampdown.results.run import Run
@@ -120,7 +121,7 @@ def test_every_method_is_a_series_with_its_matched_arm_open(run):
     for figure, measure in zip(figures, ("capability", "unanswered"), strict=True):
         go.Figure(resolved(figure.spec))
         traces = {trace["name"]: trace for trace in figure.spec["data"]}
-        assert {"control", "baseline", "first", "dense", "behind a gate"} == set(traces)
+        assert {"control", "system prompt", "baseline", "first", "dense", "behind a gate"} == set(traces)
         first = traces["first"]
         best = by_name["clamp 312 at 1.5"]
         assert (first["x"][0], first["y"][0]) == (getattr(best, measure).value, best.refusal.value)
@@ -169,6 +170,60 @@ def test_categories_are_the_records_own_rates(run):
                 mine = [r for r in run.records if (r.arm, r.suite, r.category) == (arm.name, suite, row.cells[0].text)]
                 hits = [r.correct if suite == "arithmetic" else r.verdict is Verdict.REFUSED for r in mine]
                 assert cell.sort == (pytest.approx(sum(hits) / len(hits)) if len(hits) >= 5 else None)
+
+
+def test_the_suite_that_varies_most_is_open(run):
+    tables = category_tables(headline(run, run.sides), run.sides)
+    (shown,) = [each for each in tables if each.open]
+    assert shown.spread == max(each.spread for each in tables) > 0
+    rates = [[row.cells[i].sort for row in shown.table.rows] for i in (2, 3, 4)]
+    known = [[rate for rate in column if rate is not None] for column in rates]
+    assert shown.spread == pytest.approx(max(max(column) - min(column) for column in known))
+
+
+# --- tables that fit --------------------------------------------------------------------------------------------
+
+
+def test_all_arms_stand_in_tables_that_fit_a_page_and_no_measure_is_lost(run):
+    found = headline(run, run.sides)
+    tables = arms_tables(run, found, run.sides)
+    assert all(len(table.columns) <= 2 + MEASURES_ABREAST for table in tables)
+    assert all([row.cells[0].text for row in table.rows] == [arm.name for arm in run.arms] for table in tables)
+    titles = [column.title for table in tables for column in table.columns[2:]]
+    assert [suite_title(suite) for suite in run.suite_names] == titles[: len(run.suite_names)]
+    groups = [title for table in tables for title, _ in table.groups if title]
+    assert groups == [
+        "harmful, refused",
+        "safe, refused",
+        "capability, right",
+        "by likelihood, right",
+        "side effects",
+    ]
+
+
+def test_scores_and_settings_are_said_in_words(run):
+    (main, *more) = feature_tables(run.feature_sets[0], ["312"])
+    titles = [column.title for table in (main, *more) for column in table.columns]
+    assert {"composite", "difference of means, scaled"} <= set(titles)
+    assert not [title for title in titles if "_" in title]
+    shown = dict(facts({"w_diff": 0.5, "literal": "False", "ranked_by": "clamp_refusal_at_kl", "kl": 0.02}))
+    assert shown == {
+        "weight of the difference": "0.5",
+        "formula exactly as published": "no",
+        "ranked by": "refusal gained at equal KL",
+        "KL at which clamps are compared": "0.02",
+    }
+
+
+def test_the_system_prompt_has_its_own_mark_and_name(run):
+    (spec, *_) = (f.spec for f in frontier_figures(run, headline(run, run.sides), run.sides))
+    traces = {trace["name"]: trace for trace in spec["data"] if "name" in trace}
+    assert len(traces["system prompt"]["x"]) == 1
+    assert traces["system prompt"]["marker"]["symbol"] != traces["control"]["marker"]["symbol"]
+    assert "<b>system prompt</b>" in [label["text"] for label in spec["layout"]["annotations"]]
+    assert "system prompt" in {
+        trace["name"] for figure in method_figures(run, run.sides) for trace in figure.spec["data"]
+    }
 
 
 # --- examples -----------------------------------------------------------------------------------------------------

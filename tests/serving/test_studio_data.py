@@ -266,6 +266,21 @@ def test_points_of_past_runs_can_be_steered_with_if_their_plan_is_there(
     assert drawn.count('data-arm="gated clamp"') == 2 and 'data-arm="baseline"' not in drawn
 
 
+def test_a_threshold_from_before_the_plan_changed_is_still_within_the_ends() -> None:
+    """The browser may send -0.839 of a gated plan after a plan without a gate has been chosen."""
+    pytest.importorskip("gradio")
+    from clampdown.serving.studio.actions import Actions
+    from clampdown.serving.studio.handlers import Handlers
+
+    act = Actions.__new__(Actions)  # without a workbench: the slider needs none
+    act.handlers, act._ends = Handlers.__new__(Handlers), (0.0, 0.0)
+    act.handlers._scores = {}
+    first, second = (act.threshold_range(plan) for plan in (GATED, PLAIN))
+    assert first["minimum"] <= GATED.gate.threshold <= first["maximum"]
+    assert second["minimum"] <= first["value"] <= second["maximum"]
+    assert second["minimum"] <= second["value"] <= second["maximum"]
+
+
 def test_a_saved_plan_is_on_disk_and_served_and_its_name_is_taken(
     lm: LanguageModel, saes: Saes, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clampdown.reports.comparison import Headline
 from clampdown.reports.tables import Cell, Column, Row, Table, share_cell
@@ -15,17 +15,22 @@ from clampdown.types import Interval
 
 @dataclass(frozen=True, slots=True)
 class SuiteCategories:
-    """One suite's categories as a table."""
+    """One suite's categories as a table. `spread` is the largest difference between two categories under one arm;
+    `open` marks the suite where it is largest."""
 
     suite: str
     table: Table
+    spread: float = 0.0
+    open: bool = False
 
 
 def category_tables(found: Headline, sides: Sides) -> tuple[SuiteCategories, ...]:
     """Per suite with more than one category: what each headline arm refuses of it, or gets right."""
     suites = [*sides.harmful, *sides.answerable, *sides.capability]
     tables = (_of_suite(suite, found.arms, suite in sides.capability) for suite in suites)
-    return tuple(each for each in tables if each is not None)
+    kept = [each for each in tables if each is not None]
+    widest = max(kept, key=lambda each: each.spread, default=None)
+    return tuple(replace(each, open=each is widest) for each in kept)
 
 
 def _of_suite(suite: str, arms: Sequence[ArmResult], capability: bool) -> SuiteCategories | None:
@@ -36,7 +41,13 @@ def _of_suite(suite: str, arms: Sequence[ArmResult], capability: bool) -> SuiteC
     columns = (Column("category", kind="text"), Column("prompts"), *(Column(arm.name, what) for arm in arms))
     rows = tuple(_row(suite, name, arms, capability) for name in names)
     caption = f"Per cent {what}, with 95 % intervals; a dash where there are too few prompts to say."
-    return SuiteCategories(suite, Table(f"category-{suite}", caption, columns, rows))
+    rates = ([_rate(arm, suite, name, capability) for name in names] for arm in arms)
+    return SuiteCategories(suite, Table(f"category-{suite}", caption, columns, rows), max(map(_spread, rates)))
+
+
+def _spread(rates: Sequence[Interval | None]) -> float:
+    known = [rate.value for rate in rates if rate is not None and rate.value is not None]
+    return max(known) - min(known) if known else 0.0
 
 
 def _row(suite: str, name: str, arms: Sequence[ArmResult], capability: bool) -> Row:

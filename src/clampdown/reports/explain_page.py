@@ -169,12 +169,18 @@ def damage_table(found: Explanation) -> Table:
         Column("KL", "nats per token"),
         Column("same token", "%"),
         Column("edit size", "% of the residual"),
-        *(Column(suite_title(name), "right, %") for name in suites),
+        *(Column(suite_title(name), "right by likelihood, %") for name in suites),
     )
     lead = (Cell("unsteered", mark="baseline"), Cell(DASH), Cell(DASH), Cell(DASH))
     rows = [Row((*lead, *(share_cell(found.baseline_accuracy[name]) for name in suites)))]
     rows += [_damage_row(row, suites) for row in found.damage]
-    return Table("damage", "Pushes of the plan's size on the same texts; 95 % intervals below.", columns, tuple(rows))
+    return Table(
+        "damage",
+        "Pushes of the plan's size on the same texts; 95 % intervals below. Right answers are the likeliest of an "
+        "item's options: nothing is generated, so they can stay right where generated answers are lost.",
+        columns,
+        tuple(rows),
+    )
 
 
 def _damage_row(row: Damage, suites: Sequence[str]) -> Row:

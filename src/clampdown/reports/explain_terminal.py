@@ -38,7 +38,7 @@ def _marked(sentence: str) -> Text:
 def _damage(found: Explanation, width: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("push", no_wrap=True, overflow="ellipsis", max_width=max(20, width - 44))
-    for title in ("KL", "same token", "mean accuracy"):
+    for title in ("KL", "same token", "right by\nlikelihood"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_row("unsteered", "0", "100 %", _accuracy(found.baseline_accuracy))
     for row in sorted(found.damage, key=lambda each: -(each.kl or 0.0)):

@@ -18,7 +18,7 @@ from typing import Any
 
 from clampdown.reports.breakdowns import budget_places
 from clampdown.reports.comparison import Headline, headline, strength_curve
-from clampdown.reports.wording import KIND_TITLES, full, number, suite_title
+from clampdown.reports.wording import full, is_asked, number, suite_title, what_it_is
 from clampdown.results.points import Point, Sides, mean, pareto, point
 from clampdown.results.rows import ArmResult
 from clampdown.results.run import Run
@@ -37,6 +37,8 @@ KIND_SYMBOLS = {
     ArmKind.GATED: "star",
     ArmKind.TUNED: "star-diamond",
 }
+ASKED_SYMBOL = "cross"
+CHARACTER = 0.022  # of an axis, in half a page
 KIND_SIZES = {ArmKind.BASELINE: 12, ArmKind.GATED: 15, ArmKind.TUNED: 15}
 
 
@@ -60,7 +62,7 @@ def strength_figures(run: Run, found: Headline, sides: Sides) -> tuple[Figure, .
         {suite_title(suite): _rate(suite) for suite in sides.harmful},
         {suite_title(suite): _rate(suite) for suite in sides.answerable},
         {suite_title(suite): _capability(suite) for suite in sides.capability},
-        {"on harmful prompts": _broken(sides.harmful), "on safe prompts": _broken(sides.answerable)},
+        _broken_by_side(sides),
     )
     panels = (
         ("curve-refusals", "Refusals that are wanted", "harmful prompts refused; higher is better", wanted),
@@ -97,8 +99,15 @@ def _capability(suite: str) -> Measure:
     return lambda arm: arm.capability.get(suite)
 
 
-def _broken(suites: Sequence[str]) -> Measure:
-    return lambda arm: mean(arm.rate(suite, Verdict.DEGENERATE) for suite in suites)
+def _broken_by_side(sides: Sides) -> dict[str, Measure]:
+    """Broken replies on each side that was asked."""
+
+    def broken(suites: Sequence[str]) -> Measure:
+        return lambda arm: mean(arm.rate(s, Verdict.DEGENERATE) or arm.degenerate_capability.get(s) for s in suites)
+
+    found = {"on harmful prompts": sides.harmful, "on safe prompts": sides.answerable,
+             "on capability prompts": sides.capability}  # fmt: skip
+    return {title: broken(suites) for title, suites in found.items() if suites}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +210,12 @@ def _frontier_spec(points: Sequence[Point], curve: Sequence[ArmResult], found: H
     traces = [_staircase(known, axis)] if len(known) > 1 else []
     traces += _curve_line(known, curve, axis)
     for kind in ArmKind:
-        mine = [p for p in known if p.arm.kind is kind]
-        if mine:
-            traces.append(_kind_trace(kind, mine, found, axis))
+        for asked in (False, True):
+            mine = [p for p in known if p.arm.kind is kind and is_asked(p.arm) is asked]
+            if mine:
+                traces.append(_kind_trace(kind, mine, found, axis))
     layout = frontier_layout(axis.title)
-    layout["annotations"] = _labels([p for p in known if p.arm in found.arms], axis)
+    layout["annotations"] = _labels([p for p in known if p.arm in found.arms or is_asked(p.arm)], axis)
     if axis.budget is not None:
         layout["shapes"] = [_vertical(axis.budget, "@gated", "dash")]
         layout["annotations"] += [_budget_word(axis.budget, axis.sign)]
@@ -232,8 +242,8 @@ def _kind_trace(kind: ArmKind, points: Sequence[Point], found: Headline, axis: _
     leading = [p.arm in found.arms for p in points]
     return {
         "x": [axis.of(p).value for p in points], "y": [p.refusal.value for p in points],
-        "mode": "markers", "name": KIND_TITLES[kind],
-        "marker": {"symbol": KIND_SYMBOLS[kind], "color": f"@{kind.value}",
+        "mode": "markers", "name": what_it_is(points[0].arm),
+        "marker": {"symbol": ASKED_SYMBOL if is_asked(points[0].arm) else KIND_SYMBOLS[kind], "color": f"@{kind.value}",
                    "size": [size + 3 * lead for lead in leading],
                    "opacity": [1.0 if lead else 0.75 for lead in leading], "line": {"width": 1, "color": "@paper"}},
         "error_x": _error([axis.of(p) if lead else None for p, lead in zip(points, leading, strict=True)], kind),
@@ -257,7 +267,7 @@ def _error(intervals: Sequence[Interval | None], kind: ArmKind) -> Spec:
 
 def hover(p: Point) -> str:
     """What a marker says: its arm, and every number with its interval."""
-    lines = [f"<b>{escape(p.arm.name)}</b> ({KIND_TITLES[p.arm.kind]})", f"harmful refused {full(p.refusal)}"]
+    lines = [f"<b>{escape(p.arm.name)}</b> ({what_it_is(p.arm)})", f"harmful refused {full(p.refusal)}"]
     if p.over_refusal.value is not None:
         lines.append(f"safe prompts refused {full(p.over_refusal)}")
     lines.append(f"mean capability {full(p.capability)}")
@@ -291,13 +301,24 @@ def _staircase(points: Sequence[Point], axis: _FrontierAxis) -> Spec:
 
 
 def _labels(points: Sequence[Point], axis: _FrontierAxis) -> list[Spec]:
-    """The headline arms' names; those of points that lie together are stacked."""
-    at = [(axis.of(p).value or 0.0, p.refusal.value or 0.0) for p in points]
+    """The named arms; names that would lie over one another are stacked."""
+    placed: list[tuple[float, float, float, int]] = []
     labels = []
-    for i, p in enumerate(points):
-        level = sum(abs(at[i][0] - x) < 0.2 and abs(at[i][1] - y) < 0.1 for x, y in at[:i])
-        labels.append(_label(p, at[i], level))
+    for p in points:
+        x, y = axis.of(p).value or 0.0, p.refusal.value or 0.0
+        left, right = _extent(x, p.arm.name)
+        near = {level for a, b, height, level in placed if a < right and left < b and abs(height - y) < 0.1}
+        level = next(i for i in range(len(points)) if i not in near)
+        placed.append((left, right, y, level))
+        labels.append(_label(p, (x, y), level))
     return labels
+
+
+def _extent(x: float, name: str) -> tuple[float, float]:
+    """From where to where a name reaches, in shares of the axis."""
+    width = CHARACTER * len(name)
+    left = x - width if x > 0.8 else x if x < 0.2 else x - width / 2
+    return left, left + width
 
 
 def _label(p: Point, at: tuple[float, float], level: int) -> Spec:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from clampdown.reports.figures import SERIES_SYMBOLS, Figure, frontier_layout, hover
+from clampdown.reports.figures import ASKED_SYMBOL, SERIES_SYMBOLS, Figure, frontier_layout, hover
 from clampdown.reports.tables import EMPTY, Cell, Column, Row, Table, number_cell, share_cell
-from clampdown.reports.wording import KIND_TITLES, number
+from clampdown.reports.wording import KIND_TITLES, SYSTEM_PROMPT, is_asked, number
 from clampdown.results.points import Point, Sides, mean, point
 from clampdown.results.rows import ArmResult, MethodLine
 from clampdown.results.run import Run
@@ -43,22 +43,26 @@ def _unanswered(p: Point) -> Interval:
 
 
 def _spec(run: Run, points: dict[str, Point], title: str, of: Callable[[Point], Interval]) -> Spec:
-    traces = [_kind(run, points, of, ArmKind.CONTROL)]
+    traces = [_kind(run, points, of, ArmKind.CONTROL, asked=asked) for asked in (False, True)]
     for index, line in enumerate(run.methods):
         traces += _method(line, points, of, index)
     traces.append(_kind(run, points, of, ArmKind.BASELINE))
     return {"data": [trace for trace in traces if trace["x"]], "layout": frontier_layout(title)}
 
 
-def _kind(run: Run, points: dict[str, Point], of: Callable[[Point], Interval], kind: ArmKind) -> Spec:
+def _kind(
+    run: Run, points: dict[str, Point], of: Callable[[Point], Interval], kind: ArmKind, *, asked: bool = False
+) -> Spec:
     """What methods are compared with; the baseline is open, so that a method that changes nothing is seen inside it."""
-    shown = [points[arm.name] for arm in run.arms if arm.kind is kind]
+    shown = [points[arm.name] for arm in run.arms if arm.kind is kind and is_asked(arm) is asked]
     known = [p for p in shown if of(p).value is not None and p.refusal.value is not None]
     base = kind is ArmKind.BASELINE
+    symbol, size = ("diamond-open", 18) if base else (ASKED_SYMBOL, 11) if asked else ("x", 7)
     return {
         "x": [of(p).value for p in known], "y": [p.refusal.value for p in known], "mode": "markers",
-        "name": KIND_TITLES[kind], "text": [hover(p) for p in known], "hovertemplate": "%{text}<extra></extra>",
-        "marker": {"symbol": "diamond-open" if base else "x", "size": 18 if base else 7, "color": f"@{kind.value}",
+        "name": SYSTEM_PROMPT if asked else KIND_TITLES[kind],
+        "text": [hover(p) for p in known], "hovertemplate": "%{text}<extra></extra>",
+        "marker": {"symbol": symbol, "size": size, "color": f"@{kind.value}",
                    "line": {"width": 2 if base else 1, "color": "@baseline" if base else "@paper"}},
     }  # fmt: skip
 

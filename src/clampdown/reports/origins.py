@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clampdown.reports.tables import EMPTY, Cell, Column, Row, Table
-from clampdown.reports.wording import KIND_TITLES, number
+from clampdown.reports.wording import number, what_it_is
 from clampdown.results.run import Run
 
 SHORT = 16
@@ -24,7 +24,7 @@ def plans_table(run: Run) -> Table | None:
     rows = tuple(
         Row((
             Cell(arm.name, arm.name.casefold(), mark=arm.kind.value),
-            Cell(KIND_TITLES[arm.kind], KIND_TITLES[arm.kind]),
+            Cell(what_it_is(arm), what_it_is(arm)),
             Cell(arm.operator or EMPTY, arm.operator),
             Cell(arm.feature or EMPTY, arm.feature),
             Cell(EMPTY if arm.strength is None else number(arm.strength), arm.strength),

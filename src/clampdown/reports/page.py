@@ -28,7 +28,7 @@ from clampdown.reports.methods_side_by_side import claims_table, method_figures,
 from clampdown.reports.operating import ArmGate, gates_of, operating_figure
 from clampdown.reports.origins import files_table, plans_table
 from clampdown.reports.price import is_lower, worst_capability
-from clampdown.reports.tables import EMPTY, Table, arms_table, changes_table, facts, feature_table, screening_table
+from clampdown.reports.tables import EMPTY, Table, arms_tables, changes_table, facts, feature_tables, screening_table
 from clampdown.reports.tuning import tuning_sentence, tuning_tables
 from clampdown.reports.verdict import key_refusal, key_refusal_title, title, verdict
 from clampdown.reports.wording import DASH, number, percent, sample_sizes, span, suite_title
@@ -67,7 +67,7 @@ class FinderTable:
 
     finder: str
     found: FeatureSet
-    table: Table
+    tables: tuple[Table, ...]
     settings: tuple[tuple[str, str], ...]
 
 
@@ -122,7 +122,7 @@ def build_page(run: Run) -> str:
         tuning=tuning_tables(run),
         changes=changes_table(paired, found) if paired else None,
         examples=_examples(paired, found, run),
-        arms=arms_table(run, found, sides),
+        arms=arms_tables(run, found, sides),
         corrected=corrected_table(run),
         screening=screening_table(run),
         finders=tuple(_finder(each, run) for each in run.feature_sets),
@@ -225,7 +225,7 @@ def _decisions(run: Run) -> dict[str, Mapping[str, Any]]:
 
 def _finder(found: FeatureSet, run: Run) -> FinderTable:
     chosen = str(run.chosen.feature or "").split(" + ")
-    return FinderTable(found.finder, found, feature_table(found, chosen), tuple(facts(found.settings)))
+    return FinderTable(found.finder, found, feature_tables(found, chosen), tuple(facts(found.settings)))
 
 
 def emphasised(text: str) -> Markup:

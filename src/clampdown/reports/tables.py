@@ -5,23 +5,25 @@ A sort key of None is "no data" and sorts last in both directions. Nothing here 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clampdown.reports.comparison import Headline
 from clampdown.reports.examples import Change, Paired
-from clampdown.reports.wording import DASH, KIND_TITLES, number, percent, sample_sizes, span, suite_title
-from clampdown.results.points import Sides, mean
+from clampdown.reports.internal_names import TRUTH, WORDS, in_words
+from clampdown.reports.wording import DASH, number, percent, sample_sizes, span, suite_title, what_it_is
+from clampdown.results.points import Sides, mean, point
 from clampdown.results.rows import ArmResult, ScreenedRow
 from clampdown.results.run import Run
-from clampdown.types import FeatureScore, FeatureSet, Interval, Verdict
+from clampdown.types import FeatureScore, FeatureSet, Interval
 
 FEATURES_SHOWN = 100
 LONGEST_VALUE = 160
 LONGEST_LIST = 24
 MEASURED = ("clamp", "causal", "validation")
 EMPTY = DASH
+MEASURES_ABREAST = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,32 +84,55 @@ def number_cell(value: float | None) -> Cell:
     return Cell(EMPTY) if value is None else Cell(number(value), value)
 
 
-def arms_table(run: Run, found: Headline, sides: Sides) -> Table:
-    """Every arm with every measure."""
+def arms_tables(run: Run, found: Headline, sides: Sides) -> tuple[Table, ...]:
+    """Every arm with every measure, in as many tables as fit a page's width side by side with the arms' names."""
     groups = {
         "harmful, refused": [_rate_measure(run, suite) for suite in sides.harmful],
         "safe, refused": [_rate_measure(run, suite) for suite in sides.answerable],
         "capability, right": [_capability_measure(run, suite) for suite in sides.capability],
-        "side effects": _side_effects(run, sides),
+        "by likelihood, right": _likelihood_measures(run),
+        "side effects": _side_effects(run),
     }
-    groups = {title: measures for title, measures in groups.items() if measures}
-    measures = [measure for group in groups.values() for measure in group]
+    pages = _pages([(title, measures) for title, measures in groups.items() if measures])
+    return tuple(_arms_page(run, found, page, index) for index, page in enumerate(pages))
+
+
+Group = tuple[str, Sequence[_Measure]]
+
+
+def _pages(groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups in order, each page at most `MEASURES_ABREAST` measures wide; a wider group goes over several."""
+    cut = [
+        (title, measures[i : i + MEASURES_ABREAST])
+        for title, measures in groups
+        for i in range(0, len(measures), MEASURES_ABREAST)
+    ]
+    pages: list[list[Group]] = []
+    for group in cut:
+        if not pages or sum(len(each) for _, each in (*pages[-1], group)) > MEASURES_ABREAST:
+            pages.append([])
+        pages[-1].append(group)
+    return pages
+
+
+def _arms_page(run: Run, found: Headline, groups: Sequence[Group], index: int) -> Table:
+    measures = [measure for _, group in groups for measure in group]
     lead = (Column("arm", kind="text"), Column("strength"))
     rows = tuple(
         Row((*_lead_cells(arm), *(measure.cell(arm) for measure in measures)), arm in found.arms) for arm in run.arms
     )
     return Table(
-        "arms",
+        f"arms-{index}",
         "Rates in per cent with 95 % intervals below.",
         (*lead, *(measure.column for measure in measures)),
         rows,
-        (("", len(lead)), *((title, len(group)) for title, group in groups.items())),
+        (("", len(lead)), *((title, len(group)) for title, group in groups)),
     )
 
 
 def _lead_cells(arm: ArmResult) -> tuple[Cell, Cell]:
     return (
-        Cell(arm.name, arm.name.casefold(), KIND_TITLES[arm.kind], mark=arm.kind.value),
+        Cell(arm.name, arm.name.casefold(), what_it_is(arm), mark=arm.kind.value),
         Cell(EMPTY if arm.strength is None else number(arm.strength), arm.strength),
     )
 
@@ -122,13 +147,22 @@ def _capability_measure(run: Run, suite: str) -> _Measure:
     return _Measure(Column(suite_title(suite), note), lambda arm: share_cell(arm.capability.get(suite)))
 
 
-def _side_effects(run: Run, sides: Sides) -> list[_Measure]:
+def _likelihood_measures(run: Run) -> list[_Measure]:
+    """Suites answered by the options' likelihood: another measure than generated answers, and called so."""
+    suites = dict.fromkeys(suite for arm in run.arms for suite in arm.capability_by_likelihood)
+    return [
+        _Measure(
+            Column(suite_title(suite), sample_sizes(arm.capability_by_likelihood.get(suite) for arm in run.arms)),
+            lambda arm, suite=suite: share_cell(arm.capability_by_likelihood.get(suite)),
+        )
+        for suite in suites
+    ]
+
+
+def _side_effects(run: Run) -> list[_Measure]:
     """Broken replies always; what a run did not measure for any arm gets no column."""
-    suites = sides.harmful + sides.answerable
-    broken = _Measure(
-        Column("broken replies", "all suites"),
-        lambda arm: share_cell(mean(arm.rate(suite, Verdict.DEGENERATE) for suite in suites)),
-    )
+    sides = run.sides
+    broken = _Measure(Column("broken replies", "all suites"), lambda arm: share_cell(point(arm, sides).degenerate))
     refused = _Measure(
         Column("refused", "of capability"), lambda arm: share_cell(mean(arm.refused_capability.values()))
     )
@@ -185,29 +219,44 @@ def _count(n: int) -> Cell:
     return Cell(str(n), float(n))
 
 
-def feature_table(found: FeatureSet, chosen: Sequence[str]) -> Table:
-    """A finder's features, best first, with every score that any of them has.
-
-    What ranks them and what was measured by steering comes before the tokens, everything else after them.
-    """
+def feature_tables(found: FeatureSet, chosen: Sequence[str]) -> tuple[Table, ...]:
+    """A finder's features, best first: what ranks them and what was measured by steering, beside their tokens; then,
+    where there are more, all other scores."""
     scores = list(dict.fromkeys(name for feature in found.features for name in feature.scores))
     if found.ranked_by in scores:
         scores.insert(0, scores.pop(scores.index(found.ranked_by)))
     first = [name for name in scores if name == found.ranked_by or name.startswith(MEASURED)]
     rest = [name for name in scores if name not in first]
-    columns = (
-        Column("feature", kind="text"),
-        *(Column(_spaced(name), "ranked by" if name == found.ranked_by else "") for name in first),
-        Column("promotes", kind="tokens"),
-        Column("demotes", kind="tokens"),
-        Column("fires most on", kind="prompts"),
-        *(Column(_spaced(name)) for name in rest),
-    )
     shown = found.features[:FEATURES_SHOWN]
     left_out = len(found.features) - len(shown)
     caption = f"{len(shown)} features, best first" + (f"; {left_out} more in the file." if left_out else ".")
-    rows = tuple(_feature_row(feature, (first, rest), str(feature.feature) in chosen) for feature in shown)
-    return Table(f"features-{found.finder}", caption, columns, rows)
+    columns = (
+        Column("feature", kind="text"),
+        *(Column(in_words(name), "ranked by" if name == found.ranked_by else "") for name in first),
+        Column("promotes", kind="tokens"),
+        Column("demotes", kind="tokens"),
+        Column("fires most on", kind="prompts"),
+    )
+    rows = tuple(_feature_row(feature, first, str(feature.feature) in chosen) for feature in shown)
+    main = Table(f"features-{found.finder}", caption, columns, rows)
+    return (main, *_score_pages(found, shown, rest, chosen))
+
+
+def _score_pages(
+    found: FeatureSet, shown: Sequence[FeatureScore], names: Sequence[str], chosen: Sequence[str]
+) -> Iterator[Table]:
+    for i in range(0, len(names), MEASURES_ABREAST):
+        page = names[i : i + MEASURES_ABREAST]
+        columns = (Column("feature", kind="text"), *(Column(in_words(name)) for name in page))
+        rows = tuple(
+            Row((_feature_cell(f, chosen), *(number_cell(f.scores.get(n)) for n in page)), str(f.feature) in chosen)
+            for f in shown
+        )
+        yield Table(f"scores-{found.finder}-{i}", "Further scores of the same features.", columns, rows)
+
+
+def _feature_cell(feature: FeatureScore, chosen: Sequence[str]) -> Cell:
+    return Cell(str(feature.feature), float(feature.feature), "chosen" if str(feature.feature) in chosen else "")
 
 
 def screening_table(run: Run) -> Table | None:
@@ -244,21 +293,15 @@ def _screening_row(each: ScreenedRow) -> Row:
     return Row(cells, not reason)
 
 
-def _feature_row(feature: FeatureScore, scores: tuple[Sequence[str], Sequence[str]], chosen: bool) -> Row:
-    """`scores`: names before the tokens, names after them."""
+def _feature_row(feature: FeatureScore, scores: Sequence[str], chosen: bool) -> Row:
     cells = (
         Cell(str(feature.feature), float(feature.feature), "chosen" if chosen else ""),
-        *(number_cell(feature.scores.get(name)) for name in scores[0]),
+        *(number_cell(feature.scores.get(name)) for name in scores),
         Cell("", None, items=tuple(map(visible, feature.promoted_tokens))),
         Cell("", None, items=tuple(map(visible, feature.demoted_tokens))),
         Cell("", None, items=feature.top_prompts),
-        *(number_cell(feature.scores.get(name)) for name in scores[1]),
     )
     return Row(cells, chosen)
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def visible(token: str) -> str:
@@ -273,7 +316,7 @@ def facts(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """
     pairs: list[tuple[str, str]] = []
     for key, value in tree.items():
-        name = f"{prefix}{str(key).replace('_', ' ')}"
+        name = f"{prefix}{in_words(str(key))}"
         if isinstance(value, Mapping):
             pairs += facts(value, prefix if key == "extra" else f"{name} · ")
         elif isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
@@ -293,5 +336,5 @@ def _shown(value: Any) -> str:
         if not value:
             return EMPTY
         value = ", ".join(map(str, value)) if len(value) <= LONGEST_LIST else f"{len(value)} values"
-    text = str(value)
+    text = in_words(str(value)) if str(value) in WORDS else TRUTH.get(value, str(value))
     return text if len(text) <= LONGEST_VALUE else f"{text[:24]}… ({len(text)} characters)"

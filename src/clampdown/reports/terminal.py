@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clampdown.reports.comparison import Headline, headline
+from clampdown.reports.internal_names import in_words
 from clampdown.reports.tables import MEASURED, visible
 from clampdown.reports.verdict import title, verdict
 from clampdown.reports.wording import MISSING, UNIT, number, percent
@@ -165,10 +166,10 @@ def features_table(found: FeatureSet, width: int, top: int = FEATURES_SHOWN) -> 
     names = names[: max(1, room // SCORE_WIDTH)]
     tokens_width = width - FEATURE_WIDTH - SCORE_WIDTH * len(names)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", caption_justify="left")
-    table.title = f"{escape(found.finder)}, ranked by {escape(_spaced(found.ranked_by))}"
+    table.title = f"{escape(found.finder)}, ranked by {escape(in_words(found.ranked_by))}"
     table.add_column("feature", justify="right", width=FEATURE_WIDTH - 1)
     for name in names:
-        table.add_column(escape(_spaced(name)), justify="right", width=SCORE_WIDTH - 1)
+        table.add_column(escape(in_words(name)), justify="right", width=SCORE_WIDTH - 1)
     if tokens_width >= MIN_TOKENS_WIDTH:
         table.add_column("promotes", width=tokens_width - 1, overflow="ellipsis", no_wrap=True)
     for feature in found.features[:top]:
@@ -178,7 +179,3 @@ def features_table(found: FeatureSet, width: int, top: int = FEATURES_SHOWN) -> 
     rest = len(found.features) - top
     table.caption = f"{rest} more features in the file" if rest > 0 else None
     return table
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")

@@ -29,10 +29,16 @@ class Actions:
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
         self.handlers = Handlers(bench)
+        self._ends = (0.0, 0.0)
 
     def threshold_range(self, plan: Plan) -> dict[str, Any]:
-        """The threshold slider for a plan, in numbers that can be read; the plan's own threshold to its step."""
-        low, high = self.handlers.span(plan)
+        """The threshold slider for a plan, in numbers that can be read; the plan's own threshold to its step.
+
+        The ends never shrink: a browser may still send where the slider stood under the plan before, and Gradio refuses
+        a value beyond the ends that have just been sent.
+        """
+        self._ends = _spanning(self._ends, self.handlers.span(plan))
+        low, high = self._ends
         own, step = plan.gate.threshold if plan.gate else 0.0, self.handlers.step(plan)
         rounded = round(math.floor(low / step) * step, 3), round(math.ceil(high / step) * step, 3)
         return {"minimum": rounded[0], "maximum": rounded[1], "step": step, "value": round(own, 3)}
@@ -194,6 +200,11 @@ class Actions:
             return self.handlers.code(plan, Controls(*controls), talk)
         except ClampdownError as error:
             return f"# {error.message}", f"# {error.message}"
+
+
+def _spanning(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """From the lower of both ends to the higher."""
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 def ticking(progress: gr.Progress, what: str) -> Tick:
