@@ -135,7 +135,7 @@ ENDS = {
 @pytest.mark.parametrize("name", STYLES)
 def test_every_templates_end_of_turn_is_known(name: str) -> None:
     tokenizer = TOKENIZERS[name]
-    found = {tokenizer.convert_ids_to_tokens(token) for token in ChatFormat.kept(tokenizer).end_ids}
+    found = {str(tokenizer.convert_ids_to_tokens(token)) for token in ChatFormat.kept(tokenizer).end_ids}
     assert ENDS[name] in found
     # Phi 3's template writes the end of the text behind the last turn of all.
     assert found <= {ENDS[name], "<|eos|>"}

@@ -58,13 +58,15 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
 def test_the_tokens_that_can_be_drawn_are_those_of_the_library(asked: dict[str, Any]) -> None:
     logits = torch.randn(4, 40, generator=torch.Generator().manual_seed(3)) * 2
     sampling = Sampling(1, **{"temperature": 1.0, **asked})
-    scores = TemperatureLogitsWarper(sampling.temperature)(None, logits)
+    nothing: Any = None  # these processors do not look at what was written
+    given: Any = logits
+    scores: Any = TemperatureLogitsWarper(sampling.temperature)(nothing, given)
     if "top_k" in asked:
-        scores = TopKLogitsWarper(asked["top_k"])(None, scores)
+        scores = TopKLogitsWarper(asked["top_k"])(nothing, scores)
     if "top_p" in asked:
-        scores = TopPLogitsWarper(asked["top_p"])(None, scores)
+        scores = TopPLogitsWarper(asked["top_p"])(nothing, scores)
     if "min_p" in asked:
-        scores = MinPLogitsWarper(asked["min_p"])(None, scores)
+        scores = MinPLogitsWarper(asked["min_p"])(nothing, scores)
     drawing = Drawing.of(replace(sampling, seed=1))
     for row, expected in zip(logits, scores.softmax(-1), strict=True):
         found = Counter(choose(row.expand(4000, -1), [drawing] * 4000))
@@ -77,7 +79,9 @@ def test_penalties_are_the_librarys_for_greedy_and_sampled_rows() -> None:
     logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(5))
     past = logits[0].topk(4).indices.tolist()
     penalties = Penalties((("repetition_penalty", 4.0),), 2, frozenset({0}), "cpu")
-    expected = RepetitionPenaltyLogitsProcessor(4.0)(torch.tensor([past]), logits[:1].clone())
+    written: Any = torch.tensor([past])
+    rows_of: Any = logits[:1].clone()
+    expected = RepetitionPenaltyLogitsProcessor(4.0)(written, rows_of)
     drawings = [
         Drawing.of(Sampling(1), penalties),
         Drawing.of(Sampling(1)),
