@@ -13,6 +13,37 @@ from clampdown.errors import ClampdownError, SaeFitWarning
 FAMILIES = (jobs, tuning, finding, measuring, judging, plans, serving, studio, models, saes, organism)
 """Imported because importing registers their commands."""
 
+PANELS = {
+    "The main job": ("demo", "study", "chat", "serve", "studio", "report"),
+    "Its steps, one by one": (
+        "discover", "features", "plan", "sweep", "screen", "gate", "tune", "evaluate", "compare", "explain",
+        "multiturn", "check",
+    ),
+    "Published pipelines and methods": ("recipe", "compare-methods"),
+    "Looking after it": ("monitor", "judge-agreement", "judge", "label", "suites", "models", "sae", "organism"),
+}  # fmt: skip
+"""The order in which a newcomer meets the commands; what is not named here comes last."""
+
+
+def _in_panels() -> None:
+    """Put every command and group under its heading, in that order."""
+    places = {name: (panel, i) for panel, names in PANELS.items() for i, name in enumerate(names)}
+    order = list(PANELS)
+    for registered in (*app.registered_commands, *app.registered_groups):
+        place = places.get(str(registered.name or getattr(registered.callback, "__name__", "")))
+        registered.rich_help_panel = place[0] if place else "Further"
+
+    def rank(registered: object) -> tuple[int, int]:
+        name = str(getattr(registered, "name", None) or getattr(getattr(registered, "callback", None), "__name__", ""))
+        panel, i = places.get(name, ("", 0))
+        return (order.index(panel) if panel else len(order), i)
+
+    app.registered_commands.sort(key=rank)
+    app.registered_groups.sort(key=rank)
+
+
+_in_panels()
+
 
 _show_other = warnings.showwarning
 
