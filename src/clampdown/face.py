@@ -34,6 +34,7 @@ from clampdown.models.chat import encode
 from clampdown.models.generation import Generation
 from clampdown.models.generation import generate as generate_ids
 from clampdown.models.loading import LanguageModel, load_model
+from clampdown.models.threads import choose_threads
 from clampdown.results.run import Run
 from clampdown.saes import checkpoints
 from clampdown.saes.sae import Sae, check_fits
@@ -98,7 +99,11 @@ _SAES: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
 
 def load(model: Model) -> LanguageModel:
     """A model: 'organism', a directory, a .gguf file, or a hub id. Raises `ModelError`."""
-    return model if isinstance(model, LanguageModel) else load_model(str(model))
+    if isinstance(model, LanguageModel):
+        return model
+    found = load_model(str(model))
+    choose_threads(found)
+    return found
 
 
 def load_sae(sae: AnySae, site: str | None = None) -> Sae:

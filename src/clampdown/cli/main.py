@@ -74,5 +74,5 @@ def main() -> None:
             errors.print(f"[dim]hint: {escaped(error.hint)}[/dim]", soft_wrap=True, highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("stopped; what was finished is kept")
+        errors.print("stopped; what was finished is kept, and the same command goes on from there")
         sys.exit(130)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from clampdown.activations.fit import warn_unless_fitting
 from clampdown.config import ORGANISM
 from clampdown.models.loading import LanguageModel, load_model
+from clampdown.models.threads import choose_threads
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
 from clampdown.steering.plan import Plan
@@ -20,6 +21,7 @@ def load_for(plans: Sequence[Plan], model: str | None = None) -> tuple[LanguageM
     Raises `PlanMismatchError` and its kin for a plan that was made for something else.
     """
     lm = load_model(model or (plans[0].model.name if plans else ORGANISM))
+    choose_threads(lm)
     return lm, saes_of(plans, lm)
 
 

@@ -12,6 +12,7 @@ from clampdown.errors import PromptSetError
 from clampdown.evaluation.judges.interface import NamedJudge, check_not_under_test
 from clampdown.evaluation.judges.table import DEFAULT as DEFAULT_JUDGE
 from clampdown.models.loading import LanguageModel, load_model
+from clampdown.models.threads import choose_threads
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
 from clampdown.store import prompts_hash
@@ -76,6 +77,7 @@ def provenance_of(
 def load_pair(model: str, sae: str, site: str | None = None) -> tuple[LanguageModel, Sae]:
     """A model and an SAE that fits it. Raises `ModelError`, `SaeError` and their kin."""
     lm = load_model(model)
+    choose_threads(lm)
     loaded = load_sae(sae, device=str(lm.device), site=Site.parse(site) if site else None)
     check_fits(loaded, lm.d_model, lm.n_layers)
     warn_unless_fitting(lm, loaded)
