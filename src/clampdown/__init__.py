@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         load_sae,
         plan,
         run,
+        run_study,
         steer,
-        study,
         tune,
     )
 
@@ -45,8 +45,8 @@ __all__ = [
     "load_sae",
     "plan",
     "run",
+    "run_study",
     "steer",
-    "study",
     "tune",
 ]
 

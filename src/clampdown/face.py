@@ -76,8 +76,8 @@ __all__ = [
     "load_sae",
     "plan",
     "run",
+    "run_study",
     "steer",
-    "study",
     "tune",
 ]
 
@@ -367,7 +367,7 @@ def tune(
     return Tuned(read_plan(directory / "plan.toml"), found)
 
 
-def study(
+def run_study(
     lm: Model,
     sae: AnySae,
     data: StudyPrompts,
@@ -383,9 +383,9 @@ def study(
     sizes = size_named(size) if isinstance(size, str) else size
     request = StudyRequest(sizes, None if methods is None else tuple(methods))
     found, directory = _study(lm, sae, data, judge, seed), _directory(out, "study")
-    run = run_sized(found, request, directory, _stages(), minutes=minutes)
-    run.report()
-    return run
+    ran = run_sized(found, request, directory, _stages(), minutes=minutes)
+    ran.report()
+    return ran
 
 
 # ---- what the functions above share ----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Golden runs: what a small study of the embedded model found is found again, arm by arm.
 
-`golden.json` holds, for every arm, the share refused by suite, right answers by suite, and the strength. To renew it after
-a change that is meant to change them: `python -m tests.study.test_golden`, and say in the commit what moved and why.
+`golden.json` holds, for every arm, the share refused by suite, right answers by suite, and the strength. To renew it
+after a change that is meant to change them: `python -m tests.study.test_golden`; the commit says what moved and why.
 """
 
 from __future__ import annotations
