@@ -19,36 +19,41 @@ from rich.table import Table
 from rich.text import Text
 
 from clampdown.errors import PromptSetError, StoreError
-from clampdown.evaluation.comparison import SuiteComparison, compare_arms
+from clampdown.evaluation.comparison import ArmComparison, SuiteComparison, compare_arms, small
 from clampdown.evaluation.judges.pairwise import SuitePreference, preference_endpoint, preferences
 from clampdown.evaluation.suites import read_suites
-from clampdown.store import read_json, read_records, write_json
-from clampdown.types import Interval, Prompt, Record, SuiteKind
+from clampdown.results.directory import RunDirectory
+from clampdown.store import write_json
+from clampdown.types import Prompt, Record, SuiteKind
 
 LONGEST_REPLY = 160
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run directory's records and the key that says what they are records of."""
+class Recorded(RunDirectory):
+    """A run directory, finished or not: its records, and the key that says what they are records of."""
 
-    directory: Path
-    key: Mapping[str, Any]
-    records: tuple[Record, ...]
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """Raises `StoreError` when the manifest does not say what was run."""
+        found = self.manifest.get("key")
+        if not isinstance(found, Mapping):
+            raise StoreError(f"{self.path}/manifest.json does not say what was run")
+        return found
 
     @property
     def arms(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(record.arm for record in self.records))
 
     def of_arm(self, arm: str) -> tuple[Record, ...]:
-        """Raises `StoreError` when the run has no such arm."""
+        """Raises `StoreError` when the run has no such arm, or its records cannot be read."""
         found = tuple(record for record in self.records if record.arm == arm)
         if not found:
-            raise StoreError(f"{self.directory} has no arm '{arm}'", hint=f"arms: {', '.join(self.arms)}")
+            hint = self.notes.get("records.jsonl") or f"arms: {', '.join(self.arms)}"
+            raise StoreError(f"{self.path} has no arm '{arm}'", hint=hint)
         return found
 
     @property
-    def prompts(self) -> dict[str, str]:
+    def hashes(self) -> dict[str, str]:
         """Hash of each suite's prompts, by suite."""
         suites = self.key["suites"]
         return dict(suites) if isinstance(suites, Mapping) else {row["name"]: row["prompts"] for row in suites}
@@ -58,17 +63,8 @@ class Run:
 class Side:
     """What one operand names: a run, and an arm of it (None: all of them)."""
 
-    run: Run
+    run: Recorded
     arm: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ArmComparison:
-    """Two arms compared, suite by suite."""
-
-    first: str
-    second: str
-    suites: tuple[SuiteComparison, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +100,13 @@ def run_compare(first: str, second: str, preference: str | None = None) -> Compa
         for one, other in _arm_pairs(a, b)
     )  # fmt: skip
     preferred = _preferences(a, b, suites, preference) if preference else ()
-    return Comparison(found, _notes(a.run, b.run, suites), _texts(a.run.directory), preferred)
+    return Comparison(found, _notes(a.run, b.run, suites), _texts(a.run.path), preferred)
 
 
 def _preferences(a: Side, b: Side, suites: Sequence[str], spec: str) -> tuple[ArmPreference, ...]:
     """On harmless prompts alone: who asks for harm is not served better by getting it."""
     endpoint = preference_endpoint(spec, _models(a, b))
-    prompts = harmless_prompts(a.run.directory)
+    prompts = harmless_prompts(a.run.path)
     asked = [suite for suite in suites if any(name == suite for name, _ in prompts)]
     return tuple(
         ArmPreference(
@@ -163,14 +159,14 @@ def _side(operand: str) -> Side | None:
     return Side(_read(Path(directory)), arm) if colon else None
 
 
-def _read(directory: Path) -> Run:
-    manifest = read_json(directory / "manifest.json")
-    if not isinstance(manifest, Mapping) or not isinstance(manifest.get("key"), Mapping):
-        raise StoreError(f"{directory}/manifest.json does not say what was run")
-    return Run(directory, manifest["key"], read_records(directory / "records.jsonl"))
+def _read(directory: Path) -> Recorded:
+    found = Recorded(directory)
+    if not found.key or not found.records:
+        raise StoreError(f"{directory} holds no records to compare", hint=found.notes.get("records.jsonl"))
+    return found
 
 
-def _comparable(a: Run, b: Run) -> tuple[str, ...]:
+def _comparable(a: Recorded, b: Recorded) -> tuple[str, ...]:
     """The suites of both runs, in the first one's order.
 
     Raises `PromptSetError` when there is none, when one has other prompts, or when the judges differ.
@@ -180,8 +176,8 @@ def _comparable(a: Run, b: Run) -> tuple[str, ...]:
             f"the runs were judged by different judges: {a.key.get('judge')} and {b.key.get('judge')}",
             hint="a difference between judges is no difference between arms; judge both alike",
         )
-    common = tuple(name for name in a.prompts if name in b.prompts)
-    other = sorted(name for name in common if a.prompts[name] != b.prompts[name])
+    common = tuple(name for name in a.hashes if name in b.hashes)
+    other = sorted(name for name in common if a.hashes[name] != b.hashes[name])
     if other:
         raise PromptSetError(
             f"the runs asked different prompts in {', '.join(other)}",
@@ -199,7 +195,7 @@ def _arm_pairs(a: Side, b: Side) -> list[tuple[str, str]]:
     if a.arm or b.arm:
         name = a.arm or b.arm or ""
         return [(name, name)]
-    if a.run.directory == b.run.directory:
+    if a.run.path == b.run.path:
         raise PromptSetError("that is the same run twice", hint="name two of its arms: DIR:ARM and an arm's name")
     common = [(arm, arm) for arm in a.run.arms if arm in b.run.arms]
     if not common:
@@ -213,13 +209,13 @@ def _only(records: Sequence[Record], suites: Sequence[str]) -> list[Record]:
 
 
 def _label(side: Side, arm: str, other: Side) -> str:
-    return arm if side.run.directory == other.run.directory else f"{side.run.directory.name}:{arm}"
+    return arm if side.run.path == other.run.path else f"{side.run.path.name}:{arm}"
 
 
-def _notes(a: Run, b: Run, suites: Sequence[str]) -> tuple[str, ...]:
+def _notes(a: Recorded, b: Recorded, suites: Sequence[str]) -> tuple[str, ...]:
     notes = [f"{name} differs between the runs" for name in ("code", "model", "saes", "generation")
              if a.key.get(name) != b.key.get(name)]  # fmt: skip
-    left_out = sorted({*a.prompts, *b.prompts} - {*suites})
+    left_out = sorted({*a.hashes, *b.hashes} - {*suites})
     return (*notes, *([f"suites of one run only, left out: {', '.join(left_out)}"] if left_out else []))
 
 
@@ -250,8 +246,8 @@ def _table(arms: ArmComparison) -> Table:
     for row in arms.suites:
         change = row.change
         table.add_row(escape(row.suite), row.outcome, str(change.difference.n), f"{row.before:.2f}", f"{row.after:.2f}",
-                      _difference(change.difference), str(change.gained), str(change.lost),
-                      _small(change.p_value), _small(row.q_value))  # fmt: skip
+                      change.difference.signed, str(change.gained), str(change.lost),
+                      small(change.p_value), small(row.q_value))  # fmt: skip
     table.caption = "+ and \N{MINUS SIGN}: prompts gained and lost; p: exact McNemar; q: Benjamini-Hochberg over suites"
     return table
 
@@ -268,17 +264,6 @@ def _preferred(arms: ArmPreference) -> Table:
                       f"{won.longer:+.1f}", str(won.order), str(won.unscored))  # fmt: skip
     table.caption = "each pair is asked in both orders; 'by place': the answer followed the order, a tie"
     return table
-
-
-def _difference(change: Interval) -> str:
-    if change.value is None:
-        return "n/a"
-    bounds = "" if change.low is None or change.high is None else f" [{change.low:+.2f}, {change.high:+.2f}]"
-    return f"{change.value:+.2f}{bounds}"
-
-
-def _small(p: float | None) -> str:
-    return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _example(row: SuiteComparison, prompts: Mapping[tuple[str, str], str], most: int) -> RenderableType:
