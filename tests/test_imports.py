@@ -26,6 +26,7 @@ RANK = {
     "notebook": 0.05,
     "types": 0.1,
     "config": 0.2,
+    "documents": 0.25,
     "store": 0.3,
     "featuresets": 0.4,
     "cards": 0.5,
@@ -56,7 +57,8 @@ CEILING = {
     "notebook": RANK["errors"],
     "types": RANK["notebook"],
     "config": RANK["types"],
-    "store": RANK["config"],
+    "documents": RANK["config"],
+    "store": RANK["documents"],
     "featuresets": RANK["store"],
     "cards": RANK["featuresets"],
     "explanation": RANK["cards"],
@@ -82,7 +84,7 @@ CEILING = {
 }
 
 HEAVY = {"torch", "transformers", "scipy", "sklearn", "plotly", "numpy", "safetensors", "huggingface_hub", "pydantic"}
-LIGHT_PACKAGES = ("errors", "notebook", "types", "config", "store", "featuresets", "cards", "replies")
+LIGHT_PACKAGES = ("errors", "notebook", "types", "config", "documents", "store", "featuresets", "cards", "replies")
 INIT_WITH_CODE = {"clampdown", "clampdown.organism"}
 MAX_FUNCTION_LINES = 80
 VAGUE_NAMES = {"utils", "helpers", "common", "misc", "manager"}

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clampdown.documents import read_json
 from clampdown.errors import StoreError
 from clampdown.store import (
     RecordLog,
     content_hash,
     prompts_hash,
     read_feature_set,
-    read_json,
     read_records,
     write_atomic,
     write_feature_set,
@@ -169,7 +169,7 @@ def test_a_broken_line_that_is_not_the_last_is_an_error_with_its_number(tmp_path
     path.write_text(f"{lines[0]}\n{{broken\n{lines[1]}\n")
     with pytest.raises(StoreError, match="line 2 is not a record"):
         RecordLog(tmp_path, "key")
-    with pytest.raises(StoreError, match="not a file of records"):
+    with pytest.raises(StoreError, match="line 2 is not a record"):
         read_records(path)
 
 

@@ -6,14 +6,13 @@ own units. Template and special tokens are shown and never ranked: a feature tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from clampdown.documents import from_json, read_json
 from clampdown.errors import StoreError
 from clampdown.notebook import html_table
-from clampdown.store import SCHEMA, read_json, to_jsonable, write_json
+from clampdown.store import SCHEMA, to_jsonable, write_json
 from clampdown.types import Interval, Provenance, ScoreSource
 
 
@@ -147,36 +146,6 @@ def read_card(path: Path) -> Card:
             f"{path} is not a feature card of schema {SCHEMA}", hint="clampdown features show ID --json FILE"
         )
     try:
-        return _card({key: value for key, value in raw.items() if key not in ("schema", "kind")})
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} is not a feature card: {error!r}") from error
-
-
-def _card(raw: Mapping[str, Any]) -> Card:
-    histogram = raw["histogram"]
-    return Card(
-        **{
-            **raw,
-            "provenance": Provenance(**raw["provenance"]),
-            "scores": tuple(_score(row) for row in raw["scores"]),
-            "promoted": tuple(TokenEffect(**row) for row in raw["promoted"]),
-            "demoted": tuple(TokenEffect(**row) for row in raw["demoted"]),
-            "firing": tuple(_firing(row) for row in raw["firing"]),
-            "histogram": Histogram(tuple(histogram["edges"]), tuple(histogram["counts"]), histogram["inactive"]),
-            "examples": tuple(_example(row) for row in raw["examples"]),
-            "neighbours": tuple(Neighbour(**{**row, "promoted": tuple(row["promoted"])}) for row in raw["neighbours"]),
-        }
-    )
-
-
-def _score(row: Mapping[str, Any]) -> CardScore:
-    source = row["source"]
-    return CardScore(**{**row, "source": ScoreSource(**{**source, "provenance": Provenance(**source["provenance"])})})
-
-
-def _firing(row: Mapping[str, Any]) -> Firing:
-    return Firing(**{**row, "on_content": Interval(**row["on_content"]), "at_start": Interval(**row["at_start"])})
-
-
-def _example(row: Mapping[str, Any]) -> Example:
-    return Example(**{**row, "tokens": tuple(Token(**token) for token in row["tokens"])})
+        return from_json(Card, {key: value for key, value in raw.items() if key not in ("schema", "kind")})
+    except ValueError as error:
+        raise StoreError(f"{path} is not a feature card: {error}") from error

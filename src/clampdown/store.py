@@ -26,22 +26,18 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from clampdown.documents import from_json, parse_json, parse_rows, read_json, read_lines, read_object, row_of
 from clampdown.errors import FeatureSetError, StoreError
 from clampdown.types import (
     FeatureScore,
     FeatureSet,
-    Ground,
     OptionChoice,
     Prompt,
     Provenance,
-    Receipt,
     Record,
-    Refusal,
     ScoreColumns,
     ScoreSource,
-    Split,
     StoredReply,
-    Verdict,
 )
 
 SCHEMA = 1
@@ -129,33 +125,9 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises `StoreError` naming the file and line."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is not JSON: {error}") from error
-
-
-def record_from_json(row: Mapping[str, Any]) -> Record:
-    """A line of `records.jsonl`. Fields that an older clampdown did not write have their defaults."""
-    receipt, refusal, ground = (row.get(name) for name in ("receipt", "refusal", "ground"))
-    return Record(
-        **{
-            **row,
-            "split": Split(row["split"]),
-            "verdict": Verdict(row["verdict"]),
-            "receipt": Receipt(**receipt) if receipt else None,
-            "refusal": Refusal(refusal) if refusal else None,
-            "ground": Ground(ground) if ground else None,
-        }
-    )
-
-
 Key = tuple[str, str, str]
 Row = TypeVar("Row", Record, StoredReply, OptionChoice)
+T = TypeVar("T")
 
 
 def key_of(row: Record | StoredReply | OptionChoice) -> Key:
@@ -163,21 +135,41 @@ def key_of(row: Record | StoredReply | OptionChoice) -> Key:
     return (row.arm, row.suite, row.prompt_id)
 
 
-def reply_from_json(row: Mapping[str, Any]) -> StoredReply:
-    receipt = row.get("receipt")
-    return StoredReply(**{**row, "receipt": Receipt(**receipt) if receipt else None})
+def recover(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
+    """The rows of an append-only file that this run goes on writing; a half-written last line is cut off it.
+
+    Only what a kill leaves is cut: the beginning of an object, behind rows of this kind, in a file of this run alone.
+    Raises `StoreError` for anything else, and leaves the file as it is.
+    """
+    if not path.exists():
+        return []
+    lines = read_lines(path)
+    rows = list(parse_rows(path, lines.whole, parse, what))
+    if lines.cut:
+        if not lines.cut.startswith(b"{") or path.is_symlink() or path.stat().st_nlink > 1:
+            raise StoreError(
+                f"{path} ends in the middle of a line that this run did not write, or under another name as well",
+                hint="move it away, or put a copy in its place",
+            )
+        os.truncate(path, sum(len(line) + 1 for line in lines.whole))
+    return rows
 
 
-def choice_from_json(row: Mapping[str, Any]) -> OptionChoice:
-    return OptionChoice(**{**row, "log_likelihoods": tuple(row["log_likelihoods"])})
+def _keyed(path: Path, rows: Sequence[Row], what: str) -> dict[Key, Row]:
+    """Rows by their key. A row that was written twice counts once; two that differ are an error."""
+    found: dict[Key, Row] = {}
+    for number, row in enumerate(rows, 1):
+        if found.setdefault(key_of(row), row) != row:
+            raise StoreError(f"{path} line {number} is {what} of {' '.join(key_of(row))} again, and another one")
+    return found
 
 
 class AppendLog(Generic[Row]):
     """An append-only JSON Lines file that holds each key once. A kill at any byte costs the line in flight only."""
 
-    def __init__(self, path: Path, parse: Callable[[Mapping[str, Any]], Row]) -> None:
+    def __init__(self, path: Path, kind: type[Row], what: str) -> None:
         self.path = path
-        self._rows = {key_of(row): row for row in self._recover(parse)}
+        self._rows = _keyed(path, recover(path, row_of(kind), what), what)
         self._opened: FileIO | None = None
 
     @property
@@ -186,22 +178,6 @@ class AppendLog(Generic[Row]):
         if self._opened is None:
             self._opened = open_appending(self.path)
         return self._opened
-
-    def _recover(self, parse: Callable[[Mapping[str, Any]], Row]) -> list[Row]:
-        """Parse what is there; cut a half-written last line off the file."""
-        if not self.path.exists():
-            return []
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) != len(raw):
-            os.truncate(self.path, len(whole))
-        return [self._parse(parse, number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
-
-    def _parse(self, parse: Callable[[Mapping[str, Any]], Row], number: int, line: bytes) -> Row:
-        try:
-            return parse(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.path} line {number} is not a record: {error}") from error
 
     def __contains__(self, key: Key) -> bool:
         return key in self._rows
@@ -270,9 +246,9 @@ class RecordLog:
         self._lock = locked(directory)
         try:
             claim(directory / "manifest.json", key)
-            self._judged = AppendLog(directory / "records.jsonl", record_from_json)
-            self.replies = AppendLog(directory / "replies.jsonl", reply_from_json)
-            self.choices = AppendLog(directory / "choices.jsonl", choice_from_json)
+            self._judged = AppendLog(directory / "records.jsonl", Record, "a record")
+            self.replies = AppendLog(directory / "replies.jsonl", StoredReply, "a reply")
+            self.choices = AppendLog(directory / "choices.jsonl", OptionChoice, "a choice")
             self._judged.append([])  # a run without records yet is a run
         except BaseException:
             self._lock.close()
@@ -320,7 +296,7 @@ def claim(manifest: Path, key: Any) -> None:
     """Say in a file what a directory holds. `key` is everything that could change a result; another key is refused."""
     digest = content_hash(key)
     if manifest.exists():
-        found = read_json(manifest)
+        found = read_object(manifest)
         if found.get("schema") != SCHEMA or found.get("resume_key") != digest:
             raise StoreError(
                 f"{manifest.parent} holds another run: {_what_differs(found.get('key'), to_jsonable(key))}",
@@ -352,15 +328,9 @@ def _what_differs(found: Any, wanted: Any) -> str:
 
 
 def read_records(path: Path) -> tuple[Record, ...]:
-    """All whole records of a file, for reports. A cut last line is ignored."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        return tuple(record_from_json(json.loads(line)) for line in lines)
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is not a file of records: {error}") from error
+    """The records of a file, for reports: those that `RecordLog` would have. A cut last line is ignored."""
+    rows = parse_rows(path, read_lines(path).whole, row_of(Record), "a record")
+    return tuple(_keyed(path, list(rows), "a record").values())
 
 
 def write_feature_set(path: Path, found: FeatureSet) -> None:
@@ -398,11 +368,11 @@ def read_feature_set(path: Path, *, with_columns: bool = True) -> FeatureSet:
             raw["finder"],
             raw["site"],
             raw["ranked_by"],
-            tuple(_feature_score(row) for row in raw["features"]),
-            Provenance(**raw["provenance"]),
+            tuple(from_json(FeatureScore, row) for row in raw["features"]),
+            from_json(Provenance, raw["provenance"]),
             raw["settings"],
             _read_columns(path, raw["columns"]) if with_columns and raw["columns"] else ScoreColumns(),
-            {name: _score_source(row) for name, row in raw["sources"].items()},
+            {name: from_json(ScoreSource, row) for name, row in raw["sources"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FeatureSetError(f"{path} is not a feature set: {error!r}") from error
@@ -439,11 +409,12 @@ def unpack_columns(payload: bytes) -> ScoreColumns:
     if len(payload) < 8:
         raise ValueError("the file of scores is cut off")
     (length,) = struct.unpack("<Q", payload[:8])
-    header, body = json.loads(payload[8 : 8 + length]), memoryview(payload)[8 + length :]
+    header = parse_json(payload[8 : 8 + length], "the header of the scores", FeatureSetError)
+    body = memoryview(payload)[8 + length :]
     columns = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        if entry["dtype"] != "F64" or end > len(body):
+        if entry["dtype"] != "F64" or not 0 <= begin <= end <= len(body):
             raise ValueError(f"scores '{name}' are not float64, or cut off")
         columns[name] = _swapped(array("d", body[begin:end].tobytes()))
     return ScoreColumns(columns)
@@ -456,17 +427,3 @@ def _swapped(values: array) -> array:
     copy = array("d", values)
     copy.byteswap()
     return copy
-
-
-def _score_source(row: Mapping[str, Any]) -> ScoreSource:
-    return ScoreSource(**{**row, "provenance": Provenance(**row["provenance"])})
-
-
-def _feature_score(row: Mapping[str, Any]) -> FeatureScore:
-    return FeatureScore(
-        row["feature"],
-        row["scores"],
-        tuple(row["top_prompts"]),
-        tuple(row["promoted_tokens"]),
-        tuple(row["demoted_tokens"]),
-    )

@@ -90,7 +90,7 @@ ATTACKS = (PromptRole.HARMFUL, PromptRole.JAILBROKEN, PromptRole.MULTI_TURN)
 SAFE = (PromptRole.BORDERLINE, PromptRole.BENIGN)
 
 
-_SITE_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)")
+_SITE_NAME = re.compile(r"blocks\.(\d{1,6})\.hook_(resid_pre|resid_post|mlp_out|attn_out)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -110,7 +110,7 @@ class Site:
         match = _SITE_NAME.fullmatch(name)
         if match is None:
             raise SiteError(
-                f"'{name}' is not a site",
+                f"'{name[:80]}' is not a site",
                 hint="sites look like blocks.25.hook_resid_post (points: resid_pre, resid_post, mlp_out, attn_out)",
             )
         return cls(int(match[1]), Point(match[2]))

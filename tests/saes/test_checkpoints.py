@@ -209,7 +209,7 @@ def test_a_pickle_is_refused_and_never_executed(name: str, zipped: bool, tmp_pat
     ("damage", "says"),
     [
         (lambda p: (p / "cfg.json").unlink(), "known format"),
-        (lambda p: (p / "cfg.json").write_text("{"), "is not JSON"),
+        (lambda p: (p / "cfg.json").write_text("{"), "not JSON"),
         (lambda p: (p / "cfg.json").write_text("[]"), "JSON object"),
         (lambda p: _edit(p, d_in=None), "does not say 'd_in'"),
         (lambda p: _edit(p, d_in=13), "shape"),

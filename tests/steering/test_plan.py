@@ -144,3 +144,22 @@ def test_base64_that_is_not_a_vector_is_a_plan_error() -> None:
         data["vectors"]["v"] = text
         with pytest.raises(PlanError, match=message):
             parse_plan(data)
+
+
+def test_more_edits_than_a_plan_can_mean_are_refused_before_they_are_checked() -> None:
+    edit = {"site": SITE, "operator": "clamp", "features": [3], "strengths": [2.5]}
+    data = {**plan().model_dump(mode="json"), "edits": [edit] * 100_000}
+    with pytest.raises(PlanError, match=r"edits: .* at most 1000"):
+        parse_plan(data)
+
+
+def test_a_message_names_a_few_of_many_faults() -> None:
+    data = {**plan().model_dump(mode="json"), "edits": [{"surprise": i} for i in range(500)]}
+    with pytest.raises(PlanError, match=r"and \d+ more") as caught:
+        parse_plan(data)
+    assert len(caught.value.message.splitlines()) < 20
+
+
+def test_a_layer_of_thousands_of_digits_is_no_site() -> None:
+    with pytest.raises(SiteError, match="is not a site"):
+        Edit(site=f"blocks.{'9' * 5000}.hook_resid_post", operator="clamp", features=(1,), strengths=(1.0,))

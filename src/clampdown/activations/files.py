@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from safetensors.numpy import save
 from scipy.sparse import csr_array
 
 from clampdown.activations.stream import Pass, Series, Shard
+from clampdown.documents import parse_rows, read_json, read_lines, row_of
 from clampdown.errors import StoreError
-from clampdown.store import content_hash, read_json, to_jsonable, write_atomic, write_json
-from clampdown.types import Message, Prompt, Split
+from clampdown.store import content_hash, to_jsonable, write_atomic, write_json
+from clampdown.types import Prompt
 
 SCHEMA, KIND = 1, "activations"
 
@@ -159,14 +160,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return tuple(_prompt(row) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is not a file of prompts: {error!r}") from error
-
-
-def _prompt(row: Mapping[str, Any]) -> Prompt:
-    messages = tuple(Message(**message) for message in row["messages"])
-    plain = {"messages": messages, "split": Split(row["split"]), "options": tuple(row["options"])}
-    return Prompt(**{**row, **plain})
+    """The prompts of a pass. Raises `StoreError`."""
+    lines = [line for line in read_lines(path).whole if line]
+    return tuple(parse_rows(path, lines, row_of(Prompt), "a prompt"))

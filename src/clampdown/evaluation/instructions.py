@@ -7,12 +7,13 @@ the text is English. Canonical IFEval numbers come from lm-evaluation-harness or
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from clampdown.documents import parse_json
+from clampdown.errors import PromptSetError
 from clampdown.types import Prompt
 
 Arguments = Mapping[str, Any]
@@ -21,8 +22,8 @@ Check = Callable[[str, Arguments], bool]
 
 def follows_all(prompt: Prompt, reply: str) -> bool | None:
     """Whether the reply follows every instruction. None when all that can be checked are followed and one cannot."""
-    kinds: list[str] = json.loads(prompt.meta["instructions"])
-    arguments: list[Arguments] = json.loads(prompt.meta["arguments"])
+    kinds: list[str] = parse_json(prompt.meta["instructions"], f"{prompt.id}: instructions", PromptSetError)
+    arguments: list[Arguments] = parse_json(prompt.meta["arguments"], f"{prompt.id}: arguments", PromptSetError)
     found = [follows(kind, given, reply) for kind, given in zip(kinds, arguments, strict=True)]
     if False in found:
         return False
@@ -109,8 +110,8 @@ def _sections(reply: str, given: Arguments) -> bool:
 def _json(reply: str, _given: Arguments) -> bool:
     text = re.sub(r"^```(?:json)?\s*|\s*```$", "", reply.strip(), flags=re.IGNORECASE)
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parse_json(text, "the reply", PromptSetError)
+    except PromptSetError:
         return False
     return True
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from clampdown.documents import parse_json
 from clampdown.errors import PromptSetError
 
 
@@ -58,10 +59,7 @@ class Row:
         if value is None or value == "":
             return None
         if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                self.fail(f"column '{column}' should be {what}: {error}")
+            value = parse_json(value, f"{self.source} {self.unit} {self.line}: column '{column}'", PromptSetError)
         if not isinstance(value, kind):
             self.fail(f"column '{column}' should be {what}, got {json.dumps(value)[:60]}")
         return value
@@ -115,12 +113,7 @@ def _jsonl_rows(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
 
 
 def _parsed(text: str, where: str) -> Any:
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # an unpaired surrogate escape is not text: no file takes it
-    except (ValueError, RecursionError) as error:
-        raise PromptSetError(f"{where}: not JSON: {error}") from error
-    return value
+    return parse_json(text, where, PromptSetError)
 
 
 def _json_rows(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import string
 from collections.abc import Callable, Sequence
 
+from clampdown.documents import parse_json
+from clampdown.errors import PromptSetError
 from clampdown.evaluation.instructions import follows_all
 from clampdown.types import Prompt
 
@@ -40,7 +41,11 @@ def option_mass(prompt: Prompt, log_likelihoods: Sequence[float]) -> float | Non
     normalised to one. `log_likelihoods` are in nats, one per option. None when any is not a number or all are -inf."""
     if any(math.isnan(value) for value in log_likelihoods) or len(log_likelihoods) != len(prompt.options):
         return None
-    true = set(json.loads(prompt.meta["true_options"])) if "true_options" in prompt.meta else {prompt.answer}
+    true = (
+        set(parse_json(prompt.meta["true_options"], f"{prompt.id}: true_options", PromptSetError))
+        if "true_options" in prompt.meta
+        else {prompt.answer}
+    )
     top = max(log_likelihoods)
     if not math.isfinite(top):
         return None

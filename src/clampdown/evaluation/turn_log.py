@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clampdown.documents import read_object, row_of
 from clampdown.errors import StoreError
-from clampdown.store import content_hash, locked, open_appending, read_json, to_jsonable, write_json
+from clampdown.store import content_hash, locked, open_appending, recover, to_jsonable, write_json
 from clampdown.types import Receipt, Verdict
 
 SCHEMA = 1
@@ -38,11 +39,6 @@ class Turn:
     receipt: Receipt | None = None
 
 
-def turn_from_json(row: Mapping[str, Any]) -> Turn:
-    receipt = row.get("receipt")
-    return Turn(**{**row, "verdict": Verdict(row["verdict"]), "receipt": Receipt(**receipt) if receipt else None})
-
-
 class TurnLog:
     """The turns of one run directory. `key` is everything that could change one; another key's directory is refused.
 
@@ -53,7 +49,7 @@ class TurnLog:
         self._lock = locked(directory)
         try:
             self._claim(directory, key)
-            self.turns: list[Turn] = self._recover()
+            self.turns: list[Turn] = recover(self.path, row_of(Turn), "a turn")
             self._handle = open_appending(self.path)
         except BaseException:
             self._lock.close()
@@ -63,25 +59,11 @@ class TurnLog:
         digest, manifest = content_hash(key), directory / "manifest.json"
         if not manifest.exists():
             write_json(manifest, {"schema": SCHEMA, "resume_key": digest, "key": key})
-        elif read_json(manifest).get("resume_key") != digest:
+        elif read_object(manifest).get("resume_key") != digest:
             raise StoreError(
                 f"{directory} holds another run (other model, objectives, arms, attacker, judge or rules)",
                 hint="choose an empty --out directory, or repeat the exact command to resume",
             )
-
-    def _recover(self) -> list[Turn]:
-        """Parse what is there; cut a half-written last line off the file."""
-        raw = self.path.read_bytes() if self.path.exists() else b""
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) != len(raw):
-            os.truncate(self.path, len(whole))
-        return [self._parse(number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
-
-    def _parse(self, number: int, line: bytes) -> Turn:
-        try:
-            return turn_from_json(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.path} line {number} is not a turn: {error}") from error
 
     def append(self, turns: Sequence[Turn]) -> None:
         """Write turns and wait until they are on disk. Raises `StoreError`; then none of them is there."""

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clampdown.documents import parse_json
 from clampdown.errors import StoreError
 from clampdown.organism.corpus import Cursor
 
@@ -52,7 +53,7 @@ def load(path: Path, model: nn.Module, optimizers: tuple[torch.optim.Optimizer, 
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     try:
         with safe_open(path, framework="pt") as file:
-            raw = json.loads(file.metadata()["progress"])
+            raw = parse_json(file.metadata()["progress"], str(path))
             for name in file.keys():  # noqa: SIM118 - not a dict
                 kind, _, rest = name.partition(".")
                 if kind == "model":

@@ -6,8 +6,6 @@ is missing or unreadable becomes a sentence in `notes`, which a report prints wh
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,8 +13,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from clampdown.documents import parse_rows, read_json, read_lines, read_toml
 from clampdown.errors import ClampdownError, StoreError
-from clampdown.store import read_feature_set, read_json, read_records
+from clampdown.store import read_feature_set, read_records
 from clampdown.types import FeatureSet, Message, Record
 
 EXPLANATION_PAGE = "explain.html"
@@ -53,7 +52,7 @@ class RunDirectory:
     @cached_property
     def plan(self) -> Mapping[str, Any] | None:
         """`plan.toml` as plain values."""
-        return self._optional("plan.toml", _read_toml, None)
+        return self._optional("plan.toml", read_toml, None)
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
@@ -126,10 +125,10 @@ def _read_kept_features(path: Path) -> FeatureSet:
     return read_feature_set(path, with_columns=False)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    return tomllib.loads(path.read_text(encoding="utf-8"))
-
-
 def _read_prompts(path: Path) -> Prompts:
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
-    return {(row["suite"], row["id"]): tuple(Message(m["role"], m["content"]) for m in row["messages"]) for row in rows}
+    whole, cut = read_lines(path)
+    return dict(parse_rows(path, [line for line in (*whole, cut) if line.strip()], _prompt, "a prompt"))
+
+
+def _prompt(row: Mapping[str, Any]) -> tuple[tuple[str, str], tuple[Message, ...]]:
+    return (row["suite"], row["id"]), tuple(Message(m["role"], m["content"]) for m in row["messages"])

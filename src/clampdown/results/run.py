@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 
+from clampdown.documents import read_json
 from clampdown.errors import StoreError
 from clampdown.notebook import html_table
 from clampdown.results import views
@@ -32,7 +33,7 @@ from clampdown.results.rows import (
     SuiteRow,
     Tuning,
 )
-from clampdown.store import read_json, to_jsonable, write_json
+from clampdown.store import to_jsonable, write_json
 from clampdown.types import ArmKind, FeatureSet, Interval, Provenance, Record
 
 SCHEMA = 2

@@ -10,7 +10,6 @@ stores W_dec a row per feature already, and subtracts b_dec from the input whate
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clampdown.documents import read_object
 from clampdown.errors import CheckpointError, SaeError
 from clampdown.saes.architectures import ARCHITECTURES, NORMALIZATIONS
 from clampdown.saes.tensor_files import load_torch, map_npz, map_safetensors
@@ -66,15 +66,7 @@ class Format:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return value
+    return read_object(path, CheckpointError)
 
 
 def _pick(tensors: Mapping[str, Tensor], path: Path, *names: str) -> Tensor:

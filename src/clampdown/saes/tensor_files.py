@@ -11,7 +11,6 @@ executed: `torch.load` gets `weights_only=True`, numpy `allow_pickle=False`.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import pickle
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clampdown.documents import parse_json
 from clampdown.errors import CheckpointError, PickleCheckpointError
 
 _SAFETENSORS_DTYPES = {
@@ -78,7 +78,7 @@ def map_safetensors(path: Path, few: bool) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is not a safetensors file")
         header = handle.read(length)
     try:
-        entries: dict[str, Any] = json.loads(header)
+        entries: dict[str, Any] = parse_json(header, "its header", CheckpointError)
         entries.pop("__metadata__", None)
         mapped = _Mapped(path, few)
         return {name: _entry(mapped, entry, 8 + length, size) for name, entry in entries.items()}

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from clampdown.documents import parse_json
 from clampdown.errors import StoreError
 from clampdown.steering.plan import Plan
 
@@ -148,8 +149,8 @@ def canary_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError):
+        found = parse_json(raw, "the line")
+    except StoreError:
         return None
     return found if isinstance(found, dict) else None
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import math
 import struct
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
@@ -34,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from clampdown.documents import read_toml
 from clampdown.errors import PlanError, StrengthError
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.gate_kinds import GATE_KINDS
@@ -45,6 +45,9 @@ from clampdown.types import Site
 SCHEMA_VERSIONS = (1, 2, 3)
 """2 added gates of other kinds than `probe`, and `otherwise`; 3 added gates that read turn by turn. A plan
 is written in the oldest version that can say it."""
+
+MAX_EDITS = 1000
+"""Edits of one branch. A large set of features is one edit; checking this many takes a tenth of a second."""
 
 
 def _unpack(value: Any) -> Any:
@@ -278,7 +281,7 @@ class Branch(_Part):
     """Edits behind a gate of their own."""
 
     gate: Gate
-    edits: tuple[Edit, ...]
+    edits: tuple[Edit, ...] = Field(max_length=MAX_EDITS)
 
 
 class Plan(_Part):
@@ -290,7 +293,7 @@ class Plan(_Part):
     name: str
     model: ModelRef
     saes: tuple[SaeRef, ...] = ()
-    edits: tuple[Edit, ...]
+    edits: tuple[Edit, ...] = Field(max_length=MAX_EDITS)
     gate: Gate | None = None
     otherwise: Branch | None = None
     vectors: dict[str, Vector] = Field(default_factory=dict)
@@ -408,6 +411,10 @@ def _as_of(version: int, data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "schema_version": version}
 
 
+_SHOWN = 10
+"""Faults of one plan in a message."""
+
+
 def parse_plan(data: dict[str, Any], source: str = "plan") -> Plan:
     """Validate plain data; a `digest` in it must be the plan's. Every way to be wrong is a `PlanError` that says
     where."""
@@ -423,13 +430,14 @@ def parse_plan(data: dict[str, Any], source: str = "plan") -> Plan:
 
 def _validated(data: dict[str, Any], source: str) -> Plan:
     version = data.get("schema_version")
-    if version not in SCHEMA_VERSIONS:
+    if not isinstance(version, int) or version not in SCHEMA_VERSIONS:
         known = " and ".join(map(str, SCHEMA_VERSIONS))
         raise PlanError(f"{source}: schema_version is {version!r}, this clampdown reads {known}")
     try:
         return Plan.model_validate({key: value for key, value in data.items() if key != "schema_version"})
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}" for e in error.errors()]
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}" for e in error.errors()[:_SHOWN]]
+        lines += [f"and {error.error_count() - _SHOWN} more"] if error.error_count() > _SHOWN else []
         raise PlanError(f"{source} is not a valid plan:\n  " + "\n  ".join(lines)) from error
     except PlanError as error:
         raise type(error)(f"{source}: {error.message}", hint=error.hint) from error
@@ -437,13 +445,7 @@ def _validated(data: dict[str, Any], source: str) -> Plan:
 
 def read_plan(path: Path) -> Plan:
     """Read a `plan.toml`. Raises `PlanError`."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"cannot read {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} is not TOML: {error}") from error
-    return parse_plan(data, str(path))
+    return parse_plan(read_toml(path, PlanError), str(path))
 
 
 def write_plan(path: Path, plan: Plan) -> None:

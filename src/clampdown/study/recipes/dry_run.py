@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clampdown.config import ORGANISM, embedded_model, embedded_sae
+from clampdown.documents import read_object
 from clampdown.errors import ClampdownError, JudgeError, ModelError, PromptSetError, RecipeError, SaeError, SiteError
 from clampdown.evaluation.judges.llm import parse_llm
 from clampdown.evaluation.judges.pairwise import preference_endpoint
@@ -29,7 +30,6 @@ from clampdown.models.layout import FAMILIES
 from clampdown.saes.catalog import find_release
 from clampdown.saes.checkpoints import open_sae
 from clampdown.steering.gates import prompts_needed
-from clampdown.store import read_json
 from clampdown.study.multiturn import ATTACKERS
 from clampdown.study.recipes import sources
 from clampdown.study.recipes.schema import ROLES, MultiturnPart, Recipe, SinglePromptClamp
@@ -123,11 +123,11 @@ def _config_of(model: str) -> dict[str, Any] | None:
     """The model's configuration if this machine has it. Raises `ModelError` for a name that is none."""
     directory = embedded_model(model) or Path(model)
     if directory.is_dir():
-        return read_json(directory / "config.json")
+        return read_object(directory / "config.json")
     if not _HUB_ID.fullmatch(model):
         raise ModelError(f"'{model}' is no directory and no hub id", hint=f"'{ORGANISM}', a directory, or org/model")
     cached = try_to_load_from_cache(model, "config.json")
-    return read_json(Path(cached)) if isinstance(cached, str) else None
+    return read_object(Path(cached)) if isinstance(cached, str) else None
 
 
 def _sae(recipe: Recipe) -> str:

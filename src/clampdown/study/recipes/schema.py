@@ -11,13 +11,13 @@ the user gives it with `--set`. `ours` lists what the paper leaves open and this
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from clampdown import documents
 from clampdown.errors import ClampdownError, RecipeError
 from clampdown.evaluation.judges.table import DEFAULT
 from clampdown.evaluation.multiturn import Rules
@@ -288,12 +288,9 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A study's or recipe's file as plain data. Raises `RecipeError`."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"no recipe at {path}", hint="those that come with the source lie in recipes/") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
+    if not path.exists():
+        raise RecipeError(f"no recipe at {path}", hint="those that come with the source lie in recipes/")
+    return documents.read_toml(path, RecipeError)
 
 
 def is_recipe(data: Mapping[str, Any]) -> bool:
@@ -324,6 +321,6 @@ def _put(data: dict[str, Any], setting: str) -> None:
         if not isinstance(data, dict):
             raise RecipeError(f"'{setting}': '{name}' is no table of the recipe")
     try:
-        data[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        data[last] = documents.parse_toml(f"value = {text}", setting, RecipeError)["value"]
+    except RecipeError:
         data[last] = text

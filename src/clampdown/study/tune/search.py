@@ -20,7 +20,7 @@ from typing import Any
 import optuna
 
 from clampdown.errors import NotEnoughDataError, StoreError
-from clampdown.store import open_appending, to_jsonable
+from clampdown.store import open_appending, recover, to_jsonable
 from clampdown.study.budgets import Use
 
 NO_GATE = "none"
@@ -235,16 +235,7 @@ class TrialLog:
 
     def _read(self) -> list[Trial]:
         """Cuts a half-written last line off the file."""
-        if not self.path.exists():
-            return []
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if whole != raw:
-            self.path.write_bytes(whole)
-        try:
-            return [trial_from_json(json.loads(line)) for line in whole.split(b"\n")[:-1]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.path} is not a log of trials: {error}") from error
+        return recover(self.path, trial_from_json, "a trial")
 
     def known(self, start: int, settings: Sequence[Setting]) -> list[Trial] | None:
         """The trials from `start` on if the whole batch is there. Raises `StoreError` when they are others."""

@@ -19,6 +19,7 @@ from clampdown.activations.collect import collect_to
 from clampdown.activations.stream import plan_pass
 from clampdown.discovery.finders import DEFAULT, Effort, Material, run_finder
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
+from clampdown.documents import read_json
 from clampdown.errors import NotEnoughDataError, PlanError, ScopeError, StoreError
 from clampdown.steering.gate_fitting import FITTERS, FittedGate, Pooled, fit_gate, fit_probe_of, gate_reading
 from clampdown.steering.operators import OPERATORS
@@ -26,7 +27,7 @@ from clampdown.steering.plan import Edit, Gate, Plan
 from clampdown.steering.scopes import SCOPES
 from clampdown.steering.turn_promise import Turnwise, last_turns, longest_turn
 from clampdown.steering.units import calibrate
-from clampdown.store import content_hash, read_json, write_feature_set, write_json
+from clampdown.store import content_hash, write_feature_set, write_json
 from clampdown.study.progress import Stages
 from clampdown.study.screening import Halving, Screened, prefills_of, screen
 from clampdown.study.study import Study
