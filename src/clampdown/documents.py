@@ -188,6 +188,9 @@ def _reader(kind: Any) -> Reader:
         return _tuple(inner)
     if origin is not None and issubclass(origin, Mapping):
         return _mapping(_reader(inner[1]))
+    if origin is not None and issubclass(origin, Sequence):
+        each = _reader(inner[0])
+        return lambda value: [each(item) for item in _items(value)]
     return _PLAIN[kind]
 
 

@@ -6,6 +6,9 @@ Every error says what was wrong, where, and what to do next (`hint`). The comman
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ClampdownError(Exception):
     """Base of the tree. `hint` is the next thing to try, shown on a line of its own."""
@@ -17,6 +20,27 @@ class ClampdownError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
+
+
+def reason_of(error: BaseException) -> str:
+    """A library's own words in one line, or the name of its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def translated(kind: type[ClampdownError], what: str, *, hint: str | None = None) -> Iterator[None]:
+    """Around a library's loader: whatever it raises is one error of ours, with the library's as its cause.
+
+    The one place that knows what passes: errors of ours, running out of memory, and what is no `Exception` (an
+    interrupt). A list of a library's exceptions would be out of date with its next version.
+    """
+    try:
+        yield
+    except (ClampdownError, MemoryError):
+        raise
+    except Exception as cause:
+        raise kind(f"{what}: {reason_of(cause)}", hint=hint) from cause
 
 
 class ModelError(ClampdownError):

@@ -116,7 +116,7 @@ def test_a_name_that_cannot_be_fetched_is_a_readable_error(name: str) -> None:
     ("damage", "says"),
     [
         (lambda d: (d / "config.json").unlink(), "config.json"),
-        (lambda d: (d / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda d: (d / "config.json").write_text("{"), "not JSON"),
         (lambda d: (d / "model.safetensors").unlink(), "no .safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes(b"not tensors"), "cannot be loaded"),
         (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer"),

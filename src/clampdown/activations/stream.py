@@ -179,7 +179,7 @@ def plan_pass(
     for reading in readings:
         lm.layout.hook_point(reading.site)
         if reading.sae is not None:
-            check_fits(reading.sae, lm.d_model, lm.n_layers)
+            check_fits(reading.sae, lm.d_model, lm.n_layers, layer_norm=lm.layout.layer_norm)
     encoded = tuple(tuple(encode(lm, prompt.messages)) for prompt in prompts)
     batches = tuple(length_buckets([len(ids) for ids in encoded], budget.tokens_per_batch))
     return Pass(lm, tuple(readings), tuple(prompts), encoded, batches, budget)

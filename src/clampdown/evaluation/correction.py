@@ -12,7 +12,6 @@ and the centre moved. It knows that Se and Sp are estimates; it takes replies fo
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from clampdown.documents import from_json, parse_rows, read_lines
 from clampdown.errors import PromptSetError
 from clampdown.evaluation import metrics
 from clampdown.evaluation.intervals import CONFIDENCE
@@ -96,22 +96,13 @@ def label_key(record: Record) -> tuple[str, str, str]:
 
 def read_own_labels(path: Path) -> tuple[OwnLabel, ...]:
     """Lines that `clampdown label` wrote. A cut last line is ignored. Raises `PromptSetError` naming the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptSetError(f"cannot read {path}: {error}", hint="clampdown label RUN writes such a file") from error
-    return tuple(_own_label(path, number, line) for number, line in enumerate(lines, 1))
+    lines = read_lines(path, PromptSetError).whole
+    return tuple(parse_rows(path, lines, _own_label, "a label", PromptSetError))
 
 
-def _own_label(path: Path, number: int, line: str) -> OwnLabel:
-    try:
-        row: Mapping[str, Any] = json.loads(line)
-        found = OwnLabel(row["suite"], row["prompt_id"], row["reply"], row["refused"], row.get("helped"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise PromptSetError(f"{path} line {number} is no label: {error!r}") from error
-    if not isinstance(found.refused, bool) or not (found.helped is None or isinstance(found.helped, bool)):
-        raise PromptSetError(f"{path} line {number}: 'refused' and 'helped' are true or false")
-    return found
+def _own_label(row: Mapping[str, Any]) -> OwnLabel:
+    named = ("suite", "prompt_id", "reply", "refused", "helped")
+    return from_json(OwnLabel, {name: row[name] for name in named if name in row})
 
 
 @dataclass(frozen=True, slots=True)

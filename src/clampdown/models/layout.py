@@ -114,6 +114,11 @@ class Layout:
         """What the last block's output goes through before the unembedding."""
         return self.decoder.get_submodule(self.row.final_norm)
 
+    @property
+    def layer_norm(self) -> bool:
+        """Whether the model normalises by LayerNorm, which takes the residual stream's mean off."""
+        return isinstance(self.final_norm, nn.LayerNorm)
+
     def hook_point(self, site: Site) -> HookPoint:
         """The place to hook for a site. Raises `SiteError` when the model has no such layer or point."""
         if not 0 <= site.layer < self.n_layers:

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError
 
 from clampdown.config import embedded_model
-from clampdown.errors import ModelError, PickleCheckpointError
+from clampdown.errors import ModelError, PickleCheckpointError, translated
+from clampdown.models.beside import check_loaded, check_tokens, quantisation, refuse_adapters
 from clampdown.models.chat import ChatFormat
 from clampdown.models.generation_config import end_tokens
 from clampdown.models.gguf import directory_of, is_gguf
@@ -27,9 +26,15 @@ from clampdown.models.known import KnownModel, fetched, known_model
 from clampdown.models.layout import Layout, find_layout
 from clampdown.store import files_revision
 
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _UNWANTED = ("original/*", "consolidated*", "onnx/*")
 _HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# What else decides which tokens a text becomes, or which tensor is where. Files that a model does not have change
+# nothing in its revision.
+_HASHED_TOO = (
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json",
+    "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "tekken.json", "*.safetensors.index.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,16 @@ def load_model(
     `UnknownArchitectureError` when its family has no row in the layout table.
     """
     directory, commit = _resolve(str(name), revision)
+    refuse_adapters(directory, str(name))
     _refuse_pickle(directory, str(name))
     where = _device(device)
-    model = _read_weights(directory, str(name), _dtype(dtype, where)).to(where)
+    model = _read_weights(directory, str(name), _dtype(dtype, where), where)
     model.eval().requires_grad_(False)
+    tokenizer = _read_tokenizer(directory, str(name))
+    check_tokens(tokenizer, model.get_input_embeddings().weight.shape[0], str(name))
     return LanguageModel(
         model=model,
-        tokenizer=_read_tokenizer(directory, str(name)),
+        tokenizer=tokenizer,
         layout=find_layout(model),
         name=str(name),
         revision=commit or directory_revision(directory),
@@ -142,15 +150,10 @@ def _known(model: KnownModel, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    try:
-        path = snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot get model '{name}' from the hub: {reason}",
-            hint="check the spelling and the network; gated models need `hf auth login`; a directory works offline",
-        ) from error
-    return Path(path)
+    hint = "check the spelling and the network; gated models need `hf auth login`; a directory works offline"
+    with translated(ModelError, f"cannot get model '{name}' from the hub", hint=hint):
+        wanted, unwanted = list(_WANTED), list(_UNWANTED)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
 
 
 def _refuse_pickle(directory: Path, name: str) -> None:
@@ -194,38 +197,32 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
     return resolved
 
 
-def _read_weights(directory: Path, name: str, dtype: str | torch.dtype) -> Any:
+def _read_weights(directory: Path, name: str, dtype: str | torch.dtype, where: torch.device) -> Any:
     from transformers import AutoModelForCausalLM  # importing it takes seconds: only when a model is loaded
     from transformers.utils import logging
 
+    # A quantised model is put in its place by the library that quantised it, and may not be moved afterwards.
+    placed = {"device_map": {"": where}} if quantisation(directory, name) else {}
     # Commands show their own progress; the library's bar would break into it.
     logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model '{name}' cannot be loaded: {reason}") from error
+        with translated(ModelError, f"model '{name}' cannot be loaded"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **placed
+            )
+            model, info = loaded
+            model = model if placed else model.to(where)
     finally:
         logging.enable_progress_bar()
-    model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ModelError(
-            f"model '{name}' is incomplete: {len(missing)} tensors are missing, '{missing[0]}' among them",
-            hint="the library would fill them with random numbers; fetch the checkpoint again",
-        )
+    check_loaded(info, name)
     return model
 
 
 def _read_tokenizer(directory: Path, name: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with translated(ModelError, f"model '{name}' has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, padding_side="left")
-    except Exception as error:  # the library raises nearly anything for a missing or broken tokenizer
-        raise ModelError(f"model '{name}' has no usable tokenizer: {error}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of '{name}' has neither a padding nor an end-of-text token")
@@ -235,7 +232,9 @@ def _read_tokenizer(directory: Path, name: str) -> Any:
 
 def directory_revision(directory: Path) -> str:
     """Hash of what decides a model's output: config, tokenizer, chat template, weights."""
-    return files_revision([*(directory / name for name in _HASHED), *sorted(directory.glob("*.safetensors"))])
+    first = (directory / name for name in _HASHED)
+    more = (path for pattern in _HASHED_TOO for path in sorted(directory.glob(pattern)))
+    return files_revision([*first, *sorted(directory.glob("*.safetensors")), *more])
 
 
 def load_shape(directory: Path) -> LanguageModel:
@@ -247,12 +246,10 @@ def load_shape(directory: Path) -> LanguageModel:
 
     if not (directory / "config.json").is_file():
         raise ModelError(f"'{directory}' is not a model: it has no config.json")
-    try:
+    with translated(ModelError, f"the config of '{directory}' describes no model"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the config of '{directory}' describes no model: {error}") from error
     model.eval().requires_grad_(False)
     tokenizer = _read_tokenizer(directory, str(directory))
     return LanguageModel(model, tokenizer, find_layout(model), str(directory), "shape only")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from clampdown.documents import read_object
 from clampdown.saes.sae import Sae
 from clampdown.store import write_atomic, write_json
 
@@ -20,7 +20,7 @@ WEIGHTS, CONFIG, CARD, PAGE = "sae_weights.safetensors", "cfg.json", "card.json"
 def write_trained(sae: Any, directory: Path, dtype: torch.dtype) -> None:
     """A trained SAE of SAELens, by its own inference format, in `dtype`."""
     written, _ = sae.save_inference_model(directory)
-    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    config = read_object(directory / CONFIG)
     _write(directory, load_file(written), config, dtype)
 
 
@@ -36,6 +36,8 @@ def write_moved(sae: Sae, directory: Path, dtype: torch.dtype, facts: Mapping[st
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.0.0", "hook_name": sae.cfg.site.name, **facts},
     }
+    if sae.cfg.centred:
+        config["metadata"] |= {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     if sae.cfg.architecture == "topk":
         config |= {"k": sae.cfg.k, "rescale_acts_by_decoder_norm": False}
     directory.mkdir(parents=True, exist_ok=True)

@@ -101,10 +101,32 @@ def _layer_norm(x: Tensor, eps: float = 1e-5) -> InputNorm:
     return InputNorm(centred / (std + eps), std, mean)
 
 
+def _centred(x: Tensor) -> InputNorm:
+    mean = x.mean(dim=-1, keepdim=True)
+    return InputNorm(x - mean, None, mean)
+
+
+def _centred_constant_norm(x: Tensor) -> InputNorm:
+    mean = x.mean(dim=-1, keepdim=True)
+    return _constant_norm(x - mean)._replace(shift=mean)
+
+
 NORMALIZATIONS: dict[str, Callable[[Tensor], InputNorm]] = {
     "none": _identity,
     # The average norm is folded into the weights before they are saved, so nothing is left to do at run time.
     "expected_average_only_in": _identity,
     "constant_norm_rescale": _constant_norm,
     "layer_norm": _layer_norm,
+    # The same on a model whose residual stream was centred in training: its mean comes off first and back on last.
+    "centred": _centred,
+    "centred_constant_norm_rescale": _centred_constant_norm,
 }
+
+CENTRED = {
+    "none": "centred",
+    "expected_average_only_in": "centred",
+    "constant_norm_rescale": "centred_constant_norm_rescale",
+    "layer_norm": "layer_norm",  # takes the mean off by itself
+}
+STATED_NORMALIZATIONS = tuple(CENTRED)
+"""What files say; `CENTRED` is what each means when the model was centred as well."""

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from clampdown.errors import CheckpointError
+from clampdown.errors import CheckpointError, translated
 from clampdown.saes.formats import FORMATS
 
 
@@ -216,14 +215,9 @@ def fetch(address: Address) -> Path:
     """Download an SAE's files, or find them in the hub's cache. Raises `CheckpointError`."""
     files = {file for row in FORMATS for file in (*row.files, *row.optional)}
     patterns = [address.path, *(f"{address.path}/{file}" for file in sorted(files))]
-    try:
+    hint = "check the spelling and the network; a downloaded directory works offline"
+    with translated(CheckpointError, f"cannot get SAE '{address.repo}:{address.path}' from the hub", hint=hint):
         snapshot = Path(snapshot_download(address.repo, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"cannot get SAE '{address.repo}:{address.path}' from the hub: {reason}",
-            hint="check the spelling and the network; a downloaded directory works offline",
-        ) from error
     found = snapshot / address.path
     if not found.exists():
         raise CheckpointError(f"hub repository '{address.repo}' has no '{address.path}'")

@@ -19,9 +19,10 @@ from torch import Tensor
 from clampdown.config import embedded_sae
 from clampdown.errors import CheckpointError
 from clampdown.saes import saelens
+from clampdown.saes.architectures import CENTRED
 from clampdown.saes.catalog import Address, fetch, find_release, lists_own
 from clampdown.saes.formats import Raw, detect
-from clampdown.saes.sae import FeatureView, Sae, SaeConfig, check_features
+from clampdown.saes.sae import FeatureView, Sae, SaeConfig, check_features, check_finite
 from clampdown.store import content_hash, files_revision
 from clampdown.types import Site
 
@@ -37,7 +38,9 @@ def load_sae(
     source = _locate(str(name), few=False)
     sae = _as_stated(source, str(name), site)
     tensors = {key: tensor.to(dtype, copy=True) for key, tensor in sae.tensors.items()}
-    return replace(sae, tensors=_fold(tensors, source.raw), revision=source.revision()).to(device)
+    folded = _fold(tensors, source.raw)
+    check_finite(str(name), folded)
+    return replace(sae, tensors=folded, revision=source.revision()).to(device)
 
 
 def load_feature_view(
@@ -58,13 +61,16 @@ def load_feature_view(
         return load_sae(name, device=device, dtype=dtype, site=site).select(features)
     view = _as_stated(source, str(name), site).select(features).to(device, dtype)
     scale = source.raw.input_scale
-    return replace(
+    scaled = replace(
         view,
         encoder=view.encoder * scale,
         directions=view.directions / scale,
         b_dec=view.b_dec / scale,
         vectors={key: vector.clone() for key, vector in view.vectors.items()},
     )
+    check_finite(str(name), {"W_enc": scaled.encoder, "W_dec": scaled.directions, "b_dec": scaled.b_dec})
+    check_finite(str(name), scaled.vectors)
+    return scaled
 
 
 @dataclass
@@ -178,7 +184,14 @@ def _as_stated(source: _Source, name: str, site: Site | None) -> Sae:
         if raw.hook_name is None:
             raise CheckpointError(f"the files of SAE '{name}' do not say where it sits", hint="pass its site")
         site = Site.parse(raw.hook_name)
-    return Sae(_config(raw, site, address, name), raw.tensors, name)
+    sae = Sae(_config(raw, site, address, name), raw.tensors, name)
+    unread = sorted(raw.tensors.keys() - {"W_enc", "W_dec", "b_dec", *sae.architecture.vectors})
+    if unread:
+        raise CheckpointError(
+            f"SAE '{name}' holds tensors that are not read: {', '.join(key[:60] for key in unread[:8])}",
+            hint=f"they may change what it computes; a {raw.architecture} SAE has none of them",
+        )
+    return sae
 
 
 def _config(raw: Raw, site: Site, address: Address | None, name: str) -> SaeConfig:
@@ -186,13 +199,15 @@ def _config(raw: Raw, site: Site, address: Address | None, name: str) -> SaeConf
     if len(shape) != 2:
         found = ", ".join(sorted(raw.tensors))
         raise CheckpointError(f"SAE '{name}' has no decoder matrix 'W_dec'", hint=f"found: {found}")
+    normed = raw.normalize_activations
     return SaeConfig(
         architecture=raw.architecture,  # type: ignore[arg-type]  # readers let only known ones through
         d_in=int(shape[0]),
         d_sae=int(shape[1]),
         site=site,
         apply_b_dec_to_input=raw.apply_b_dec_to_input,
-        normalize_activations=raw.normalize_activations,  # type: ignore[arg-type]
+        normalize_activations=CENTRED[normed] if raw.centred else normed,  # type: ignore[arg-type]
+        centred=raw.centred,
         k=raw.k,
         model_name=(address.model if address else "") or raw.model_name,
         neuronpedia_id=raw.neuronpedia_id or (address.neuronpedia_id if address else None),
@@ -201,6 +216,7 @@ def _config(raw: Raw, site: Site, address: Address | None, name: str) -> SaeConf
 
 def _fold(tensors: dict[str, Tensor], raw: Raw) -> dict[str, Tensor]:
     """Put constant scales into the weights: x -> x s before and / s after, and activations in decoder-norm units."""
+    length = tensors["W_dec"].norm(dim=-1).clamp(min=1e-8) if raw.by_decoder_norm else None
     if raw.input_scale != 1.0:
         scale = raw.input_scale
         tensors |= {
@@ -208,11 +224,10 @@ def _fold(tensors: dict[str, Tensor], raw: Raw) -> dict[str, Tensor]:
             "W_dec": tensors["W_dec"] / scale,
             "b_dec": tensors["b_dec"] / scale,
         }
-    if raw.by_decoder_norm:
-        norm = tensors["W_dec"].norm(dim=-1)
+    if length is not None:  # in the units of training: the rows' lengths before the input's scale
         tensors |= {
-            "W_enc": tensors["W_enc"] * norm,
-            "b_enc": tensors["b_enc"] * norm,
-            "W_dec": tensors["W_dec"] / norm[:, None],
+            "W_enc": tensors["W_enc"] * length,
+            "b_enc": tensors["b_enc"] * length,
+            "W_dec": tensors["W_dec"] / length[:, None],
         }
     return tensors

@@ -11,8 +11,8 @@ stores W_dec a row per feature already, and subtracts b_dec from the input whate
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,23 @@ from torch import Tensor
 
 from clampdown.documents import read_object
 from clampdown.errors import CheckpointError, SaeError
-from clampdown.saes.architectures import ARCHITECTURES, NORMALIZATIONS
+from clampdown.saes.architectures import ARCHITECTURES, STATED_NORMALIZATIONS
+from clampdown.saes.fields import (
+    DICTIONARY,
+    DICTIONARY_TRAINER,
+    GEMMA_SCOPE_2,
+    LLAMA_SCOPE,
+    MODEL_PROCESSING,
+    SAELENS,
+    SPARSIFY,
+    Allowed,
+    check_fields,
+    count,
+    positive,
+    switch,
+    table,
+    text,
+)
 from clampdown.saes.tensor_files import load_torch, map_npz, map_safetensors
 
 
@@ -30,7 +46,8 @@ class Raw:
     """What the files of an SAE say.
 
     `input_scale`: the input is multiplied by this before encoding and the reconstruction divided by it (an average norm
-    measured in training). `by_decoder_norm`: activations are in units of the decoder row's length.
+    measured in training). `centred`: the SAE was trained on the residual less its mean over
+    d_model. `by_decoder_norm`: activations are in units of the decoder row's length.
     """
 
     architecture: str
@@ -43,6 +60,7 @@ class Raw:
     neuronpedia_id: str | None = None
     input_scale: float = 1.0
     by_decoder_norm: bool = False
+    centred: bool = False
     shape: tuple[int, int] | None = None  # (d_in, d_sae), when the config states it
 
 
@@ -65,8 +83,18 @@ class Format:
         return bool(self.files) and all((path / name).is_file() for name in self.files)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return read_object(path, CheckpointError)
+def _only(tensors: Mapping[str, Tensor], path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors, when the file has no others. Raises `CheckpointError` naming those that nothing here would read."""
+    unread = sorted(tensors.keys() - set(names))
+    if unread:
+        raise CheckpointError(
+            f"{path} holds tensors that are not read here: {', '.join(name[:60] for name in unread[:8])}",
+            hint=f"they may change what the SAE computes; its kind has {', '.join(names)}",
+        )
+    return dict(tensors)
+
+
+_JUMPRELU = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
 def _pick(tensors: Mapping[str, Tensor], path: Path, *names: str) -> Tensor:
@@ -75,12 +103,6 @@ def _pick(tensors: Mapping[str, Tensor], path: Path, *names: str) -> Tensor:
         if name in tensors:
             return tensors[name]
     raise CheckpointError(f"{path} has no tensor '{names[0]}'", hint=f"found: {', '.join(sorted(tensors))}")
-
-
-def _field(raw: Mapping[str, Any], name: str, where: Path | str) -> Any:
-    if name not in raw:
-        raise CheckpointError(f"{where} does not say '{name}'", hint=f"found: {', '.join(sorted(raw))}")
-    return raw[name]
 
 
 def _supported(architecture: str, where: str) -> str:
@@ -95,54 +117,131 @@ def _supported(architecture: str, where: str) -> str:
 _SAELENS_NAMES = {"standard": "relu", "matryoshka_batchtopk": "batchtopk"}
 
 
+SCALERS = ("activation_scaler.json", "activation_whitening.safetensors", "activations_store_state.safetensors")
+"""Where SAELens keeps what the input was multiplied by, until training ends and it goes into the weights."""
+
+_SCALER = frozenset({"scaling_factor", "has_whitening"})
+
+
 def read_saelens(path: Path, few: bool) -> Raw:
     """SAELens: version 6 (facts about the model under `metadata`) and the flat config before it."""
-    cfg = _json(path / "cfg.json")
-    return from_saelens_config(cfg, map_safetensors(path / "sae_weights.safetensors", few), str(path / "cfg.json"))
+    cfg = read_object(path / "cfg.json", CheckpointError)
+    raw = from_saelens_config(cfg, map_safetensors(path / "sae_weights.safetensors", few), str(path / "cfg.json"))
+    scale = _scale_beside(path)
+    if scale is None:
+        return raw
+    if raw.normalize_activations != "expected_average_only_in":
+        raise SaeError(
+            f"{path}: a file beside the weights says that the input was scaled by {scale:g}, cfg.json says "
+            f"normalize_activations '{raw.normalize_activations}'",
+            hint="one of them is wrong: it may be a checkpoint from the middle of training; take the finished one",
+        )
+    return replace(raw, input_scale=scale)
+
+
+def _scale_beside(path: Path) -> float | None:
+    """The factor of the input that is not in the weights yet. None when it is, or there never was one."""
+    scaler, whitening, stream = (path / name for name in SCALERS)
+    found: list[float] = []
+    if scaler.is_file():
+        said = read_object(scaler, CheckpointError)
+        check_fields(said, _SCALER, str(scaler), {"has_whitening": (False, None)})
+        found += [positive(said, "scaling_factor", str(scaler))] if said.get("scaling_factor") is not None else []
+    elif whitening.is_file():
+        raise SaeError(
+            f"{whitening}: an SAE whose input is whitened is not supported", hint="take a finished checkpoint"
+        )
+    if stream.is_file():
+        estimated = map_safetensors(stream, True).get("estimated_norm_scaling_factor")
+        found += [] if estimated is None else [positive({"factor": float(estimated)}, "factor", str(stream))]
+    if len(set(found)) > 1:
+        raise SaeError(f"{path}: {scaler.name} and {stream.name} say different factors of the input: {found}")
+    return found[0] if found else None
+
+
+_OFF = {"hook_head_index": (None,), "hook_point_head_index": (None,), "hook_head_index_out": (None,)}
 
 
 def from_saelens_config(cfg: Mapping[str, Any], weights: dict[str, Tensor], where: str) -> Raw:
     """What a SAELens config and its weights say. `where` names them in errors."""
-    about = {**cfg, **(cfg.get("metadata") or {})}
-    function = cfg.get("activation_fn") or cfg.get("activation_fn_str") or "relu"
-    name = "topk" if function == "topk" else cfg.get("architecture") or "standard"
+    about = {**cfg, **table(cfg, "metadata", where)}
+    function = text(cfg, "activation_fn", where) or text(cfg, "activation_fn_str", where) or "relu"
+    name = "topk" if function == "topk" else text(cfg, "architecture", where) or "standard"
     architecture = _supported(_SAELENS_NAMES.get(name, name), where)
     if function not in ("relu", "topk"):
         raise SaeError(f"{where}: activation function '{function}' is not supported")
     if cfg.get("reshape_activations", "none") != "none":
         raise SaeError(f"{where}: an SAE of attention heads (hook_z) cannot steer the residual stream")
+    check_fields(about, SAELENS, where, _OFF)
+    settings = table(cfg, "activation_fn_kwargs", where)
+    check_fields(settings, frozenset({"k"}), f"{where}: activation_fn_kwargs")
+    top = cfg if cfg.get("k") is not None else settings
     tensors = _without_unit_scale(weights, where)
     if "topk_threshold" in tensors:  # a batch-top-k SAE saved in the middle of training
-        tensors["threshold"] = tensors.pop("topk_threshold").expand(_field(cfg, "d_sae", where))
-    rescaled = cfg.get("rescale_acts_by_decoder_norm", architecture == "batchtopk")
+        tensors["threshold"] = tensors.pop("topk_threshold").expand(count(cfg, "d_sae", where))
+    if "log_threshold" in tensors and "threshold" not in tensors:  # as SAELens saved it before the end of training
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
     return Raw(
         architecture=architecture,
         tensors=tensors,
-        hook_name=about.get("hook_name") or about.get("hook_point"),
-        apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True),
+        hook_name=_saelens_hook(about, where),
+        apply_b_dec_to_input=switch(cfg, "apply_b_dec_to_input", where, absent=True),
         normalize_activations=_normalization(cfg.get("normalize_activations"), where),
-        k=int(cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k") or 0),
-        model_name=about.get("model_name") or "",
-        neuronpedia_id=about.get("neuronpedia_id"),
-        by_decoder_norm=bool(rescaled),
-        shape=(_field(cfg, "d_in", where), _field(cfg, "d_sae", where)),
+        k=count(top, "k", where) if top.get("k") is not None else 0,
+        model_name=text(about, "model_name", where) or "",
+        neuronpedia_id=text(about, "neuronpedia_id", where),
+        by_decoder_norm=switch(cfg, "rescale_acts_by_decoder_norm", where, absent=architecture == "batchtopk"),
+        centred=_centred(about, where),
+        shape=(count(cfg, "d_in", where), count(cfg, "d_sae", where)),
     )
+
+
+def _saelens_hook(about: Mapping[str, Any], where: str) -> str | None:
+    """The site, said once and not otherwise elsewhere in the same config."""
+    hook = text(about, "hook_name", where) or text(about, "hook_point", where)
+    out, layer = text(about, "hook_name_out", where), about.get("hook_layer", about.get("hook_point_layer"))
+    if out and out != hook:
+        raise SaeError(f"{where}: a transcoder reads one site and writes another; it is not an SAE")
+    if hook and isinstance(layer, int) and hook.startswith("blocks.") and not hook.startswith(f"blocks.{layer}."):
+        raise SaeError(f"{where}: hook_name is {hook[:80]}, but its layer is said to be {str(layer)[:20]}")
+    return hook
+
+
+def _centred(about: Mapping[str, Any], where: str) -> bool:
+    """Whether the model's residual stream was centred: TransformerLens can take the mean over d_model out of all that
+    writes to it. Raises `SaeError` for other ways of loading a model that are not known to leave the stream alone."""
+    processing = table(about, "model_from_pretrained_kwargs", where)
+    inside = f"{where}: model_from_pretrained_kwargs"
+    check_fields(processing, MODEL_PROCESSING, inside)
+    return switch(processing, "center_writing_weights", inside, absent=False)
 
 
 def _without_unit_scale(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """Old files carry a per-feature `scaling_factor` that is one unless the SAE was fine-tuned."""
-    scale = tensors.pop("scaling_factor", None)
-    if scale is not None and not torch.allclose(scale.float(), torch.ones(())):
-        raise SaeError(f"{where}: an SAE with a fine-tuned scaling factor is not supported")
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        scale = tensors.pop(name, None)
+        if scale is not None and not torch.allclose(scale.float(), torch.ones(())):
+            raise SaeError(f"{where}: an SAE with a fine-tuned scaling factor is not supported")
     return tensors
 
 
 def _normalization(value: Any, where: str) -> str:
     """None and False mean none; True is an old spelling of the average norm."""
-    name = {None: "none", False: "none", True: "expected_average_only_in"}.get(value, value)
-    if name not in NORMALIZATIONS:
-        raise SaeError(f"{where}: input normalisation '{name}' is not supported", hint=", ".join(NORMALIZATIONS))
+    name = "expected_average_only_in" if value is True else value or "none"
+    if name not in STATED_NORMALIZATIONS or not isinstance(value, str | bool | None):
+        raise SaeError(
+            f"{where}: input normalisation {str(value)[:60]!r} is not supported", hint=", ".join(STATED_NORMALIZATIONS)
+        )
     return name
+
+
+def innermost(pattern: str, parts: Sequence[str]) -> tuple[re.Match[str] | None, Sequence[str]]:
+    """The last of a path's parts that is what the pattern says, and the parts below it: folders further out belong to
+    somebody else."""
+    for at in range(len(parts) - 1, -1, -1):
+        if match := re.fullmatch(pattern, parts[at]):
+            return match, parts[at + 1 :]
+    return None, parts
 
 
 _GEMMA_POINTS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "resid_post": "hook_resid_post"}
@@ -154,37 +253,46 @@ def read_gemma_scope(path: Path, few: bool) -> Raw:
 
     MLP-output SAEs read after the post-norm, which is what `hook_mlp_out` means.
     """
-    where = str(path.resolve())
-    layer, repo = re.search(r"layer_(\d+)", where), re.search(r"gemma-scope-(\w+-(?:pt|it))-(res|mlp)", where)
+    repo, below = innermost(r".*gemma-scope-(\w+-(?:pt|it))-([a-z]+)(?:-canonical)?", path.resolve().parts)
+    if repo and repo[2] not in _GEMMA_POINTS:
+        raise SaeError(f"{path}: Gemma Scope's '{repo[2]}' is not an SAE of the residual stream or of an MLP's output")
+    layer, _ = innermost(r"layer_(\d{1,6})", below)
     hook = f"blocks.{layer[1]}.{_GEMMA_POINTS[repo[2]]}" if layer and repo else None
     model = f"google/gemma-2-{repo[1].removesuffix('-pt')}" if repo else ""
-    return Raw("jumprelu", map_npz(path / "params.npz", few), hook, apply_b_dec_to_input=False, model_name=model)
+    tensors = _only(map_npz(path / "params.npz", few), path, _JUMPRELU)
+    return Raw("jumprelu", tensors, hook, apply_b_dec_to_input=False, model_name=model)
 
 
 def read_gemma_scope_2(path: Path, few: bool) -> Raw:
     """Gemma Scope 2: `params.safetensors`, lower-case keys, in `resid_post/layer_17_width_16k_l0_medium/`."""
     tensors = map_safetensors(path / "params.safetensors", few)
-    if "affine_skip_connection" in tensors or "transcoder" in str(path) or "clt" in path.name:
+    folder, where = path.resolve().parent.name, str(path / "config.json")
+    if "affine_skip_connection" in tensors or "transcoder" in folder or "clt" in path.name or "crosscoder" in folder:
         raise SaeError(f"{path}: a transcoder reads one site and writes another; it is not an SAE")
-    renamed = {re.sub(r"^w_", "W_", name): tensor for name, tensor in tensors.items()}
-    cfg = _json(path / "config.json") if (path / "config.json").is_file() else {}
-    layer, point = re.search(r"layer_(\d+)", path.name), _GEMMA_POINTS.get(path.parent.name)
+    renamed = _only({re.sub(r"^w_", "W_", name): tensor for name, tensor in tensors.items()}, path, _JUMPRELU)
+    cfg = read_object(path / "config.json", CheckpointError) if (path / "config.json").is_file() else {}
+    check_fields(cfg, GEMMA_SCOPE_2, where, {"architecture": ("jump_relu",), "affine_connection": (False, None)})
+    if cfg.get("hf_hook_point_out", cfg.get("hf_hook_point_in")) != cfg.get("hf_hook_point_in"):
+        raise SaeError(f"{path}: a transcoder reads one site and writes another; it is not an SAE")
+    layer, point = re.match(r"layer_(\d{1,6})(?:_|$)", path.resolve().name), _GEMMA_POINTS.get(folder)
     hook = f"blocks.{layer[1]}.{point}" if layer and point else None
-    model = str(cfg.get("model_name", "")).replace("-v3", "-3")
+    model = (text(cfg, "model_name", where) or "").replace("-v3", "-3")
     return Raw("jumprelu", renamed, hook, apply_b_dec_to_input=False, model_name=model)
 
 
+_SPARSIFY_OFF = {"transcode": (False,), "skip_connection": (False,), "signed": (False,), "activation": ("topk",)}
 _SPARSIFY_POINTS = {"": "hook_resid_post", ".mlp": "hook_mlp_out", ".self_attn": "hook_attn_out"}
 
 
 def read_sparsify(path: Path, few: bool) -> Raw:
     """EleutherAI's sparsify: `layers.20/{cfg.json,sae.safetensors}`; the hook point is the directory's name."""
-    cfg = _json(path / "cfg.json")
-    refused = [name for name in ("transcode", "skip_connection", "signed") if cfg.get(name)]
-    if refused or cfg.get("activation", "topk") != "topk":
-        raise SaeError(f"{path / 'cfg.json'}: sparsify's {refused or cfg['activation']} is not supported")
-    tensors = map_safetensors(path / "sae.safetensors", few)
-    point = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp|\.self_attn|)", path.resolve().name)
+    cfg, where = read_object(path / "cfg.json", CheckpointError), str(path / "cfg.json")
+    check_fields(cfg, SPARSIFY, where, _SPARSIFY_OFF)
+    stored = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+    tensors = _only(map_safetensors(path / "sae.safetensors", few), path, stored)
+    d_in = count(cfg, "d_in", where)
+    d_sae = count(cfg, "num_latents", where) if cfg.get("num_latents") else d_in * count(cfg, "expansion_factor", where)
+    point = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d{1,6})(\.mlp|\.self_attn|)", path.resolve().name)
     return Raw(
         architecture="topk",
         tensors={
@@ -194,7 +302,8 @@ def read_sparsify(path: Path, few: bool) -> Raw:
             "b_dec": _pick(tensors, path, "b_dec"),
         },
         hook_name=f"blocks.{point[1]}.{_SPARSIFY_POINTS[point[2]]}" if point else None,
-        k=int(_field(cfg, "k", path / "cfg.json")),
+        k=count(cfg, "k", where),
+        shape=(d_in, d_sae),
     )
 
 
@@ -208,26 +317,41 @@ _DICTIONARY_CLASSES = {
     "BatchTopKSAE": ("batchtopk", True),
     "MatryoshkaBatchTopKSAE": ("batchtopk", True),
 }
+_DICTIONARY_NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "encoder.weight", "encoder.bias", "decoder.weight")
+_DICTIONARY_NAMES += ("bias", "decoder_bias", "decoder.bias", "threshold", "k", "group_sizes")
 _DICTIONARY_VECTORS = {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
 
 
 def read_dictionary_learning(path: Path, _few: bool) -> Raw:
     """dictionary_learning: `ae.pt` (a state dict) and `config.json`."""
-    trainer = _field(_json(path / "config.json"), "trainer", path / "config.json")
-    kind = trainer.get("dict_class")
+    where = str(path / "config.json")
+    config = read_object(path / "config.json", CheckpointError)
+    check_fields(config, DICTIONARY, where)
+    trainer, stream = table(config, "trainer", where), table(config, "buffer", where)
+    check_fields(trainer, DICTIONARY_TRAINER, f"{where}: trainer")
+    check_fields({"io": stream.get("io")}, frozenset({"io"}), f"{where}: buffer", {"io": ("out", None)})
+    kind = text(trainer, "dict_class", where)
     if kind not in _DICTIONARY_CLASSES:
         raise SaeError(f"{path}: dictionary class '{kind}' is not supported", hint=", ".join(_DICTIONARY_CLASSES))
     architecture, centred = _DICTIONARY_CLASSES[kind]
     tensors = load_torch(path / "ae.pt")
-    point = re.match(r"(resid_post|mlp_out|attn_out)", str(trainer.get("submodule_name") or path.parent.name))
-    has_layer = point is not None and trainer.get("layer") is not None
+    _only(tensors, path, (*_DICTIONARY_NAMES, *_DICTIONARY_VECTORS.values()))
+    named = text(trainer, "submodule_name", where) or path.resolve().parent.name
+    point = re.match(r"(resid_post|mlp_out|attn_out)", named)
+    layer, inside = trainer.get("layer"), re.fullmatch(r"(?:resid_post|mlp_out|attn_out)_layer_(\d{1,6})", named)
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < 1 << 20):
+        raise CheckpointError(f"{where}: layer should be a whole number, it is {str(layer)[:60]!r}")
+    if layer is not None and inside and int(inside[1]) != layer:
+        raise SaeError(f"{where}: the layer is said to be {layer}, and {inside[1]} in '{named}'")
+    has_layer = point is not None and layer is not None
+    top = trainer if trainer.get("k") is not None else {"k": int(tensors["k"])} if "k" in tensors else {}
     return Raw(
         architecture=architecture,
         tensors=_dictionary_tensors(tensors, architecture, path),
-        hook_name=f"blocks.{trainer['layer']}.hook_{point[1]}" if has_layer and point else None,
+        hook_name=f"blocks.{layer}.hook_{point[1]}" if has_layer and point else None,
         apply_b_dec_to_input=centred,
-        k=int(trainer.get("k") or tensors.get("k") or 0),
-        model_name=trainer.get("lm_name") or "",
+        k=count(top, "k", where) if top and architecture in ("topk", "batchtopk") else 0,
+        model_name=text(trainer, "lm_name", where) or "",
     )
 
 
@@ -248,23 +372,33 @@ def _dictionary_tensors(tensors: Mapping[str, Tensor], architecture: str, path: 
     return found
 
 
+_LLAMA_SCOPE_VALUES: Allowed = {
+    "act_fn": ("jumprelu",),
+    "norm_activation": ("dataset-wise",),
+    "use_decoder_bias": (True,),
+    "apply_decoder_bias_to_pre_encoder": (False,),
+    "use_glu_encoder": (False,),
+}
+
+
 def read_llama_scope(path: Path, few: bool) -> Raw:
     """Llama Scope: `hyperparams.json`, `checkpoints/final.safetensors`, one threshold for all features.
 
     The threshold is stated for the unscaled input; scaling the input scales the pre-activations with it.
     """
-    cfg_path = path / "hyperparams.json"
-    cfg = _json(cfg_path)
-    norms = _field(cfg, "dataset_average_activation_norm", cfg_path)
-    scale = int(_field(cfg, "d_model", cfg_path)) ** 0.5 / float(_field(norms, "in", cfg_path))
+    where = str(path / "hyperparams.json")
+    cfg = read_object(path / "hyperparams.json", CheckpointError)
+    check_fields(cfg, LLAMA_SCOPE, where, _LLAMA_SCOPE_VALUES)
+    norms = table(cfg, "dataset_average_activation_norm", where)
+    scale = count(cfg, "d_model", where) ** 0.5 / positive(norms, "in", where)
     tensors = _linear_pair(map_safetensors(path / "checkpoints" / "final.safetensors", few), path, "encoder", "decoder")
-    threshold = float(_field(cfg, "jump_relu_threshold", cfg_path)) * scale
+    threshold = positive(cfg, "jump_relu_threshold", where) * scale
     if cfg.get("hook_point_out", cfg.get("hook_point_in")) != cfg.get("hook_point_in"):
         raise SaeError(f"{path}: a transcoder reads one site and writes another; it is not an SAE")
     return Raw(
         architecture="jumprelu",
         tensors={**tensors, "threshold": torch.tensor(threshold).expand(tensors["W_dec"].shape[0])},
-        hook_name=cfg.get("hook_point_in"),
+        hook_name=text(cfg, "hook_point_in", where),
         apply_b_dec_to_input=False,
         model_name="meta-llama/Llama-3.1-8B",
         input_scale=scale,
@@ -274,7 +408,7 @@ def read_llama_scope(path: Path, few: bool) -> Raw:
 def read_goodfire(path: Path, _few: bool) -> Raw:
     """Goodfire: one `.pth` named like `Llama-3.1-8B-Instruct-SAE-l19.pth`, ReLU."""
     tensors = load_torch(path)
-    name = re.fullmatch(r"(.+)-SAE-l(\d+)\.pth?", path.name)
+    name = re.fullmatch(r"(.+)-SAE-l(\d{1,6})\.pth?", path.name)
     encoder, decoder = ("encoder_linear", "decoder_linear") if "encoder_linear.weight" in tensors else _PLAIN
     return Raw(
         architecture="relu",
@@ -289,7 +423,8 @@ _PLAIN = ("encoder", "decoder")
 
 
 def _linear_pair(tensors: Mapping[str, Tensor], path: Path, encoder: str, decoder: str) -> dict[str, Tensor]:
-    """Two `nn.Linear`s: weights [out, in], both the other way round from ours."""
+    """Two `nn.Linear`s and nothing else: weights [out, in], both the other way round from ours."""
+    _only(tensors, path, tuple(f"{layer}.{part}" for layer in (encoder, decoder) for part in ("weight", "bias")))
     return {
         "W_enc": _pick(tensors, path, f"{encoder}.weight").T,
         "b_enc": _pick(tensors, path, f"{encoder}.bias"),
@@ -301,7 +436,9 @@ def _linear_pair(tensors: Mapping[str, Tensor], path: Path, encoder: str, decode
 def read_qwen_scope(path: Path, _few: bool) -> Raw:
     """Qwen Scope: `layer20.sae.pt` in a repository named `SAE-Res-Qwen3-8B-Base-W64K-L0_50`, top 50."""
     tensors = load_torch(path)
-    layer, repo = re.match(r"layer(\d+)", path.name), re.search(r"SAE-Res-(.+)-W\d+K-L0_(\d+)", str(path.resolve()))
+    _only(tensors, path, ("W_enc", "W_dec", "b_enc", "b_dec"))
+    layer = re.fullmatch(r"layer(\d{1,6})\.sae\.pt", path.name)
+    repo, _ = innermost(r"(?:.*--)?SAE-Res-(.+)-W\d+K-L0_(\d{1,6})", path.resolve().parts)
     return Raw(
         architecture="topk",
         tensors={
@@ -318,7 +455,7 @@ def read_qwen_scope(path: Path, _few: bool) -> Raw:
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("saelens", ("sae_weights.safetensors", "cfg.json"), read_saelens),
+    Format("saelens", ("sae_weights.safetensors", "cfg.json"), read_saelens, optional=SCALERS),
     Format("gemma-scope", ("params.npz",), read_gemma_scope),
     Format("gemma-scope-2", ("params.safetensors",), read_gemma_scope_2, optional=("config.json",)),
     Format("sparsify", ("sae.safetensors", "cfg.json"), read_sparsify),

@@ -21,7 +21,14 @@ from clampdown.saes.architectures import ARCHITECTURES, NORMALIZATIONS, Architec
 from clampdown.types import Site
 
 ArchitectureName = Literal["relu", "jumprelu", "topk", "batchtopk", "gated"]
-Normalization = Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
+Normalization = Literal[
+    "none",
+    "expected_average_only_in",
+    "constant_norm_rescale",
+    "layer_norm",
+    "centred",
+    "centred_constant_norm_rescale",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,7 @@ class SaeConfig:
     """What an SAE is: its maths, where it sits, and what it was trained on.
 
     `apply_b_dec_to_input`: the decoder's bias is subtracted from the input. `k`: features kept by a top-k SAE.
+    `centred`: trained on a residual stream without its mean, which a model has that normalises by LayerNorm.
     `neuronpedia_id`: `<model>/<layer>-<set>`, the address of its features' pages, when known.
     """
 
@@ -41,6 +49,7 @@ class SaeConfig:
     k: int = 0
     model_name: str = ""
     neuronpedia_id: str | None = None
+    centred: bool = False
 
 
 def check_features(features: Sequence[int], d_sae: int) -> tuple[int, ...]:
@@ -179,9 +188,13 @@ class Sae:
                     f"SAE '{self.name}': a {self.cfg.architecture} SAE needs '{tensor_name}', which is missing",
                     hint=f"found: {', '.join(sorted(self.tensors))}",
                 )
-            found = tuple(self.tensors[tensor_name].shape)
-            if found != shape:
-                raise CheckpointError(f"SAE '{self.name}': '{tensor_name}' has shape {found}, expected {shape}")
+            tensor = self.tensors[tensor_name]
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(
+                    f"SAE '{self.name}': '{tensor_name}' has shape {tuple(tensor.shape)}, expected {shape}"
+                )
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"SAE '{self.name}': '{tensor_name}' is {tensor.dtype}: weights are real numbers")
 
     @property
     def architecture(self) -> Architecture:
@@ -270,8 +283,27 @@ def shape_only(cfg: SaeConfig, name: str = "sae") -> Sae:
     return Sae(cfg, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, name)
 
 
-def check_fits(sae: FeatureSource, d_model: int, n_layers: int) -> None:
-    """Raises `WidthMismatchError` or `SiteError` when the SAE cannot have been trained on such a model."""
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError` for a weight that is no number, in the file or after a change of precision."""
+    for key, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"SAE '{name}': '{key}' holds weights that are not finite numbers in {tensor.dtype}",
+                hint="the file is damaged, or its numbers are too large for this precision",
+            )
+
+
+def check_fits(sae: FeatureSource, d_model: int, n_layers: int, *, layer_norm: bool = True) -> None:
+    """Raises `WidthMismatchError`, `SiteError` or `SaeError` when the SAE cannot have been trained on such a model.
+
+    `layer_norm`: the model's norms take the mean of the residual stream off, so that it could be centred."""
+    if sae.cfg.centred and not layer_norm:
+        raise SaeError(
+            f"SAE '{sae.name}' was trained on a residual stream without its mean (center_writing_weights); this model "
+            "normalises without taking the mean off, so its stream cannot be centred",
+            hint="TransformerLens leaves such models as they are whatever was asked: if it was trained there, delete "
+            "the field from a copy of its config",
+        )
     if sae.cfg.d_in != d_model:
         raise WidthMismatchError(
             f"SAE '{sae.name}' reads {sae.cfg.d_in} values per token, the model's residual stream has {d_model}",

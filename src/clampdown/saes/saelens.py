@@ -11,7 +11,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from clampdown.errors import CheckpointError
+from clampdown.errors import CheckpointError, translated
 from clampdown.saes.formats import Raw, from_saelens_config
 
 
@@ -27,9 +27,7 @@ def lists_release(release: str) -> bool:
 def read_release(release: str, sae_id: str) -> Raw:
     """Download and load with SAELens. Raises `CheckpointError` when it cannot, `SaeError` for kinds that are no SAE."""
     package: Any = importlib.import_module("sae_lens")
-    try:
+    with translated(CheckpointError, f"SAELens cannot load '{release}:{sae_id}'"):
         sae = package.SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
-    except Exception as error:  # whatever it raises, the user asked for a release by name and it is not to be had
-        raise CheckpointError(f"SAELens cannot load '{release}:{sae_id}': {error}") from error
     cfg = sae.cfg.to_dict()
     return from_saelens_config(cfg, dict(sae.state_dict()), f"{release}:{sae_id}")

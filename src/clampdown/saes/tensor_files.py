@@ -11,12 +11,14 @@ executed: `torch.load` gets `weights_only=True`, numpy `allow_pickle=False`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import pickle
 import struct
 import warnings
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 from clampdown.documents import parse_json
-from clampdown.errors import CheckpointError, PickleCheckpointError
+from clampdown.errors import CheckpointError, PickleCheckpointError, translated
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -78,21 +80,36 @@ def map_safetensors(path: Path, few: bool) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is not a safetensors file")
         header = handle.read(length)
     try:
-        entries: dict[str, Any] = parse_json(header, "its header", CheckpointError)
+        entries: dict[str, Any] = parse_json(header, f"the header of {path}", CheckpointError)
         entries.pop("__metadata__", None)
+        _check_apart(entries)
         mapped = _Mapped(path, few)
         return {name: _entry(mapped, entry, 8 + length, size) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _entry(mapped: _Mapped, entry: dict[str, Any], base: int, size: int) -> Tensor:
     """One tensor of a safetensors header; `ValueError` when its place and its shape do not agree."""
-    dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    start, end = (base + int(offset) for offset in entry["data_offsets"])
+    dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(map(_whole, entry["shape"]))
+    start, end = (base + _whole(offset) for offset in entry["data_offsets"])
     if not base <= start <= end <= size or end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError("a tensor lies outside the file")
     return mapped.tensor(start, dtype, shape)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{str(value)[:40]} is no size and no place")
+    return value
+
+
+def _check_apart(entries: dict[str, Any]) -> None:
+    """Tensors that share bytes would both follow an edit of one."""
+    places = sorted((*map(_whole, entry["data_offsets"]), name) for name, entry in entries.items())
+    for (_, end, name), (start, _, other) in itertools.pairwise(places):
+        if start < end:
+            raise ValueError(f"'{name}' and '{other}' overlap")
 
 
 def map_npz(path: Path, few: bool) -> dict[str, Tensor]:
@@ -100,14 +117,14 @@ def map_npz(path: Path, few: bool) -> dict[str, Tensor]:
 
     Raises `CheckpointError` for anything malformed, `PickleCheckpointError` for arrays of objects.
     """
-    try:
-        with _opened(path) as handle, zipfile.ZipFile(handle) as archive:
-            mapped = _Mapped(path, few)
-            return {
-                info.filename.removesuffix(".npy"): _array(handle, archive, info, mapped) for info in archive.infolist()
-            }
-    except (zipfile.BadZipFile, ValueError, KeyError, RuntimeError, struct.error) as error:
-        raise CheckpointError(f"{path} is not an .npz file: {error}") from error
+    with translated(CheckpointError, f"{path} is not an .npz file"), ExitStack() as opened:
+        handle = opened.enter_context(_opened(path))
+        archive = opened.enter_context(zipfile.ZipFile(handle))
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise ValueError("it holds two arrays of one name")
+        mapped = _Mapped(path, few)
+        return {name: _array(handle, archive, info, mapped) for name, info in members.items()}
 
 
 def _array(handle: IO[bytes], archive: zipfile.ZipFile, info: zipfile.ZipInfo, mapped: _Mapped) -> Tensor:
@@ -134,17 +151,21 @@ def load_torch(path: Path) -> dict[str, Tensor]:
     """
     with _opened(path):
         pass
-    try:
-        with warnings.catch_warnings():  # of a plain pickle's protocol, just before it is refused
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+    with translated(CheckpointError, f"{path} is not a file of tensors"), warnings.catch_warnings():
+        # Of a plain pickle's protocol, just before it is refused.
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+        try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise PickleCheckpointError(
-            f"{path} holds more than tensors: reading it would run code from the file",
-            hint="convert it to safetensors once, where you trust it",
-        ) from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is not a file of tensors: {str(error).splitlines()[0]}") from error
+        except pickle.UnpicklingError as error:
+            raise PickleCheckpointError(
+                f"{path} holds more than tensors: reading it would run code from the file",
+                hint="convert it to safetensors once, where you trust it",
+            ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected named tensors")
-    return {str(name): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
+    numbers = {name: torch.tensor(value) for name, value in loaded.items() if isinstance(value, int | float)}
+    named = {str(name): value for name, value in {**loaded, **numbers}.items() if isinstance(value, Tensor)}
+    if len(named) < len(loaded):
+        others = sorted(str(name)[:60] for name in loaded if str(name) not in named)
+        raise CheckpointError(f"{path} holds more than tensors: {', '.join(others[:8])}", hint="they are not read here")
+    return named

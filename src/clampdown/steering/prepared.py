@@ -336,5 +336,5 @@ def prepare(
     refuse_compiled(lm)
     given = [saes] if isinstance(saes, FeatureSource) else list(saes)
     for sae in given:
-        check_fits(sae, lm.d_model, lm.layout.n_layers)
+        check_fits(sae, lm.d_model, lm.layout.n_layers, layer_norm=lm.layout.layer_norm)
     return Prepared(lm, given, [Site.parse(name) for name in sites], capacity or Capacity(rows=8))

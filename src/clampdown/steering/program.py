@@ -292,7 +292,7 @@ def check_plan(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource])
                 f"this is {sae.name} at {sae.revision}",
                 hint="feature indices mean nothing in another SAE; load the one the plan names",
             )
-        check_fits(sae, lm.d_model, lm.layout.n_layers)
+        check_fits(sae, lm.d_model, lm.layout.n_layers, layer_norm=lm.layout.layer_norm)
     _check_edits(plan, lm, saes)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import tomli_w
 
+from clampdown.documents import read_json
 from clampdown.results.run import Run
-from clampdown.store import read_json, write_atomic, write_json
+from clampdown.store import write_atomic, write_json
 from clampdown.study.planning import Speed, fitted, measured_speed, outline
 from clampdown.study.progress import Stages
 from clampdown.study.run import StudyRequest, run_study

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from clampdown import documents
+from clampdown.documents import parse_toml
+from clampdown.documents import read_toml as read_document
 from clampdown.errors import ClampdownError, RecipeError
 from clampdown.evaluation.judges.table import DEFAULT
 from clampdown.evaluation.multiturn import Rules
@@ -290,7 +291,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """A study's or recipe's file as plain data. Raises `RecipeError`."""
     if not path.exists():
         raise RecipeError(f"no recipe at {path}", hint="those that come with the source lie in recipes/")
-    return documents.read_toml(path, RecipeError)
+    return read_document(path, RecipeError)
 
 
 def is_recipe(data: Mapping[str, Any]) -> bool:
@@ -321,6 +322,6 @@ def _put(data: dict[str, Any], setting: str) -> None:
         if not isinstance(data, dict):
             raise RecipeError(f"'{setting}': '{name}' is no table of the recipe")
     try:
-        data[last] = documents.parse_toml(f"value = {text}", setting, RecipeError)["value"]
+        data[last] = parse_toml(f"value = {text}", setting, RecipeError)["value"]
     except RecipeError:
         data[last] = text
