@@ -1,4 +1,4 @@
-"""What `import clampdown as cd` offers: light until used, plain strings as prompts, objects or names, no names in the way."""
+"""What `import clampdown as cd` offers: light until used, plain strings as prompts, objects or names, no clashes."""
 
 from __future__ import annotations
 
