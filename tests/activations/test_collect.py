@@ -86,9 +86,9 @@ def test_assistant_start_alone_encodes_one_token_per_prompt(lm, prompts):
 
 def test_one_forward_reads_every_layer_and_two_saes_at_one_site(lm, prompts):
     first, second = replace(random_sae(0), name="a"), replace(random_sae(1, d_sae=96), name="b")
+    job = plan_pass(lm, read_layers(lm, [first, second], "max"), prompts)  # looks for attention sinks, once
     calls = []
     handle = lm.layout.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    job = plan_pass(lm, read_layers(lm, [first, second], "max"), prompts)
     found = collect(job)
     handle.remove()
     assert len(calls) == len(job.batches)

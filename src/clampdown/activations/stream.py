@@ -15,7 +15,7 @@ Memory beyond the model is one forward batch, one chunk, and the batch's nonzero
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from clampdown.activations.capture import DEFAULT_TOKENS_PER_BATCH, length_buckets, visit_sites
 from clampdown.activations.pooling import POOLINGS, Pooling, State
+from clampdown.activations.sinks import Sinks, sinks_at
 from clampdown.activations.statistics import shape_of
 from clampdown.config import CODE_VERSION
 from clampdown.errors import ModelError, PromptSetError
@@ -122,6 +123,8 @@ class Pass:
     encoded: tuple[tuple[int, ...], ...]
     batches: tuple[tuple[int, ...], ...]
     budget: Budget
+    sinks: Mapping[Site, Sinks] = field(default_factory=dict)
+    """What is left out of the content at each site."""
 
     @property
     def series(self) -> tuple[Series, ...]:
@@ -143,6 +146,7 @@ class Pass:
             "tokens": content_hash([self.encoded, self.lm.chat.scaffolds, sorted(self.lm.chat.special_ids)]),
             "readings": [_reading_key(reading) for reading in self.readings],
             "budget": self.budget,
+            **({"sinks": left_out} if (left_out := [str(s.limit) for s in self.sinks.values() if s]) else {}),
         }
 
     def padded_tokens(self, batch: int) -> int:
@@ -163,9 +167,16 @@ def _reading_key(reading: Reading) -> dict[str, Any]:
 
 
 def plan_pass(
-    lm: LanguageModel, readings: Sequence[Reading], prompts: Sequence[Prompt], budget: Budget | None = None
+    lm: LanguageModel,
+    readings: Sequence[Reading],
+    prompts: Sequence[Prompt],
+    budget: Budget | None = None,
+    *,
+    include_sinks: bool = False,
 ) -> Pass:
     """Render the prompts and lay out the batches, longest first so that a lack of memory shows at once.
+
+    Attention sinks are no content, unless they are to be included, as published forms do.
 
     Raises `PromptSetError` when there is nothing to read or two readings share a name, `SaeError` or `SiteError` for
     an SAE that does not fit the model, `SiteError` for a site that it lacks.
@@ -182,7 +193,8 @@ def plan_pass(
             check_fits(reading.sae, lm.d_model, lm.n_layers, layer_norm=lm.layout.layer_norm)
     encoded = tuple(tuple(encode(lm, prompt.messages)) for prompt in prompts)
     batches = tuple(length_buckets([len(ids) for ids in encoded], budget.tokens_per_batch))
-    return Pass(lm, tuple(readings), tuple(prompts), encoded, batches, budget)
+    sinks = {} if include_sinks else sinks_at(lm, [reading.site for reading in readings])
+    return Pass(lm, tuple(readings), tuple(prompts), encoded, batches, budget, sinks)
 
 
 def read_batch(job: Pass, number: int) -> Shard:
@@ -194,12 +206,14 @@ def read_batch(job: Pass, number: int) -> Shard:
     dense: dict[Series, np.ndarray] = {}
 
     def visit(here: Sequence[Reading], residual: Float[Tensor, "batch pos d_model"]) -> None:
+        sinks = job.sinks.get(here[0].site)
+        counted = content & sinks.outside(residual) if sinks else content
         for reading in here:
             for pooling in reading.dense:
-                pooled = POOLINGS[pooling](residual.float(), content)
+                pooled = POOLINGS[pooling](residual.float(), counted)
                 dense[Series(reading.name, "dense", pooling)] = pooled.cpu().numpy()
             if reading.sae is not None:
-                found = pool_features(reading.sae, residual, content, reading.features, job.budget.codes_per_chunk)
+                found = pool_features(reading.sae, residual, counted, reading.features, job.budget.codes_per_chunk)
                 features.update({Series(reading.name, "features", name): values for name, values in found.items()})
 
     sites = {reading.site for reading in job.readings}

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from clampdown.activations.capture import DEFAULT_TOKENS_PER_BATCH, capture
+from clampdown.activations.sinks import sinks_at
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 
@@ -17,7 +18,7 @@ from clampdown.saes.sae import Sae
 @dataclass(frozen=True, slots=True)
 class Trace:
     """One prompt without its padding: the features' activations, and which tokens are content (what somebody wrote,
-    not BOS, special or template tokens)."""
+    not BOS, special or template tokens, nor attention sinks)."""
 
     activations: Float[np.ndarray, "pos n"]
     content: Bool[np.ndarray, " pos"]
@@ -39,11 +40,12 @@ def trace(
     """
     view = sae.select(features)
     found: dict[int, Trace] = {}
+    sinks = sinks_at(lm, [sae.cfg.site])[sae.cfg.site]
     for captured in capture(lm, prompts, sae.cfg.site, tokens_per_batch=tokens_per_batch):
         with torch.no_grad():
             residual = captured.residuals[sae.cfg.site].to(sae.device, sae.dtype)
             activations = view.read(residual).float().cpu().numpy()
-        content = captured.content.cpu().numpy()
+        content = (captured.content & sinks.outside(captured.residuals[sae.cfg.site])).cpu().numpy()
         for row, prompt in enumerate(captured.rows):
             real = slice(-len(prompts[prompt]), None)  # rows are padded on the left
             found[prompt] = Trace(activations[row, real], content[row, real])

@@ -58,6 +58,8 @@ def discover(
         console.print(job.scan_table(job.run_scan(model, sae, request, out, progress)))
         return
     discovered = job.run_discover(model, sae, request, out, progress)
+    if discovered.sinks:
+        console.print(discovered.sinks, soft_wrap=True, highlight=False)
     for path, found in discovered.written:
         print_features(found, console)
         console.print(f"written: {path}")

@@ -141,6 +141,8 @@ def gate_calibrate(
         console.print(f"{gate.kind} gate at {gate.site}, fires above {gate.threshold:.4g}", highlight=False)
         if gate.guarantee:
             console.print(job.promise(gate.guarantee, gate.turns_calibrated), soft_wrap=True, highlight=False)
+    if found.sinks:
+        console.print(found.sinks, soft_wrap=True, highlight=False)
     console.print(job.shown(found))
     console.print(f"written: {out}", soft_wrap=True)
 

@@ -83,11 +83,14 @@ class FusedEdit:
     """Everything that happens at a site, for residuals [rows, 1, d_model] in float32."""
 
     banks: tuple[_FusedBank, ...]
+    limit: Float[Tensor, "rows 1"] | None = None
 
     def __call__(self, x: Residual) -> Residual:
         flat = changed = x.squeeze(1)
         for bank in self.banks:
             changed = torch.addmm(changed, bank.amounts(flat), bank.directions)
+        if self.limit is not None:
+            changed = torch.where(torch.linalg.vector_norm(flat, dim=-1, keepdim=True) <= self.limit, changed, flat)
         return changed.unsqueeze(1)
 
 
@@ -102,7 +105,7 @@ def decoding_step(program: SiteProgram, weights: Mapping[Reach, Float[Tensor, "r
         return None
     banks = [_fused_bank(bank, weights) for bank in program.banks]
     found = tuple(bank for bank in banks if bank is not None)
-    return FusedEdit(found) if len(found) == len(banks) else None
+    return FusedEdit(found, program.limit) if len(found) == len(banks) else None
 
 
 def _fused_bank(bank: Bank, weights: Mapping[Reach, Float[Tensor, "rows 1"]]) -> _FusedBank | None:

@@ -5,6 +5,7 @@ Everything here is a function of values. When gates are read, and what follows, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from clampdown.activations.sinks import sinks_at
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.gate_kinds import GATE_KINDS, GATE_POOLINGS, Directions, Readout
@@ -49,6 +51,8 @@ class GateProgram:
     weights: Mapping[str, Float[Tensor, "rows channels"]]
     bias: Float[Tensor, " rows"]
     threshold: Float[Tensor, " rows"]
+    limit: float = math.inf
+    """The length beyond which a token is an attention sink, which is not read."""
 
     def scores(
         self,
@@ -58,6 +62,8 @@ class GateProgram:
     ) -> Float[Tensor, " rows"]:
         """Each row's score from the residual at its own prompt's tokens. Without `prompt_of` prompts are rows."""
         values = self.reader.read(x.float())
+        if self.limit < math.inf:
+            content = content & (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) <= self.limit)
         channels = {name: self.readout(GATE_POOLINGS[name](values, content), self.directions) for name in self.weights}
         if prompt_of is not None:
             channels = {name: found[prompt_of] for name, found in channels.items()}
@@ -77,11 +83,12 @@ class GateProgram:
 
 def gate_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> tuple[GateProgram, ...]:
     """One gate reader per branch, site and way of reading that any row's gates use. External gates read no site."""
-    found: dict[tuple[int, str, Readout], dict[int, Gate]] = {}
+    found: dict[tuple[int, str, Readout, float], dict[int, Gate]] = {}
     for row, plan in enumerate(rows):
         for branch, gate in enumerate(plan.gates if plan is not None else ()):
-            if GATE_KINDS[gate.kind].reads != "text":
-                found.setdefault((branch, gate.site, GATE_KINDS[gate.kind].readout), {})[row] = gate
+            if plan is not None and GATE_KINDS[gate.kind].reads != "text":
+                limit = sink_limit(lm, gate, plan.sinks)
+                found.setdefault((branch, gate.site, GATE_KINDS[gate.kind].readout, limit), {})[row] = gate
     return tuple(
         _gate_program(
             {row: _gate_channels(gate, rows[row].vectors) for row, gate in gates.items()},  # type: ignore[union-attr]
@@ -91,17 +98,24 @@ def gate_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSourc
             gates,
             saes.get(site),
             lm.device,
+            limit,
         )
-        for (branch, site, readout), gates in found.items()
+        for (branch, site, readout, limit), gates in found.items()
     )
 
 
+def sink_limit(lm: LanguageModel, gate: Gate, sinks: str) -> float:
+    """The length beyond which a token at the gate's site is a sink that it does not read."""
+    site = Site.parse(gate.site)
+    return sinks_at(lm, [site])[site].limit if sinks == "leave_out" else math.inf
+
+
 def gate_program(
-    gate: Gate, vectors: Mapping[str, tuple[float, ...]], sae: FeatureSource | None, device: torch.device
+    gate: Gate, vectors: Mapping[str, tuple[float, ...]], sae: FeatureSource | None, device: torch.device, limit: float
 ) -> GateProgram:
     """The reader of one gate, for prompts of which each is scored by it."""
     channels = {0: _gate_channels(gate, vectors)}
-    return _gate_program(channels, 1, 0, GATE_KINDS[gate.kind].readout, {0: gate}, sae, device)
+    return _gate_program(channels, 1, 0, GATE_KINDS[gate.kind].readout, {0: gate}, sae, device, limit)
 
 
 def _gate_channels(gate: Gate, vectors: Mapping[str, tuple[float, ...]]) -> Sequence[Any]:
@@ -117,6 +131,7 @@ def _gate_program(
     gates: Mapping[int, Gate],
     sae: FeatureSource | None,
     device: torch.device,
+    limit: float,
 ) -> GateProgram:
     keys = sorted({key for own in channels.values() for key in own})
     column = {key: i for i, key in enumerate(keys)}
@@ -141,4 +156,5 @@ def _gate_program(
         weights={name: w.to(device) for name, w in weights.items()},
         bias=bias.to(device),
         threshold=threshold.to(device),
+        limit=limit,
     )

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from clampdown.activations.sinks import sinks_at
 from clampdown.errors import ScopeError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.checkpoints import open_sae
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.compiled import refuse_compiled
-from clampdown.steering.ownership import owning
+from clampdown.steering.ownership import aside, owning
 from clampdown.steering.plan import Plan
 from clampdown.steering.program import check_plan
 from clampdown.steering.scopes import LOCAL
@@ -81,6 +82,8 @@ def steer(
         refuse_compiled(lm)
     if resumed and not all(map(can_resume, distinct)):
         raise ScopeError("a plan with a gate, or a scope that depends on the whole prompt, cannot go on from a cache")
+    with aside(id(lm.layout.decoder)):  # another thread may be steering this model
+        sinks_at(lm, sorted({Site.parse(s) for plan in distinct if plan is not None for s in plan.sites}))
     steering = Steering(lm, plans, by_site, prompt_width, prompt_of, resumed)
     with owning(id(lm.layout.decoder), steering, steering.attach):
         yield steering

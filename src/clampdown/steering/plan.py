@@ -43,7 +43,7 @@ from clampdown.store import content_hash, write_atomic
 from clampdown.types import Site
 
 SCHEMA_VERSIONS = (1, 2, 3)
-"""2 added gates of other kinds than `probe`, and `otherwise`; 3 added gates that read turn by turn. A plan
+"""2 added gates of other kinds than `probe`, and `otherwise`; 3 added gates that read turn by turn, and `sinks`. A plan
 is written in the oldest version that can say it."""
 
 MAX_EDITS = 1000
@@ -287,7 +287,8 @@ class Branch(_Part):
 class Plan(_Part):
     """Edits + gate + provenance. Frozen; `digest` identifies what it does.
 
-    `otherwise` acts on a conversation whose `gate` stayed shut and whose own gate fires; never both.
+    `otherwise` acts on a conversation whose `gate` stayed shut and whose own gate fires; never both. Attention sinks
+    are neither edited nor read, unless they are to be included, as published forms do (`activations/sinks.py`).
     """
 
     name: str
@@ -298,6 +299,7 @@ class Plan(_Part):
     otherwise: Branch | None = None
     vectors: dict[str, Vector] = Field(default_factory=dict)
     provenance: dict[str, str] = Field(default_factory=dict)
+    sinks: Literal["leave_out", "include"] = "leave_out"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -368,6 +370,11 @@ class Plan(_Part):
         return own + ((self.otherwise.gate,) if self.otherwise else ())
 
     @property
+    def sites(self) -> frozenset[str]:
+        """Where the plan edits, and where its gates read."""
+        return frozenset(e.site for e in self.all_edits) | frozenset(g.site for g in self.gates if g.site)
+
+    @property
     def branches(self) -> tuple[tuple[Edit, ...], ...]:
         """The edits of each branch: one for most plans, two for a two-sided one."""
         return (self.edits, self.otherwise.edits) if self.otherwise else (self.edits,)
@@ -376,7 +383,7 @@ class Plan(_Part):
     @property
     def schema_version(self) -> int:
         """The oldest version of the format that can say what this plan says."""
-        if any(gate.window for gate in self.gates):
+        if self.sinks != "leave_out" or any(gate.window for gate in self.gates):
             return 3
         added = self.otherwise or any(g.kind != "probe" or g.vectors or g.scorer for g in self.gates)
         return 2 if added else 1
@@ -406,6 +413,8 @@ def _as_of(version: int, data: dict[str, Any]) -> dict[str, Any]:
                 gate.pop(key)
         if (gate.get("guarantee") or {}).get("on") == "benign":
             gate["guarantee"].pop("on")
+    if data["sinks"] == "leave_out":
+        del data["sinks"]
     if data["otherwise"] is None:
         del data["otherwise"]
     return {**data, "schema_version": version}

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from clampdown.activations.sinks import sinks_at
 from clampdown.errors import PlanError, ScopeError, SteeringNotAppliedError
 from clampdown.models.chat import Batch, pad_left
 from clampdown.models.loading import LanguageModel
@@ -74,7 +75,8 @@ class Prepared:
             for name, sae in self.saes.items()
             if capacity.gate_features
         }
-        self.seating = Seating(lm, self.sites, self.gates, self.passes.prompt)
+        sinks = sinks_at(lm, [Site.parse(name) for name in {*self.sites, *self.gates}])
+        self.seating = Seating(lm, self.sites, self.gates, self.passes.prompt, {s.name: sinks[s] for s in sinks})
         self._busy = threading.Lock()
         self._n_rows: int | None = None
         self._handles = self._attach()

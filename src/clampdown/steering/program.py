@@ -10,6 +10,7 @@ Everything here is a function of values. Hooks, caches and counters are in `hook
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -19,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clampdown.activations.sinks import sinks_at
 from clampdown.errors import PlanError, PlanMismatchError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource, FeatureView, Sae, check_features, check_fits
@@ -122,13 +124,21 @@ class SiteProgram:
     site: Site
     banks: tuple[Bank, ...]
     dropped: Dropped | None
+    limit: Float[Tensor, "rows 1"] | None = None
+    """The length beyond which a token is an attention sink, which each row's plan leaves as it is; None: nowhere."""
 
     def delta(self, x: Residual, weights: ReachWeights) -> Residual:
         """x' - x, in x's dtype; computed in float32."""
         wide = x.float()
         parts = [part.delta(wide, weights) for part in (*self.banks, *([self.dropped] if self.dropped else []))]
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        return total.to(x.dtype)
+        return self.spared(total, wide).to(x.dtype)
+
+    def spared(self, delta: Residual, x: Residual) -> Residual:
+        """A delta without what it does to sinks."""
+        if self.limit is None:
+            return delta
+        return torch.where((torch.linalg.vector_norm(x, dim=-1) <= self.limit).unsqueeze(-1), delta, 0.0)
 
     def at(self, rows: Int[Tensor, " kept"]) -> SiteProgram:
         """The program of some of the rows, after the others left the batch."""
@@ -136,7 +146,7 @@ class SiteProgram:
         dropped = self.dropped
         if dropped:
             dropped = replace(dropped, rows_by_reach={at: w[rows] for at, w in dropped.rows_by_reach.items()})
-        return replace(self, banks=banks, dropped=dropped)
+        return replace(self, banks=banks, dropped=dropped, limit=None if self.limit is None else self.limit[rows])
 
     @property
     def reaches(self) -> set[Reach]:
@@ -255,7 +265,16 @@ def _site_program(rows: Rows, site: str, lm: LanguageModel, sae: FeatureSource |
         banks.append(_feature_bank(rows, site, sae, lm.device))
     if _edits(rows, site, dense=True):
         banks.append(_direction_bank(rows, site, lm))
-    return SiteProgram(Site.parse(site), tuple(banks), _dropped(rows, site, sae, lm.device))
+    return SiteProgram(Site.parse(site), tuple(banks), _dropped(rows, site, sae, lm.device), _limit(rows, site, lm))
+
+
+def _limit(rows: Rows, site: str, lm: LanguageModel) -> Float[Tensor, "rows 1"] | None:
+    where = Site.parse(site)
+    sinks = sinks_at(lm, [where])[where]
+    if not sinks:
+        return None
+    limits = [sinks.limit if plan is not None and plan.sinks == "leave_out" else math.inf for plan in rows]
+    return torch.tensor(limits, device=lm.device).unsqueeze(1)
 
 
 def site_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> tuple[SiteProgram, ...]:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from clampdown.activations.sinks import Sinks
 from clampdown.errors import PlanError, ScopeError
 from clampdown.models.chat import Batch
 from clampdown.models.loading import LanguageModel
@@ -120,11 +122,13 @@ class Seating:
         sites: Mapping[str, SiteSlots],
         gates: Mapping[str, GateSlots],
         prompt: PromptMarks,
+        sinks: Mapping[str, Sinks],
     ) -> None:
         self._lm = lm
         self._sites = sites
         self._gates = gates
         self._prompt = prompt
+        self._sinks = sinks
         self._taken: dict[str, dict[Key, int]] = {}
 
     def clear(self) -> None:
@@ -136,6 +140,9 @@ class Seating:
         """Replace what all rows ask for. Raises `PlanError` when it does not fit the capacity."""
         self._refuse(rows)
         self._mark(prompts)
+        for part in (self._sites, self._gates):
+            for name, slots in part.items():
+                self._limit(slots.limit, self._sinks[name], rows)
         for name, slots in self._sites.items():
             features, directions = _wishes(rows, name)
             cells = self._features(name, slots, features, prompts) + self._directions(name, slots, directions, prompts)
@@ -143,6 +150,14 @@ class Seating:
         for name, gate in self._gates.items():
             gates = {r: p.gate for r, p in enumerate(rows) if p is not None and p.gate and p.gate.site == name}
             self._gate(name, gate, gates)
+
+    @staticmethod
+    def _limit(limit: Tensor, sinks: Sinks, rows: Rows) -> None:
+        """How long a token may be that each row's plan reads and edits."""
+        limit.fill_(math.inf)
+        for row, plan in enumerate(rows):
+            if plan is not None and plan.sinks == "leave_out":
+                limit[row] = sinks.limit
 
     def _refuse(self, rows: Rows) -> None:
         for plan in (plan for plan in rows if plan is not None):

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clampdown.activations.sinks import Sinks, sinks_at
 from clampdown.errors import SteeringNotAppliedError
 from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
@@ -72,6 +73,7 @@ def self_test(
         )
     except SteeringNotAppliedError as error:
         return (Check("the hook fires at its site", False, error.message),)
+    sinks = sinks_at(lm, [Site.parse(name) for name in steered.before])
     checks = [
         _fires(steered),
         Check(
@@ -79,12 +81,13 @@ def self_test(
             torch.equal(identity.logits, plain.logits),
             f"largest change of a logit {_largest(identity.logits - plain.logits):.3g}",
         ),
-        _as_predicted(bare, sources, steered),
+        _as_predicted(bare, sources, steered, sinks),
         _moves_logits(bare, plain, steered),
         _counted(steered),
     ]
     if gated is not None:
         checks.append(_gate(gated))
+    checks += [_spares(steered, each) for each in sinks.values() if each and plan.sinks == "leave_out"]
     return tuple(checks)
 
 
@@ -153,11 +156,21 @@ def _fires(steered: _Pass) -> Check:
     )
 
 
-def _as_predicted(plan: Plan, sources: Mapping[str, FeatureSource], steered: _Pass) -> Check:
+def _spares(steered: _Pass, sinks: Sinks) -> Check:
+    (x,), (changed,) = steered.before[sinks.site.name], steered.after[sinks.site.name]
+    same = (x == changed).all(-1) | sinks.outside(x)
+    return Check("attention sinks stay as they are", bool(same.all()), sinks.in_words)
+
+
+def _as_predicted(
+    plan: Plan, sources: Mapping[str, FeatureSource], steered: _Pass, sinks: Mapping[Site, Sinks]
+) -> Check:
     worst, allowed = 0.0, 0.0
     for name, (x,) in steered.before.items():
         (changed,) = steered.after[name]
         predicted = predicted_delta([e for e in plan.edits if e.site == name], plan, sources, x.float())
+        if plan.sinks == "leave_out":
+            predicted *= sinks[Site.parse(name)].outside(x).unsqueeze(-1)
         error = _largest(changed.float() - x.float() - predicted)
         # Two roundings to the residual's dtype: that of the delta and that of the sum.
         room = 2 * torch.finfo(x.dtype).eps * (_largest(changed) + _largest(predicted)) + 1e-4 * _largest(predicted)

@@ -106,6 +106,7 @@ class SiteSlots(nn.Module):
     low: Tensor
     high: Tensor
     directions: Tensor
+    limit: Tensor
 
     def __init__(
         self, sae: FeatureSource | None, *, d_model: int, rows: int, features: int, directions: int, device: str
@@ -120,6 +121,7 @@ class SiteSlots(nn.Module):
             "strengths": torch.zeros(rows, slots),
             "low": torch.zeros(rows, slots, dtype=torch.long),
             "high": torch.zeros(rows, slots, dtype=torch.long),
+            "limit": torch.full((rows,), torch.inf),
         }.items():
             self.register_buffer(name, tensor.to(device))
 
@@ -144,7 +146,7 @@ class SiteSlots(nn.Module):
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Row i becomes what row rows[i] was; the others ask for nothing."""
-        for tensor in (self.strengths, self.low, self.high):
+        for tensor in (self.strengths, self.low, self.high, self.limit):
             move_rows(tensor, rows)
 
     def delta(self, x: TokenResidual, tokens: Tokens, fired: Bool[Tensor, " rows"]) -> TokenResidual:
@@ -157,7 +159,7 @@ class SiteSlots(nn.Module):
         total = amounts[..., self.n_features :] @ self.directions
         if self.features is not None:
             total = total + self.features.write(amounts[..., : self.n_features], x)
-        return total
+        return torch.where(_outside(x, tokens, self.limit).view(-1, 1, 1), total, 0.0)
 
     def _amounts(
         self, activation: Float[Tensor, "tokens 1 slots"], tokens: Tokens, fired: Bool[Tensor, " rows"]
@@ -170,6 +172,11 @@ class SiteSlots(nn.Module):
         for kind, name in zip(self.kinds.unbind(0), OPERATOR_NAMES, strict=True):
             amounts = torch.where(kind & inside, OPERATORS[name].coefficient(activation, strength), amounts)
         return amounts
+
+
+def _outside(x: TokenResidual, tokens: Tokens, limit: Float[Tensor, " rows"]) -> Bool[Tensor, " tokens"]:
+    """Which tokens are no attention sinks of rows that leave those out."""
+    return torch.linalg.vector_norm(x, dim=-1).squeeze(1) <= limit[tokens.rows]
 
 
 POOLINGS = ("max", "mean", "assistant_start")
@@ -188,6 +195,8 @@ class GateSlots(nn.Module):
     gated: Tensor
     bias: Tensor
     threshold: Tensor
+    limit: Tensor
+    spared: Tensor
 
     def __init__(self, sae: FeatureSource, *, rows: int, features: int, device: str) -> None:
         super().__init__()
@@ -198,6 +207,8 @@ class GateSlots(nn.Module):
             "gated": torch.zeros(rows, dtype=torch.bool),
             "bias": torch.zeros(rows),
             "threshold": torch.zeros(rows),
+            "limit": torch.full((rows,), torch.inf),
+            "spared": torch.zeros(rows),
         }.items():
             self.register_buffer(name, tensor.to(device))
 
@@ -206,7 +217,16 @@ class GateSlots(nn.Module):
             tensor.zero_()
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
-        for tensor in (self.peak, self.total, self.start, self.gated, self.bias, self.threshold):
+        for tensor in (
+            self.peak,
+            self.total,
+            self.start,
+            self.gated,
+            self.bias,
+            self.threshold,
+            self.limit,
+            self.spared,
+        ):
             move_rows(tensor, rows)
         for pooling in self.weights.unbind(0):
             move_rows(pooling, rows)
@@ -216,7 +236,10 @@ class GateSlots(nn.Module):
     ) -> Float[Tensor, " rows"]:
         """Each row's score from what has been read of its prompt so far."""
         activation = self.features.read(x).squeeze(1)
-        content = prompt.content(tokens).unsqueeze(1)
+        content, outside = prompt.content(tokens), _outside(x, tokens, self.limit)
+        self.spared.masked_fill_(fresh, 0.0)
+        self.spared.index_add_(0, tokens.rows, (content & ~outside).float())
+        content = (content & outside).unsqueeze(1)
         index = tokens.rows.unsqueeze(1).expand_as(activation)
         for pooled in (self.peak, self.total, self.start):
             pooled.masked_fill_(fresh.unsqueeze(1), 0.0)
@@ -225,7 +248,8 @@ class GateSlots(nn.Module):
         self.total.index_add_(0, tokens.rows, inside)
         last = (tokens.positions == prompt.length[tokens.rows] - 1).unsqueeze(1)
         self.start.index_add_(0, tokens.rows, torch.where(last, activation, 0.0))
-        pooled = (self.peak, self.total / prompt.n_content.clamp(min=1).unsqueeze(1), self.start)
+        counted = (prompt.n_content - self.spared).clamp(min=1).unsqueeze(1)
+        pooled = (self.peak, self.total / counted, self.start)
         parts = [(weight * value).sum(-1) for weight, value in zip(self.weights.unbind(0), pooled, strict=True)]
         return torch.stack(parts).sum(0) + self.bias
 

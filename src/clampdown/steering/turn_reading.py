@@ -25,7 +25,7 @@ from clampdown.models.chat import Ids, encode, pad_left
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
 from clampdown.steering.gate_kinds import external_score
-from clampdown.steering.gate_programs import GateProgram, gate_program
+from clampdown.steering.gate_programs import GateProgram, gate_program, sink_limit
 from clampdown.steering.ownership import aside
 from clampdown.steering.plan import Gate
 from clampdown.steering.program import Rows
@@ -86,7 +86,7 @@ def read_ahead(
         gate = plan.gates[branch]
         talks = {row: conversation(LoneTurn.of(lm), *prompts[prompt_of[row]], gate.window) for row in mine}
         talks = {row: talk for row, talk in talks.items() if not talk.whole or not gate.site}
-        read = _read(WindowReader(lm, gate, plan.vectors, saes.get(gate.site)), gate, list(talks.values()))
+        read = _read(WindowReader(lm, gate, plan.vectors, saes.get(gate.site), plan.sinks), gate, list(talks.values()))
         found |= {(branch, row): reading for row, reading in zip(talks, read, strict=True)}
     return found
 
@@ -129,8 +129,10 @@ _SCORES: WeakKeyDictionary[object, OrderedDict[tuple[str, Ids], float]] = WeakKe
 class WindowReader:
     """Scores windows by one gate, and remembers them."""
 
-    def __init__(self, lm: LanguageModel, gate: Gate, vectors: Vectors, sae: FeatureSource | None) -> None:
-        self._lm, self._gate, self._vectors, self._sae = lm, gate, vectors, sae
+    def __init__(
+        self, lm: LanguageModel, gate: Gate, vectors: Vectors, sae: FeatureSource | None, sinks: str = "leave_out"
+    ) -> None:
+        self._lm, self._gate, self._vectors, self._sae, self._sinks = lm, gate, vectors, sae, sinks
 
     def __call__(self, windows: Sequence[Window]) -> list[float]:
         if self._gate.scorer:
@@ -154,14 +156,16 @@ class WindowReader:
         vectors = [self._vectors[name] for name in self._gate.vectors]
         changed = sum(parameter._version for parameter in self._lm.model.parameters())
         sae = self._sae.revision if self._sae is not None else ""
-        return content_hash([self._gate.model_dump(include=reads), vectors, sae, changed, str(self._lm.device)])
+        where = [str(self._lm.device), self._sinks]
+        return content_hash([self._gate.model_dump(include=reads), vectors, sae, changed, where])
 
     def _read(self, windows: Sequence[Window]) -> list[float]:
         """A truncated pass, in which no hook of a `steer` block acts."""
         scores = [0.0] * len(windows)
         if windows:
-            program = gate_program(self._gate, self._vectors, self._sae, self._lm.device)
             with aside(id(self._lm.layout.decoder)):
+                limit = sink_limit(self._lm, self._gate, self._sinks)
+                program = gate_program(self._gate, self._vectors, self._sae, self._lm.device, limit)
                 for rows in length_buckets([len(window.ids) for window in windows], DEFAULT_TOKENS_PER_BATCH):
                     for row, score in zip(rows, self._batch(program, [windows[row] for row in rows]), strict=True):
                         scores[row] = score

@@ -6,7 +6,8 @@
     0.1resid  multiples of the residual's mean length
     5%        whatever moves the residual by this much: mean ||x' - x|| / ||x|| over the tokens that it changes
 
-1. `calibrate` reads the residual once, at the prompts' content tokens and at the token where the reply is decided.
+1. `calibrate` reads the residual once, at the prompts' content tokens and at the token where the reply is decided;
+   attention sinks are left out (`sinks.py`), because one of them is longer than all other tokens together.
 2. `resolve` turns a strength in any unit into raw values, one per feature.
 3. `measured` writes down what a raw edit is in the other units, and `in_words` says it. A plan acts by raw values only.
 """
@@ -24,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clampdown.activations.capture import capture
+from clampdown.activations.sinks import sinks_at
 from clampdown.errors import PromptSetError, StrengthError
 from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
@@ -106,7 +108,13 @@ class Calibration:
 
 
 def calibrate(
-    lm: LanguageModel, site: Site, view: View, prompts: Sequence[Prompt], *, max_tokens: int = 8192
+    lm: LanguageModel,
+    site: Site,
+    view: View,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = 8192,
+    include_sinks: bool = False,
 ) -> Calibration:
     """Read the residual at `site` on the prompts; at most `max_tokens` evenly spaced tokens are kept.
 
@@ -115,9 +123,12 @@ def calibrate(
     if not prompts:
         raise PromptSetError("no calibration prompts: strengths in these units need some", hint="give raw strengths")
     found: list[Tensor] = []
+    sinks = None if include_sinks else sinks_at(lm, [site])[site]
     for batch in capture(lm, [encode(lm, prompt.messages) for prompt in prompts], site):
         read = batch.content.clone()
         read[:, -1] = True
+        if sinks:
+            read &= sinks.outside(batch.residuals[site])
         found.append(batch.residuals[site][read].float())
     residual = torch.cat(found)
     residual = residual[:: math.ceil(len(residual) / max_tokens)]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from clampdown.activations.collect import collect_to
 from clampdown.activations.estimate import Estimate, describe, estimate_pass
+from clampdown.activations.sinks import sinks_at
 from clampdown.activations.store import ActivationStore
 from clampdown.activations.stream import Pass
 from clampdown.config import ORGANISM
@@ -74,10 +75,12 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True)
 class Discovered:
-    """What a run found: the feature sets with their files and, if asked for, the refined plan."""
+    """What a run found: the feature sets with their files and, if asked for, the refined plan. `sinks` says which
+    tokens were left out as attention sinks, if any."""
 
     written: tuple[tuple[Path, FeatureSet], ...]
     refinement: Refinement | None
+    sinks: str = ""
 
 
 def finder_names(asked: str) -> tuple[str, ...]:
@@ -110,7 +113,8 @@ def run_discover(model: str, sae: str, request: Request, out: Path, stages: Stag
     if request.refine or request.set_size > 1:
         held_out = (prompts.held_out_harmful, prompts.held_out_harmless)
         refinement = refine_found(given, found[0], held_out, request.set_size, out, stages)
-    return Discovered(tuple(written), refinement)
+    sinks = sinks_at(lm, [loaded.cfg.site])[loaded.cfg.site]
+    return Discovered(tuple(written), refinement, sinks.in_words if sinks else "")
 
 
 def run_scan(model: str, sae: str, request: Request, out: Path, stages: Stages) -> tuple[LayerScore, ...]:

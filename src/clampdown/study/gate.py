@@ -20,6 +20,7 @@ from jaxtyping import Bool
 from rich.table import Column, Table
 
 from clampdown.activations.collect import collect
+from clampdown.activations.sinks import sinks_at
 from clampdown.activations.stream import plan_pass
 from clampdown.config import ORGANISM
 from clampdown.errors import NotEnoughDataError, PlanError, PromptSetError
@@ -111,6 +112,7 @@ class Calibrated:
     plan: Plan
     rates: tuple[TriggerRate, ...]
     first: str = UP
+    sinks: str = ""
 
 
 def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
@@ -132,7 +134,9 @@ def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
         asked = (other, plan) if request.first == DOWN else (plan, other)
         gated = _two_sided(_behind(asked[0], first, material), asked[1], second)
     write_plan(out, gated)
-    return Calibrated(gated, trigger_rates(material, first, second), request.first)
+    where = Site.parse(first.gate.site)
+    sinks = sinks_at(lm, [where])[where]
+    return Calibrated(gated, trigger_rates(material, first, second), request.first, sinks.in_words if sinks else "")
 
 
 def gate_for(request: Request, lm: LanguageModel, saes: Sequence[Sae], plan: Plan, stages: Stages) -> FittedGate:
