@@ -26,8 +26,8 @@ from clampdown.models.known import KnownModel, fetched, known_model
 from clampdown.models.layout import Layout, find_layout
 from clampdown.store import files_revision
 
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-_UNWANTED = ("original/*", "consolidated*", "onnx/*")
+_WANTED: tuple[str, ...] = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_UNWANTED: tuple[str, ...] = ("original/*", "consolidated*", "onnx/*")
 _HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # What else decides which tokens a text becomes, or which tensor is where. Files that a model does not have change
 # nothing in its revision.
