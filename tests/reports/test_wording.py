@@ -140,7 +140,8 @@ def test_refusals_among_lost_answers_are_counted(run):
 def test_few_controls_are_named_and_many_are_ranged(run_of):
     controls = [arm_json(f"random {i}", "control", rates(0.5 + i / 100, 0.1, 0.7)) for i in range(20)]
     assert "random 1 refuses" in said(run_of(BASELINE, COSTLY, *controls[:2]))["Controls"]
-    assert "20 other controls refuse" in said(run_of(BASELINE, COSTLY, *controls))["Controls"]
+    many = said(run_of(BASELINE, COSTLY, *controls))["Controls"]
+    assert f"20 other controls refuse 50 to 69{UNIT} at 70{UNIT} mean capability" in many
 
 
 def test_a_run_without_a_baseline_or_without_steering_says_so(run_of):

@@ -1,6 +1,6 @@
 """Names of scores, settings and provenance as words: files keep the short names, people read these.
 
-A name without an entry is shown with spaces for its underscores. A test compares the table with what finders write.
+A name without an entry is shown with spaces for its underscores.
 """
 
 from __future__ import annotations

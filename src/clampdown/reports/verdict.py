@@ -251,7 +251,8 @@ def _extent(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return MISSING
-    return f"{percent(min(known), unit='')} to {percent(max(known))}"
+    low, high = percent(min(known)), percent(max(known))
+    return high if low == high else f"{low.removesuffix(UNIT)} to {high}"
 
 
 def _pair(arm: ArmResult, sides: Sides) -> str:
