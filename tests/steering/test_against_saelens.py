@@ -6,6 +6,7 @@ the other.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,15 @@ def by_us(lm: LanguageModel, sae_path: Path, ids: Tensor) -> Tensor:
         return lm.model(ids).logits
 
 
-def by_saelens(model_path: Path, sae_path: Path, ids: Tensor) -> Tensor:
-    """The SAE spliced in with its error term, and a hook that sets the features in its code."""
+def by_saelens(model_path: Path, sae_path: Path, ids: Tensor, *, centred: bool = False) -> Tensor:
+    """The SAE spliced in with its error term, and a hook that sets the features in its code. `centred`: into the model
+    as TransformerLens centres it."""
     import sae_lens
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
     bridge: Any = SAETransformerBridge.boot_transformers(str(model_path), device="cpu")
+    if centred:
+        bridge.enable_compatibility_mode(center_unembed=False)
     sae = sae_lens.SAE.load_from_disk(sae_path)
     bridge.add_sae(sae, use_error_term=True)
 
@@ -109,6 +113,21 @@ def test_a_clamped_model_answers_as_saelens_makes_it(name: str, architecture: st
     scale = theirs.abs().max()
     assert not torch.allclose(ours, model(IDS).logits, atol=1e-3 * scale)
     assert torch.allclose(ours / scale, theirs / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"])
+@torch.no_grad()
+def test_an_sae_of_a_centred_model_clamps_the_plain_one_as_saelens_clamps_the_centred(hook: str, tmp_path) -> None:
+    model = build("gpt2")
+    sae_path = saved_sae("jumprelu", hook, tmp_path / "sae")
+    theirs = by_saelens(saved(model, tmp_path / "model"), sae_path, IDS, centred=True)
+    lm = LanguageModel(model, IdTokenizer(), find_layout(model), "gpt2", "random")
+    scale = theirs.abs().max()
+    assert not torch.allclose(by_us(lm, sae_path, IDS) / scale, theirs / scale, atol=1e-3)
+    config = json.loads((sae_path / "cfg.json").read_text())
+    config["metadata"]["model_from_pretrained_kwargs"] = {"center_writing_weights": True, "fold_ln": True}
+    (sae_path / "cfg.json").write_text(json.dumps(config))
+    assert torch.allclose(by_us(lm, sae_path, IDS) / scale, theirs / scale, atol=1e-5)
 
 
 @torch.no_grad()
