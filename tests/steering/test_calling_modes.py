@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from clampdown.activations.sinks import sinks_at
 from clampdown.errors import ScopeError, SteeringNotAppliedError
 from clampdown.models.chat import Batch, encode, pad_left
 from clampdown.models.layout import find_layout
@@ -17,7 +18,7 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Edit, Gate, Plan
-from clampdown.types import Message, Receipt
+from clampdown.types import Message, Receipt, Site
 from tests.models.conftest import build
 from tests.steering.conftest import make_plan, tiny_llama, tiny_tokenizer
 
@@ -297,6 +298,7 @@ def test_hidden_states_are_the_steered_ones_whoever_hooked_the_model_first(
     lm = family({"Qwen3ForCausalLM": "qwen3"}.get(name, "gemma3"))
     ids = torch.tensor([[1, 7, 8, 9]])
     seen: list[Tensor] = []
+    sinks_at(lm, [Site.parse(site)])  # a pass of its own, the first time that a site is steered
     if captured_before:
         lm.model(ids, output_hidden_states=True)  # the library puts its hooks on at the first such call, for good
         lm.layout.blocks[1].register_forward_hook(lambda _m, _a, out: seen.append(out))

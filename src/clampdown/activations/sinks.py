@@ -23,12 +23,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clampdown.activations.capture import forward_to
-from clampdown.errors import ChatTemplateError
-from clampdown.models.chat import encode, pad_left
+from clampdown.models.chat import pad_left, render
 from clampdown.models.loading import LanguageModel
-from clampdown.types import Message, Site
+from clampdown.types import Message, Point, Site
 
 FACTOR = 4.5
+RESIDUAL = (Point.RESID_PRE, Point.RESID_POST)
 NEUTRAL = ("Hello.", "What is the capital of Italy?", "Thank you.", "Name three colours, one a line.\n\nThe first is")
 
 
@@ -62,9 +62,12 @@ _FOUND: WeakKeyDictionary[object, dict[tuple[Site, int], Sinks]] = WeakKeyDictio
 
 def sinks_at(lm: LanguageModel, sites: Sequence[Site]) -> dict[Site, Sinks]:
     """The sinks at each site. One pass over a few short prompts, for sites that were not asked about before. A model
-    without weights (a shape) has none."""
-    if lm.device.type == "meta":
-        return {site: Sinks(site, math.inf) for site in sites}
+    without weights (a shape) has none, nor have the outputs of attention and MLPs, whose lengths differ by nature."""
+    residual = [site for site in sites if site.point in RESIDUAL and lm.device.type != "meta"]
+    return {site: Sinks(site, math.inf) for site in sites} | _of_residual(lm, residual)
+
+
+def _of_residual(lm: LanguageModel, sites: Sequence[Site]) -> dict[Site, Sinks]:
     known = _FOUND.setdefault(lm.model, {})
     changed = sum(parameter._version for parameter in lm.model.parameters())
     new = [site for site in dict.fromkeys(sites) if (site, changed) not in known]
@@ -79,10 +82,10 @@ def sinks_at(lm: LanguageModel, sites: Sequence[Site]) -> dict[Site, Sinks]:
 
 
 def _ids(lm: LanguageModel, text: str) -> list[int]:
-    try:
-        return encode(lm, [Message("user", text)])
-    except ChatTemplateError:
+    if not getattr(lm.tokenizer, "chat_template", None):
         return list(lm.tokenizer(text)["input_ids"])
+    rendered = render(lm.tokenizer, [Message("user", text)], add_generation_prompt=True)
+    return list(lm.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def _found(lm: LanguageModel, site: Site, prompts: Sequence[Sequence[int]], lengths: Float[Tensor, " tokens"]) -> Sinks:
