@@ -33,7 +33,7 @@ from clampdown.steering.turn_reading import read_prompts, window_scores
 from clampdown.types import Site, Split, Suite
 
 LAST_RUNS = 12
-BENIGN_PROMPTS, SHOWN_PROMPTS = 800, 60
+BENIGN_PROMPTS, SHOWN_PROMPTS = 1600, 60
 Tick = Callable[[int, int], None]
 
 
@@ -182,6 +182,8 @@ class GateReader:
         reading = (self.lm, gate, plan.vectors, self.saes.at(gate.site))
         scores, owner = window_scores(*reading, [prompt for suite in benign for prompt in suite.prompts])
         maxima = conversation_maxima(scores, owner, max(gate.turns_calibrated, 1))
+        if not len(maxima):  # too few prompts for one conversation of that length: they count as they are
+            maxima = conversation_maxima(scores, owner, 1)
         suites = (
             SuiteScores(s.name, s.harmful, tuple(read.score for read in read_prompts(*reading, s.prompts)))
             for s in shown
