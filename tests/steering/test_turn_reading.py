@@ -82,7 +82,7 @@ def test_a_prompt_of_one_turn_scores_as_it_does_without_a_window(
 
 def test_a_long_turn_is_read_in_overlapping_windows(lm: LanguageModel, sae: Sae, windowed: dict[str, Plan]) -> None:
     plan, words = windowed["dense"], [f"w{i}" for i in range(20)]
-    parts = [" ".join(words[at : at + 8]) for at in (0, 4, 8, 12)]
+    parts = [" ".join(words[at : at + 4]) for at in range(0, 18, 2)]
     alone = scores(lm, sae, plan, *([Message("user", part)] for part in parts))
     (found,) = receipts(lm, sae, plan, [Message("user", " ".join(words))])
     assert found.gate_score == pytest.approx(max(alone), abs=1e-4)

@@ -60,7 +60,7 @@ def judge(gate: Gate, found: Conversation, scores: Sequence[float]) -> GateReadi
         at = max(range(len(scores)), key=lambda i: scores[i])
     else:
         at = min((i for i, window in enumerate(found.windows) if window.turn == last), key=lambda i: scores[i])
-    beyond = 0 < gate.turns_calibrated < len(found.windows)
+    beyond = gate.turns_calibrated > 0 and (found.cut or len(found.windows) > gate.turns_calibrated)
     opens = scores[at] > gate.threshold or (beyond and gate.when_in_doubt == "steer")
     return GateReading(scores[at], found.windows[at].turn, found.turns, beyond, opens)
 

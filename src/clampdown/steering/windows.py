@@ -6,8 +6,9 @@ reads each user turn as if it had been the whole conversation, and keeps the wor
 
 1. The prompt's token ids give its messages: runs of content tokens. A run behind the template's assistant header is a
    reply and is not read, except one that the model is to go on with: that is read in context with its question.
-2. A turn of more than `window` tokens is cut into windows that overlap by half. Each window gets the template of a lone
-   user turn. A prompt that is one such window is its own reading: it costs no pass, and scores as it always did.
+2. A turn of more than `window` tokens is cut into windows of half that length, which overlap by half: in longer ones
+   harm is diluted by what stands beside it. Each gets the template of a lone user turn. A prompt that is one such
+   window is its own reading: it costs no pass, and scores as it always did.
 3. A system message is read with the first turn, in context, and the turn is read alone as well.
 
 This needs ids only, and is a function of them. The passes are in `turn_reading.py`.
@@ -84,10 +85,12 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The windows of one prompt. `whole` says that the prompt is its only window."""
+    """The windows of one prompt. `whole` says that the prompt is its only window, `cut` that a turn is longer than one
+    window."""
 
     windows: tuple[Window, ...]
     whole: bool
+    cut: bool = False
 
     @property
     def turns(self) -> int:
@@ -108,7 +111,7 @@ def conversation(lone: LoneTurn, ids: Sequence[int], content: Sequence[bool], si
     turns = asked[1:] if has_system and len(asked) > 1 else asked
     windows = [window for number, run in enumerate(turns) for window in _cut(lone, ids, run, size, number)]
     begun = [] if runs[-1] == asked[-1] else [_begun(lone, ids, content, asked[-1][0], len(turns) - 1)]
-    return Conversation((*opening, *windows, *begun), whole=False)
+    return Conversation((*opening, *windows, *begun), whole=False, cut=len(windows) > len(turns))
 
 
 def _runs(content: Sequence[bool]) -> list[tuple[int, int]]:
@@ -143,9 +146,11 @@ def _begun(lone: LoneTurn, ids: Ids, content: Sequence[bool], start: int, turn: 
 
 def _cut(lone: LoneTurn, ids: Ids, run: tuple[int, int], size: int, turn: int) -> list[Window]:
     start, stop = run
-    step = max(size // 2, 1)
-    starts = [start] if stop - start <= size else [*range(start, stop - size, step), stop - size]
-    return [_alone(lone, ids[at : min(at + size, stop)], turn) for at in starts]
+    if stop - start <= size:
+        return [_alone(lone, ids[start:stop], turn)]
+    half = max(size // 2, 1)
+    starts = [*range(start, stop - half, max(half // 2, 1)), stop - half]
+    return [_alone(lone, ids[at : at + half], turn) for at in starts]
 
 
 def _alone(lone: LoneTurn, text: Ids, turn: int) -> Window:
