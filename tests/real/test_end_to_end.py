@@ -57,14 +57,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = next(suite for suite in suites(Split.DISCOVERY, 32) if suite.name == "harmful").prompts
     harmful = [{"id": f"h{i}", "prompt": prompt.text} for i, prompt in enumerate(asked)]
     benign = [{"id": f"b{i}", "prompt": text} for i, text in enumerate(plain)]
-    write(place / "harmful.jsonl", harmful[:8])
-    write(place / "benign.jsonl", benign[:8])
+    splits = ("discovery", "validation", "calibration", "test")
+    for name, rows in (("harmful", harmful), ("benign", benign)):
+        write(place / f"{name}.jsonl", [{**row, "split": splits[i % 4]} for i, row in enumerate(rows[:8])])
     write(place / "text.jsonl", [{"prompt": row["prompt"], "reply": "I am not sure."} for row in (*harmful, *benign)])
-    splits = ("discovery", "calibration", "validation")
     labelled = [
-        {**row, "suite": name, "harmful": name == "harmful", "split": splits[i % 3]}
+        {**row, "suite": name, "harmful": name == "harmful", "split": splits[i % 4]}
         for name, rows in (("harmful", harmful), ("benign", benign))
-        for i, row in enumerate(rows[:24])
+        for i, row in enumerate(rows[:32])
     ]
     write(place / "gate.jsonl", labelled)
     test = [{**row, "suite": "asked", "harmful": False, "split": "test"} for row in benign[:2]]
@@ -87,7 +87,7 @@ def plan(real_model: str, place: Path, sae: Path) -> Path:
         "--out", place / "features")  # fmt: skip
     (found,) = (place / "features").glob("contrast*.json")
     feature = json.loads(found.read_text())["features"][0]["feature"]
-    run("plan", "make", "--model", real_model, "--sae", sae, "--feature", feature, "--strength", "5%", "--scope",
+    run("plan", "make", "--model", real_model, "--sae", sae, "--feature", feature, "--strength", 40, "--scope",
         "last_user", "--prompts", place / "benign.jsonl", "--out", place / "plan.toml")  # fmt: skip
     return place / "plan.toml"
 
