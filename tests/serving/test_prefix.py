@@ -26,13 +26,17 @@ FAMILIES = ["llama", "gemma2"]
 PROMPTS = 3
 
 
+class Formatted(LanguageModel):
+    """A model whose tokenizer has no template, with the format that it cannot say."""
+
+    @property
+    def chat(self) -> ChatFormat:
+        return ChatFormat((BOS,), (), frozenset({0, BOS}))
+
+
 def model_of(family: str) -> LanguageModel:
     model = build(family)
-    lm = LanguageModel(model, IdTokenizer(), find_layout(model), "m", "r")
-    vars(lm)["chat"] = ChatFormat(
-        (BOS,), (), frozenset({0, BOS})
-    )  # what its tokenizer, which has no template, cannot say
-    return lm
+    return Formatted(model, IdTokenizer(), find_layout(model), "m", "r")
 
 
 def plan(*scopes: str, strength: float = 20.0, **more: object) -> Plan:
