@@ -118,7 +118,7 @@ def begin_turn(
     prompt_of = torch.arange(n_prompts) if asked.prompt_of is None else checked_index(asked.prompt_of, n_prompts)
     prompt_of, n_rows = prompt_of.to(device), len(prompt_of)
     plans = asked.plans(n_rows)
-    width = _prompt_width(asked, now, call)
+    width = _prompt_width(asked, now, call, first=before is None)
     real = _real_columns(now, call, width, before, device)
     shift = trailing_padding(real[:, :width], "a prompt")
     trailing_padding(real[:, width:], "a reply")
@@ -148,8 +148,10 @@ def begin_turn(
     return state, tally, plans
 
 
-def _prompt_width(asked: Asked, now: Pass, call: GenerateCall | None) -> int:
-    told = asked.prompt_width if asked.prompt_width is not None and asked.prompt_width > now.past else None
+def _prompt_width(asked: Asked, now: Pass, call: GenerateCall | None, *, first: bool) -> int:
+    """Where the prompt ends. What was told is about the block's first turn, which may begin behind it when it resumes a
+    cache; of a later turn it is true only where it lies ahead."""
+    told = asked.prompt_width if asked.prompt_width is not None and (first or asked.prompt_width > now.past) else None
     known = now.end if call is None or call.width is None else call.width
     if known <= now.past:
         raise SteeringNotAppliedError(f"the call was given {known} columns, and the cache holds {now.past} already")
