@@ -58,7 +58,7 @@ def test_llama_3_8b_before_its_weights_are_there(monkeypatch, capsys, tmp_path):
     run(monkeypatch, "--model", model, "--sae", sae, *files, "--dry-run", "--out", tmp_path / "out")
     shown = capsys.readouterr().out
     for expected in (
-        "61 prompts",
+        "14 prompts",  # those of the discovery split: the others decide or test
         "26 blocks",
         "TFLOP",
         "assumed",

@@ -106,7 +106,7 @@ BAD_JSONL: dict[str, tuple[str, str]] = {
     "not json": (OK + "{oops\n", r"line 2: not JSON"),
     "cut off": (OK + '{"prompt": "b", "harm', r"line 2: not JSON"),
     "not an object": (OK + "[1]\n", r"line 2: expected an object"),
-    "no prompt column": (OK + '{"text": "b"}\n', r"line 2: no column 'prompt' \(columns: text\)"),
+    "no prompt column": (OK + '{"said": "b"}\n', r"line 2: no column 'prompt' \(columns: said\)"),
     "empty prompt": (OK + '{"prompt": " ", "harmful": true}\n', r"line 2: 'prompt' is empty"),
     "null prompt": (OK + '{"prompt": null, "harmful": true}\n', r"line 2: 'prompt' is empty"),
     "duplicate id": (OK + "\n" + OK, r"line 3: id '1' was already used on line 1"),
@@ -141,7 +141,7 @@ def test_every_fault_in_jsonl_is_named(tmp_path: Path, name: str) -> None:
 BAD_CSV: dict[str, tuple[bytes, str]] = {
     "empty": (b"", r"p\.csv holds no prompts"),
     "header only": (b"prompt,harmful\n", r"p\.csv holds no prompts"),
-    "no prompt column": (b"text,harmful\na,true\n", r"line 2: no column 'prompt' \(columns: text, harmful\)"),
+    "no prompt column": (b"said,harmful\na,true\n", r"line 2: no column 'prompt' \(columns: said, harmful\)"),
     "too few cells": (b"prompt,harmful\na,true\nb\n", r"line 3: 1 cells, the header has 2"),
     "too many cells": (b"prompt,harmful\na, b,true\n", r"line 2: 3 cells, the header has 2"),
     "open quote": (b'prompt,harmful\n"a,true\n', r"line 2: not CSV"),

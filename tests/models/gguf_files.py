@@ -14,7 +14,7 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n"
 )
-WORDS = ("<|im_start|>", "<|im_end|>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "he", "hel")
+WORDS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "he", "hel")
 MERGES = ("h e", "he l")
 LAYERS, HEADS, KV_HEADS, WIDTH, INNER = 2, 4, 2, 64, 96
 
@@ -67,7 +67,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, kind: Kind = Kind.F32, *, st
         writer.add_rope_scaling_factor(2.0)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(list(WORDS))
-    writer.add_token_types([3, 3, *[1] * (len(WORDS) - 2)])
+    writer.add_token_types([3, 3, 3, *[1] * (len(WORDS) - 3)])
     writer.add_token_merges(list(MERGES))
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
