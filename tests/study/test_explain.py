@@ -28,7 +28,7 @@ from clampdown.steering.arms import Arm
 from clampdown.steering.plan import Branch, Gate, ModelRef, Plan
 from clampdown.study import explaining as job
 from clampdown.study.damage import Bench, damage, joints, norm_matched
-from clampdown.study.explain import Inside, feature_shifts, held_open, look_inside
+from clampdown.study.explain import Inside, feature_shifts, look_inside
 from clampdown.study.progress import Stages
 from clampdown.types import ArmKind, Message, Prompt, Split
 from tests.steering.conftest import SITE, random_sae, tiny_llama
@@ -234,7 +234,7 @@ def test_the_command_reads_benign_validation_prompts_and_its_page_stands_alone(
 def test_both_gates_of_a_two_sided_plan_are_held_open(plan: Plan) -> None:
     gate = Gate(site=SITE.name, features=(1,), weights=(1.0,), bias=0.0, threshold=1.0, poolings=("max",))
     sided = Plan.model_validate({**dict(plan), "gate": gate, "otherwise": Branch(gate=gate, edits=plan.edits)})
-    assert held_open(sided) == plan
+    assert sided.ungated() == plan
 
 
 def test_what_the_second_branch_does_is_not_counted_as_paid(lm: LanguageModel, sae: Sae, plan: Plan) -> None:

@@ -34,7 +34,7 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Edit, Plan
-from clampdown.study.explain import Codes, Inside, held_open
+from clampdown.study.explain import Codes, Inside
 from clampdown.types import ArmKind, Interval, Prompt
 
 THROUGH, NOT_ASKED = "pass-through", ("difference of means", "system prompt")
@@ -70,7 +70,7 @@ class Pushes:
 
 def norm_matched(bench: Bench, plan: Plan, found: Inside, *, n: int, seed: int) -> Pushes:
     """The open plan, `n` random features, an unrelated one, `n` random directions and the pass-through."""
-    opened = held_open(plan)
+    opened = plan.ungated()
     measure = mean_edit(bench.lm, bench.saes, bench.sample)
     material = Material(_table(bench.saes, opened, found), None)
     arms, kinds, notes = [Arm(plan.name, ArmKind.FEATURE, opened)], ["plan"], []
@@ -166,7 +166,7 @@ def parts(plan: Plan) -> dict[str, Plan]:
 
 
 def _with_edits(plan: Plan, edits: Sequence[Edit]) -> Plan:
-    return Plan.model_validate({**dict(held_open(plan)), "edits": tuple(edits)})
+    return plan.ungated().changed(edits=tuple(edits))
 
 
 def joints(bench: Bench, plan: Plan) -> tuple[tuple[Joint, ...], tuple[str, ...]]:

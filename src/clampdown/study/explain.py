@@ -140,7 +140,7 @@ def look_inside(
     """
     if not sum(text.n_scored for text in texts):
         raise NotEnoughDataError("no benign replies to explain the cost of steering on")
-    opened = held_open(plan)
+    opened = plan.ungated()
     edited = edited_sites(plan)
     read = {sae.cfg.site: sae for sae in saes if _order(sae.cfg.site) >= _order(edited[0])}
     layers = [Site(layer, Point.RESID_POST) for layer in range(edited[0].layer, lm.n_layers)]
@@ -157,11 +157,6 @@ def look_inside(
         if progress:
             progress(found.n_texts, len(texts))
     return found
-
-
-def held_open(plan: Plan) -> Plan:
-    """The plan's own edits without a gate. A second branch (`otherwise`) acts where these do not, and is left out."""
-    return Plan.model_validate({**dict(plan), "gate": None, "otherwise": None})
 
 
 def edited_sites(plan: Plan) -> tuple[Site, ...]:

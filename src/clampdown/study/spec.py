@@ -23,11 +23,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator
 
 from clampdown.config import ORGANISM
-from clampdown.errors import RecipeError
 from clampdown.study.comparing import MatchingRequest
 from clampdown.study.gating import GateChoice
 from clampdown.study.methods.table import METHODS
 from clampdown.study.prompts import StudyPrompts, prompts_from
+from clampdown.study.recipes.schema import field_error
 from clampdown.study.run import StudyRequest
 from clampdown.study.sizes import SIZES, size_named
 from clampdown.study.study import Study, make_study
@@ -137,8 +137,4 @@ def parse_spec(data: Mapping[str, Any], where: str = "the study") -> StudySpec:
     try:
         return StudySpec.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "top level"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{where}: {place}: {message}{more}", hint="docs/study.md lists every field") from error
+        raise field_error(error, where, "docs/study.md") from error

@@ -304,11 +304,16 @@ def parse_recipe(data: Mapping[str, Any], where: str = "the recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "top level"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{where}: {place}: {message}{more}", hint="docs/recipes.md lists every field") from error
+        raise field_error(error, where, "docs/recipes.md") from error
+
+
+def field_error(error: ValidationError, where: str, page: str) -> RecipeError:
+    """What is wrong with which field of a file, as one message."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "top level"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    message = first["msg"].removeprefix("Value error, ")
+    return RecipeError(f"{where}: {place}: {message}{more}", hint=f"{page} lists every field")
 
 
 def _put(data: dict[str, Any], setting: str) -> None:
