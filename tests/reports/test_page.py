@@ -150,7 +150,7 @@ def test_size_and_time(run_dir, tmp_path):
     copy = shutil.copytree(run_dir, tmp_path / "copy")
     began = time.process_time()
     path = Run.read(copy).report()
-    assert time.process_time() - began < 6  # seconds of CPU; a busy machine's clock counts what others take from caches
+    assert time.process_time() - began < 2
     assert path == copy / "report.html"
     assert path.stat().st_size < 6_000_000
 
