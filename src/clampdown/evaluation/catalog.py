@@ -42,6 +42,7 @@ class Scoring(StrEnum):
     VERDICT = "verdict"  # any judge: refused, complied, ...
     OPTIONS = "options"  # the likeliest option is the answer
     OPTION_MASS = "option-mass"  # share of probability on the true options (TruthfulQA mc2)
+    CONTAINS = "contains"  # the answer stands in the reply as whole words
     NUMBER = "number"  # the number that the reply ends on
     INSTRUCTIONS = "instructions"  # every instruction verified by a program (IFEval)
 
@@ -64,10 +65,15 @@ class SuiteEntry:
     gated: bool = False
     header: tuple[str, ...] | None = None
     note: str = ""
+    file: str | None = None
+    """Where a local copy lies in a folder of copies: the set's folder, and the file as its authors name it."""
+    shipped: str | None = None
+    """The file's name where the set is part of this package."""
     parts: tuple[str, ...] = ()
     """How the names of its suites end, for a set whose rows have several labels."""
 
 
+SHIPPED = Path(__file__).parent / "shipped"
 _MMLU_HEADER = ("question", "A", "B", "C", "D", "answer")
 
 ENTRIES: tuple[SuiteEntry, ...] = (
@@ -75,6 +81,7 @@ ENTRIES: tuple[SuiteEntry, ...] = (
         "xstest", Kind.MIXED, shapes.xstest, "CC BY 4.0", "github.com/paul-rottger/xstest",
         "Paul/XSTest", split="train", rows=450, note="250 safe prompts, 200 unsafe twins",
         parts=("safe", "unsafe"),
+        file="xstest/prompts.csv",
     ),
     SuiteEntry(
         "wildguardtest", Kind.MIXED, shapes.wildguard, "ODC-BY", "arXiv 2406.18495",
@@ -92,14 +99,17 @@ ENTRIES: tuple[SuiteEntry, ...] = (
     SuiteEntry(
         "harmbench", Kind.HARMFUL, shapes.harmbench, "MIT", "github.com/centerforaisafety/HarmBench",
         "walledai/HarmBench", "standard", split="train", gated=True, note="400 text behaviours, 80 of them validation",
+        file="harmbench/harmbench_behaviors_text_*.csv",
     ),
     SuiteEntry(
         "jailbreakbench-harmful", Kind.HARMFUL, shapes.jailbreakbench, "MIT", "arXiv 2404.01318",
-        "JailbreakBench/JBB-Behaviors", "behaviors", split="harmful", rows=100, note="meta.objective: its benign twin"
+        "JailbreakBench/JBB-Behaviors", "behaviors", split="harmful", rows=100, note="meta.objective: its benign twin",
+        file="jailbreakbench/harmful-behaviors.csv",
     ),
     SuiteEntry(
         "jailbreakbench-benign", Kind.BORDERLINE, shapes.jailbreakbench, "MIT", "arXiv 2404.01318",
-        "JailbreakBench/JBB-Behaviors", "behaviors", split="benign", rows=100, note="meta.objective: its harmful twin"
+        "JailbreakBench/JBB-Behaviors", "behaviors", split="benign", rows=100, note="meta.objective: its harmful twin",
+        file="jailbreakbench/benign-behaviors.csv",
     ),
     SuiteEntry(
         "jailbreakbench-artifacts", Kind.JAILBROKEN, shapes.attack_artifact, "MIT",
@@ -112,6 +122,7 @@ ENTRIES: tuple[SuiteEntry, ...] = (
     SuiteEntry(
         "advbench", Kind.HARMFUL, shapes.instruction, "MIT", "github.com/llm-attacks/llm-attacks",
         "walledai/AdvBench", split="train", rows=520, gated=True, note="many near-duplicates",
+        file="advbench/harmful_behaviors.csv",
     ),
     SuiteEntry(
         "sorry-bench", Kind.HARMFUL, shapes.sorry_bench, "MIT (code); terms of the set on its page", "arXiv 2406.14598",
@@ -128,6 +139,7 @@ ENTRIES: tuple[SuiteEntry, ...] = (
     SuiteEntry(
         "coconot-contrast", Kind.BORDERLINE, shapes.instruction, "MIT (repository); ODC-BY (hub)", "arXiv 2407.12043",
         "allenai/coconot", "contrast", rows=379, note="should be answered",
+        file="coconot/coconot_contrast_eval.jsonl",
     ),
     SuiteEntry(
         "coconot", Kind.HARMFUL, shapes.instruction, "MIT (repository); ODC-BY (hub)", "arXiv 2407.12043",
@@ -148,18 +160,22 @@ ENTRIES: tuple[SuiteEntry, ...] = (
     SuiteEntry(
         "mmlu", Kind.CAPABILITY, shapes.mmlu, "MIT", "arXiv 2009.03300",
         "cais/mmlu", "all", scoring=Scoring.OPTIONS, rows=14042, header=_MMLU_HEADER, note="57 subjects",
+        file="mmlu/test",
     ),
     SuiteEntry(
         "truthfulqa-mc1", Kind.CAPABILITY, shapes.truthfulqa_mc1, "Apache 2.0", "arXiv 2109.07958",
         "truthfulqa/truthful_qa", "multiple_choice", split="validation", scoring=Scoring.OPTIONS, rows=817,
+        file="truthfulqa/mc_task.json",
     ),
     SuiteEntry(
         "truthfulqa-mc2", Kind.CAPABILITY, shapes.truthfulqa_mc2, "Apache 2.0", "arXiv 2109.07958",
         "truthfulqa/truthful_qa", "multiple_choice", split="validation", scoring=Scoring.OPTION_MASS, rows=817,
+        file="truthfulqa/mc_task.json",
     ),
     SuiteEntry(
         "gsm8k", Kind.CAPABILITY, shapes.gsm8k, "MIT", "arXiv 2110.14168",
         "openai/gsm8k", "main", scoring=Scoring.NUMBER, rows=1319,
+        file="gsm8k/test.jsonl",
     ),
     SuiteEntry(
         "arc-challenge", Kind.CAPABILITY, shapes.arc, "CC BY-SA 4.0", "arXiv 1803.05457",
@@ -176,6 +192,11 @@ ENTRIES: tuple[SuiteEntry, ...] = (
     SuiteEntry(
         "ifeval", Kind.CAPABILITY, shapes.ifeval, "Apache 2.0", "arXiv 2311.07911",
         "google/IFEval", split="train", scoring=Scoring.INSTRUCTIONS, rows=541,
+        file="ifeval/input_data.jsonl",
+    ),
+    SuiteEntry(
+        "easy-facts", Kind.CAPABILITY, shapes.plain_question, "MIT", "this package",
+        scoring=Scoring.CONTAINS, rows=476, note="short questions that small models answer", shipped="easy_facts.csv",
     ),
 )  # fmt: skip
 
@@ -194,6 +215,17 @@ def entry(name: str) -> SuiteEntry:
     return known[name]
 
 
+def is_named(spec: str) -> bool:
+    """Whether a spec names a set of the table: NAME or NAME=PATH."""
+    return spec.partition("=")[0] in {item.name for item in ENTRIES}
+
+
+def local_copy(name: str, folder: Path) -> Path | None:
+    """The file of a set in a folder of local copies, if it is there. Raises `PromptSetError` for an unknown name."""
+    pattern = entry(name).file
+    return next(iter(sorted(folder.glob(pattern))), None) if pattern else None
+
+
 def load_suites(spec: str) -> tuple[Suite, ...]:
     """The suites of a spec: NAME (from the hub), NAME=PATH (the same set from a local file), or PATH (our columns).
 
@@ -207,6 +239,8 @@ def load_suites(spec: str) -> tuple[Suite, ...]:
     if Path(spec).suffix.lower() in READERS:
         return read_suites(Path(spec))
     found = entry(spec)
+    if found.shipped:
+        return suites_of(found, read_rows(SHIPPED / found.shipped), found.shipped)
     return suites_of(found, _hub_rows(found), f"hub set '{found.hub}'")
 
 

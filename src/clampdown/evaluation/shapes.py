@@ -219,3 +219,8 @@ def _options(
     ordered = sorted(map(str, options), key=lambda option: hashlib.sha256(f"{question}\0{option}".encode()).digest())
     meta = {"true_options": json.dumps(list(true), ensure_ascii=False)} if len(true) > 1 else {}
     return Item(question, identity, category, answer=str(true[0]), options=tuple(ordered), meta=meta)
+
+
+def plain_question(row: Row) -> Item | None:
+    """A short question and its answer (our own sets)."""
+    return Item(row.needed("prompt"), None, row.text("category"), answer=row.needed("answer"))

@@ -21,10 +21,11 @@ from pathlib import Path
 from clampdown.config import ORGANISM
 from clampdown.discovery.pairs import Pair
 from clampdown.errors import PromptSetError
-from clampdown.evaluation.catalog import load_suites
+from clampdown.evaluation.catalog import is_named, load_suites, local_copy
 from clampdown.evaluation.dealing import dealt, has_splits, split_of
 from clampdown.evaluation.rows import READERS
 from clampdown.evaluation.suites import FAMILY, TARGET, read_suites
+from clampdown.study.composing import escalated, pooled, read_templates, wrapped
 from clampdown.types import ATTACKS, SAFE, Prompt, PromptRole, Split, Suite, SuiteKind
 
 Source = str | Path
@@ -135,6 +136,54 @@ def embedded_prompts(seed: int = 0) -> StudyPrompts:
 # ---- files and public sets ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """What is made of the prompts that were given.
+
+    `folder` holds local copies of public sets, in a folder for each under the name that its authors give the file;
+    `pool` makes one suite of a role's sets; `templates` is a file of attack templates, into which the plain harmful
+    requests are put (those of at most `longest` characters; the share `held_out` is filled with test requests only);
+    `escalate` asks them at the end of scripted conversations too.
+    """
+
+    folder: Path | None = None
+    pool: bool = False
+    templates: str | None = None
+    longest: int | None = None
+    held_out: float = HELD_OUT_SHARE
+    escalate: bool = False
+
+    def found(self, source: Source) -> Source:
+        """A set by its name as its local copy, where the folder has one."""
+        if self.folder is None or _is_file(source) or not is_named(str(source)) or "=" in str(source):
+            return source
+        path = local_copy(str(source), self.folder)
+        return source if path is None else f"{source}={path}"
+
+    def of(self, loaded: Sequence[tuple[PromptRole, Suite]]) -> list[tuple[PromptRole, Suite]]:
+        """The suites with what is made of them."""
+        by_role: dict[PromptRole, list[Suite]] = {}
+        for role, suite in loaded:
+            by_role.setdefault(role, []).append(suite)
+        if self.pool:
+            by_role = {
+                role: suites if role is PromptRole.CAPABILITY else [pooled(role, suites)]
+                for role, suites in by_role.items()
+            }
+        requests = [prompt for suite in by_role.get(PromptRole.HARMFUL, ()) for prompt in suite.prompts]
+        if self.templates is not None:
+            templates = read_templates(self._templates(), self.longest)
+            by_role.setdefault(PromptRole.JAILBROKEN, []).append(wrapped(requests, templates, self.held_out))
+        if self.escalate:
+            by_role.setdefault(PromptRole.MULTI_TURN, []).append(escalated(requests))
+        return [(role, suite) for role, suites in by_role.items() for suite in suites]
+
+    def _templates(self) -> Path:
+        assert self.templates is not None
+        local = self.folder / self.templates if self.folder else Path(self.templates)
+        return local if local.exists() else Path(self.templates)
+
+
 def prompts_from(
     *,
     harmful: Sources | None = None,
@@ -146,12 +195,14 @@ def prompts_from(
     mixed: Sources | None = None,
     name: str = "files",
     hold_out: Sequence[str] | None = None,
+    composed: Composed | None = None,
 ) -> StudyPrompts:
     """Prompts of files (CSV, JSONL, JSON, Parquet, txt) or public sets (NAME or NAME=FILE) for each role.
 
     `mixed` are files of suites of several roles (columns `suite` and `harmful`), told apart by `role_of`. `hold_out`
     names the attack families (column `family`) that are tested only; by default a third of them, chosen by a hash of
-    their names, or those that a file's own `split` column keeps to `test`. Raises `PromptSetError` for what cannot be
+    their names, or those that a file's own `split` column keeps to `test`. `composed` says what else is made of the
+    prompts. Raises `PromptSetError` for what cannot be
     read, for a suite that two roles name, and when harmful or benign prompts are missing from a split.
     """
     given = {
@@ -162,11 +213,16 @@ def prompts_from(
         PromptRole.BENIGN: benign,
         PromptRole.CAPABILITY: capability,
     }
-    loaded = [(role, suite) for role, sources in given.items() for suite in _suites_of(role, _listed(sources))]
+    composed = composed or Composed()
+    loaded = [
+        (role, suite)
+        for role, sources in given.items()
+        for suite in _suites_of(role, [composed.found(source) for source in _listed(sources)])
+    ]
     for source in _listed(mixed):
         every = read_suites(Path(source)) if _is_file(source) else load_suites(str(source))
         loaded += [(role, _as_role(role, suite, source)) for suite in every for role in [role_of(suite)]]
-    found = of_suites(loaded, name, hold_out)
+    found = of_suites(composed.of(loaded), name, hold_out)
     _check_needed(found)
     return found
 
@@ -227,7 +283,10 @@ def _suites_of(role: PromptRole, sources: Sequence[Source]) -> list[Suite]:
 
 
 def _is_file(source: Source) -> bool:
-    return isinstance(source, Path) or Path(source).suffix.lower() in READERS
+    """Whether a source is a file of our own columns, and no public set: NAME, or NAME=FILE."""
+    if isinstance(source, Path):
+        return True
+    return Path(source).suffix.lower() in READERS and not is_named(source)
 
 
 def _loaded(role: PromptRole, source: Source) -> tuple[Suite, ...]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator
@@ -26,7 +27,7 @@ from clampdown.config import ORGANISM
 from clampdown.study.comparing import MatchingRequest
 from clampdown.study.gating import GateChoice
 from clampdown.study.methods.table import METHODS
-from clampdown.study.prompts import StudyPrompts, prompts_from
+from clampdown.study.prompts import HELD_OUT_SHARE, Composed, StudyPrompts, prompts_from
 from clampdown.study.recipes.schema import field_error
 from clampdown.study.run import StudyRequest
 from clampdown.study.sizes import SIZES, size_named
@@ -43,7 +44,7 @@ class _Part(BaseModel):
 
 class PromptsPart(_Part):
     """Prompts by role; nothing for a model that knows the embedded corpus. `hold_out` names attack families that are
-    tested only."""
+    tested only; the rest is what is made of the prompts (`Composed`)."""
 
     harmful: Sources = ()
     jailbroken: Sources = ()
@@ -53,8 +54,14 @@ class PromptsPart(_Part):
     capability: Sources = ()
     mixed: Sources = ()
     hold_out: Sources | None = None
+    folder: str | None = None
+    pool: bool = False
+    templates: str | None = None
+    longest_template: int | None = Field(None, ge=1)
+    held_out_share: float = Field(HELD_OUT_SHARE, gt=0, lt=1)
+    escalate: bool = False
 
-    @field_validator("*", mode="before")
+    @field_validator(*SOURCES, "hold_out", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -68,7 +75,11 @@ class PromptsPart(_Part):
         if not self.given:
             return None
         given = {name: getattr(self, name) or None for name in SOURCES}
-        return prompts_from(**given, name=name, hold_out=self.hold_out)
+        folder = Path(self.folder) if self.folder else None
+        composed = Composed(
+            folder, self.pool, self.templates, self.longest_template, self.held_out_share, self.escalate
+        )
+        return prompts_from(**given, name=name, hold_out=self.hold_out, composed=composed)
 
 
 class GatePart(_Part):
@@ -86,6 +97,7 @@ class StudySpec(_Part):
     name: str = "study"
     model: str = ORGANISM
     sae: str = ORGANISM
+    dtype: str = "auto"
     judge: str | None = None
     size: str = "small"
     minutes: PositiveFloat | None = None
@@ -117,7 +129,7 @@ class StudySpec(_Part):
     def load(self) -> Study:
         """The study: model, SAE, prompts, judge. Raises whatever does not fit together."""
         data = self.prompts.load(self.name)
-        return make_study(self.model, self.sae, data, judge=self.judge, seed=self.seed)
+        return make_study(self.model, self.sae, data, judge=self.judge, seed=self.seed, dtype=self.dtype)
 
     @property
     def request(self) -> StudyRequest:

@@ -74,9 +74,9 @@ def provenance_of(
     )
 
 
-def load_pair(model: str, sae: str, site: str | None = None) -> tuple[LanguageModel, Sae]:
+def load_pair(model: str, sae: str, site: str | None = None, dtype: str = "auto") -> tuple[LanguageModel, Sae]:
     """A model and an SAE that fits it. Raises `ModelError`, `SaeError` and their kin."""
-    lm = load_model(model)
+    lm = load_model(model, dtype=dtype)
     choose_threads(lm)
     loaded = load_sae(sae, device=str(lm.device), site=Site.parse(site) if site else None)
     check_fits(loaded, lm.d_model, lm.n_layers)
@@ -101,7 +101,13 @@ def judge_for(spec: str | None, lm: LanguageModel, data: StudyPrompts | None) ->
 
 
 def make_study(
-    model: str, sae: str, data: StudyPrompts | None = None, *, judge: str | None = None, seed: int = 0
+    model: str,
+    sae: str,
+    data: StudyPrompts | None = None,
+    *,
+    judge: str | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
 ) -> Study:
     """Load a study by names. Without prompts of one's own the model must know the embedded corpus.
 
@@ -112,7 +118,7 @@ def make_study(
             f"there are no prompts of our own for '{model}'",
             hint="give --harmful FILE and --benign FILE (CSV, JSONL or txt), or public sets by name",
         )
-    lm, loaded = load_pair(model, sae)
+    lm, loaded = load_pair(model, sae, dtype=dtype)
     data = data or embedded_prompts(seed)
     found = judge_for(judge, lm, data)
     return Study(lm, loaded, data, found, found.name, seed)
