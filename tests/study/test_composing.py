@@ -80,6 +80,15 @@ def test_an_escalation_ends_with_the_request_and_begins_with_a_script(made: Stud
         assert [m.content for m in prompt.messages[:-1]] == [text for pair in script for text in pair]
 
 
+def test_a_suite_can_be_limited_and_an_unknown_one_is_named(made: StudyPrompts) -> None:
+    limited = made.at_most({"harmful": 3})
+    assert limited.draw("harmful", Split.TEST, 9).prompts == made.draw("harmful", Split.TEST, 3).prompts
+    assert len(limited.draw("harmful", Split.TEST, None).prompts) == 3
+    assert limited.draw("benign", Split.TEST, 9) == made.draw("benign", Split.TEST, 9)
+    with pytest.raises(PromptSetError, match="no suite called nothing"):
+        made.at_most({"nothing": 3})
+
+
 def test_a_template_without_a_place_is_named(tmp_path: Path) -> None:
     path = _csv(tmp_path / "templates.csv", "text", ["[INSERT PROMPT HERE] please", "no place at all"])
     with pytest.raises(PromptSetError, match=r"line 3.*no place for a request"):

@@ -92,6 +92,18 @@ class StudyPrompts:
             raise PromptSetError(f"no suite called {', '.join(unknown)}", hint=f"one of: {', '.join(self.roles)}")
         return replace(self, roles={name: role for name, role in self.roles.items() if name in names})
 
+    def at_most(self, limits: Mapping[str, int]) -> StudyPrompts:
+        """With so many prompts of these suites at most on every split. Raises `PromptSetError` for one that is not
+        there."""
+        self.only(tuple(limits))
+        draw = self.draw
+
+        def limited(name: str, split: Split, n: int | None) -> Suite:
+            limit = limits.get(name)
+            return draw(name, split, n if limit is None else limit if n is None else min(n, limit))
+
+        return replace(self, draw=limited)
+
     def roles_of(self, *roles: PromptRole) -> tuple[str, ...]:
         """The names of the suites of these roles."""
         return tuple(name for name, role in self.roles.items() if role in roles)

@@ -60,6 +60,7 @@ class PromptsPart(_Part):
     longest_template: int | None = Field(None, ge=1)
     held_out_share: float = Field(HELD_OUT_SHARE, gt=0, lt=1)
     escalate: bool = False
+    at_most: dict[str, int] = Field(default_factory=dict)
 
     @field_validator(*SOURCES, "hold_out", mode="before")
     @classmethod
@@ -79,7 +80,8 @@ class PromptsPart(_Part):
         composed = Composed(
             folder, self.pool, self.templates, self.longest_template, self.held_out_share, self.escalate
         )
-        return prompts_from(**given, name=name, hold_out=self.hold_out, composed=composed)
+        found = prompts_from(**given, name=name, hold_out=self.hold_out, composed=composed)
+        return found.at_most(self.at_most)
 
 
 class GatePart(_Part):
