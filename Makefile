@@ -1,5 +1,5 @@
-# Four targets: demo, test, check, bench. Each sets up .venv first if it is missing or older than what it was made from.
-# The plain commands behind every target are in README.md.
+# Five targets: demo, test, check, bench, docs. Each sets up what it needs first if it is missing or older than what it was
+# made from. The plain commands behind the first are in README.md.
 
 # A Python 3.11 or newer that can make virtual environments; `make PYTHON=... test` chooses another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench docs
 
 demo: $(READY)
 	$(BIN)/clampdown demo --out runs/demo
@@ -27,6 +27,16 @@ bench: $(READY)
 	@mkdir -p runs/bench
 	@set -e; for script in benchmarks/[!_]*.py; do \
 		echo "== $$script"; $(BIN)/python "$$script" --json "runs/bench/$$(basename "$$script" .py).json"; done
+
+# The documentation site, into build/site; a warning (a broken link, a page outside the navigation) is an error. An environment
+# of its own: its packages are small and know nothing of torch, because the pages about Python are made by reading the source.
+docs: $(VENV)-docs/.ready
+	$(VENV)-docs/bin/mkdocs build --strict
+
+$(VENV)-docs/.ready: docs/requirements.txt
+	test -x $(VENV)-docs/bin/pip || "$(PYTHON)" -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install -q -r docs/requirements.txt
+	@touch $@
 
 # torch alone and first, by its exact pin: an unpinned torch pulls gigabytes. A half-made .venv has no stamp and is
 # finished by the next call; a changed pyproject.toml or constraints.txt is installed over the old.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+LAYOUT = ROOT / "docs" / "layout.md"
 PACKAGE = ROOT / "src" / "clampdown"
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")})
 SHELL_COMPLETION = {"--install-completion", "--show-completion"}  # typer's own, on every app
@@ -90,18 +90,18 @@ def tree_entries(block: str) -> Iterator[Path]:
                 parents.append((depth, path))
 
 
-def readme_tree() -> list[Path]:
-    """Entries of the first fenced block of the README that draws the package."""
-    blocks = (block.split("\n", 1)[1].removesuffix("```") for block in FENCED.findall(README.read_text("utf-8")))
+def drawn_tree() -> list[Path]:
+    """Entries of the block that draws the package."""
+    blocks = (block.split("\n", 1)[1].removesuffix("```") for block in FENCED.findall(LAYOUT.read_text("utf-8")))
     return next(list(tree_entries(block)) for block in blocks if re.search(r"^src/clampdown/", block, re.MULTILINE))
 
 
-def test_the_readme_tree_names_only_what_exists() -> None:
-    assert not [str(path) for path in readme_tree() if not list(ROOT.glob(str(path)))]
+def test_the_drawn_tree_names_only_what_exists() -> None:
+    assert not [str(path) for path in drawn_tree() if not list(ROOT.glob(str(path)))]
 
 
-def test_the_readme_tree_names_every_package_and_module() -> None:
-    tree = {(ROOT / path).resolve() for path in readme_tree()}
+def test_the_drawn_tree_names_every_package_and_module() -> None:
+    tree = {(ROOT / path).resolve() for path in drawn_tree()}
     packages = {path.parent for path in PACKAGE.rglob("__init__.py")} - {PACKAGE}
     modules = {path for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
     assert not sorted(str(path.relative_to(ROOT)) for path in (packages | modules) - tree)

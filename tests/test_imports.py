@@ -23,6 +23,7 @@ PACKAGE = "clampdown"
 RANK = {
     # Rank 0 has an order of its own: each may import those before it.
     "errors": 0.0,
+    "extras": 0.02,
     "notebook": 0.05,
     "types": 0.1,
     "config": 0.2,
@@ -54,7 +55,8 @@ RANK = {
 TOP_OF_RANK_0 = RANK["results"]
 CEILING = {
     "errors": -1,
-    "notebook": RANK["errors"],
+    "extras": RANK["errors"],
+    "notebook": RANK["extras"],
     "types": RANK["notebook"],
     "config": RANK["types"],
     "documents": RANK["config"],
@@ -84,7 +86,18 @@ CEILING = {
 }
 
 HEAVY = {"torch", "transformers", "scipy", "sklearn", "plotly", "numpy", "safetensors", "huggingface_hub", "pydantic"}
-LIGHT_PACKAGES = ("errors", "notebook", "types", "config", "documents", "store", "featuresets", "cards", "replies")
+LIGHT_PACKAGES = (
+    "errors",
+    "extras",
+    "notebook",
+    "types",
+    "config",
+    "documents",
+    "store",
+    "featuresets",
+    "cards",
+    "replies",
+)
 INIT_WITH_CODE = {"clampdown", "clampdown.organism"}
 MAX_FUNCTION_LINES = 80
 VAGUE_NAMES = {"utils", "helpers", "common", "misc", "manager"}

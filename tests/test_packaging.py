@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from clampdown import __version__, store
+from clampdown.activations import files
+from clampdown.evaluation import turn_log
+from clampdown.results import run
+from clampdown.serving import audit
+from clampdown.steering.plan import SCHEMA_VERSIONS
+from clampdown.study.recipes.schema import Recipe
+from clampdown.study.spec import StudySpec
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
@@ -17,8 +29,8 @@ NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names of the files in a wheel built from a copy of the sources.
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources.
 
     Calls the build back end of pyproject.toml itself: pip would make an isolated environment, which needs the network.
     """
@@ -29,7 +41,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     script = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
     done = subprocess.run([sys.executable, "-c", script], cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (built,) = (copy / "dist").glob("*.whl")
+    (found,) = (copy / "dist").glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> set[str]:
+    """Names of the files in it."""
     return set(zipfile.ZipFile(built).namelist())
 
 
@@ -58,3 +76,54 @@ def test_constraints_are_exact_pins() -> None:
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert not [version for version in pins.values() if "+" in version or "*" in version]
     assert "torch" in pins
+
+
+SCHEMAS = {
+    "`plan.toml`": (SCHEMA_VERSIONS, SCHEMA_VERSIONS),
+    "`summary.json` of a run, and `frontier.json`": ((run.SCHEMA,), run.READ_SCHEMAS),
+    "`manifest.json`, with `records.jsonl` and `replies.jsonl` beside it": ((store.SCHEMA,), (store.SCHEMA,)),
+    "feature sets, `features/*.json`": ((store.FEATURES_SCHEMA,), (store.FEATURES_SCHEMA,)),
+    "feature cards (`features show --json`), `explain.json`": ((store.SCHEMA,), (store.SCHEMA,)),
+    "`study.toml`": (get_args(StudySpec.model_fields["schema_version"].annotation),) * 2,
+    "recipes": (get_args(Recipe.model_fields["schema_version"].annotation),) * 2,
+    "stored activations": ((files.SCHEMA,), (files.SCHEMA,)),
+    "turns of attacks (`multiturn`)": ((turn_log.SCHEMA,), (turn_log.SCHEMA,)),
+    "a line of the audit log": ((audit.SCHEMA,), (audit.SCHEMA,)),
+}
+
+
+def test_the_page_on_compatibility_states_the_schemas_of_the_code() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    stated = {row[0]: tuple(tuple(map(int, cell.split(","))) for cell in row[2:]) for row in rows[1:]}
+    assert stated == SCHEMAS
+
+
+def test_the_version_is_said_once_and_cited() -> None:
+    cited = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited == [__version__]
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_wheel_works_where_the_source_is_not(built: Path, tmp_path: Path) -> None:
+    """Unpacked, and run from an empty directory: the recipe and the embedded model are found by name."""
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    zipfile.ZipFile(built).extractall(site)
+    script = (
+        "import clampdown, sys; assert clampdown.__file__.startswith(sys.argv.pop(1)), clampdown.__file__;"
+        "from clampdown.cli.main import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(site), "recipe", "bhargav2025-organism", "--dry-run"],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bhargav2025-organism" in done.stdout
+    assert not list(empty.iterdir())

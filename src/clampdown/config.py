@@ -14,6 +14,7 @@ from clampdown import __version__
 CODE_VERSION = __version__
 ORGANISM = "organism"
 ORGANISM_WEIGHTS = Path(__file__).parent / "organism" / "weights"
+EMBEDDED_PLANS = Path(__file__).parent / "organism" / "plans"
 DEFAULT_ORGANISM_SAE = "x4"
 SHIPPED_SAES = Path(__file__).parent / "saes" / "shipped"
 """A directory per real model that this package brings an SAE for, by the model's short name."""
@@ -30,6 +31,11 @@ def embedded_sae(name: str) -> Path | None:
         return SHIPPED_SAES / name
     family, _, size = name.partition(":")
     return ORGANISM_WEIGHTS / f"sae-{size or DEFAULT_ORGANISM_SAE}" if family == ORGANISM else None
+
+
+def embedded_plan(name: str) -> Path | None:
+    """The file of a plan that comes with the embedded model, by the plan's name, else None."""
+    return next((path for path in EMBEDDED_PLANS.glob("*.toml") if path.stem == name), None)
 
 
 def shipped_saes() -> tuple[str, ...]:

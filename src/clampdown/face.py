@@ -57,9 +57,6 @@ from clampdown.study.prompts import Sources, StudyPrompts, embedded_prompts, pro
 from clampdown.study.run import StudyRequest
 from clampdown.study.sizes import Sizes, size_named
 from clampdown.study.study import Study, judge_for
-from clampdown.study.tune import run as tuning
-from clampdown.study.tune.prompts import FULL, QUICK
-from clampdown.study.tune.space import Choices
 from clampdown.types import FeatureScore, FeatureSet, Message, Prompt, PromptRole, Site, Split
 
 __all__ = [
@@ -358,6 +355,10 @@ def tune(
 
     Raises `NotEnoughDataError` when the prompts cannot prove the budgets, or no plan holds them.
     """
+    from clampdown.study.tune import run as tuning
+    from clampdown.study.tune.prompts import FULL, QUICK
+    from clampdown.study.tune.space import Choices
+
     directory = _directory(out, "tune")
     scale = QUICK if quick else FULL
     scale = replace(scale, trials=trials or scale.trials)

@@ -10,7 +10,7 @@ from html import escape
 from importlib import import_module
 from typing import Any
 
-from clampdown.errors import MissingPackageError
+from clampdown.extras import extra
 
 ROWS_SHOWN = 20
 
@@ -39,7 +39,5 @@ def _lines(text: str) -> str:
 
 def pandas() -> Any:
     """The package. Raises `MissingPackageError`."""
-    try:
+    with extra("pandas", "a data frame"):
         return import_module("pandas")
-    except ImportError as error:
-        raise MissingPackageError("a data frame needs pandas", hint="pip install pandas") from error

@@ -163,3 +163,13 @@ def test_a_message_names_a_few_of_many_faults() -> None:
 def test_a_layer_of_thousands_of_digits_is_no_site() -> None:
     with pytest.raises(SiteError, match="is not a site"):
         Edit(site=f"blocks.{'9' * 5000}.hook_resid_post", operator="clamp", features=(1,), strengths=(1.0,))
+
+
+def test_a_plan_of_the_embedded_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = read_plan(Path("clamp-352-gated"))
+    assert shipped.name == "clamp-352-gated" and shipped.gate is not None
+    write_plan(tmp_path / "clamp-352-gated", read_plan(Path("clamp-352")))
+    assert read_plan(Path("clamp-352-gated")).name == "clamp-352", "a file that is there comes first"
+    with pytest.raises(PlanError, match="cannot read"):
+        read_plan(Path("clamp-353"))

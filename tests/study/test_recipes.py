@@ -18,12 +18,19 @@ from clampdown.steering.plan import read_plan
 from clampdown.study.progress import Stages
 from clampdown.study.recipes.dry_run import OK, TO_GIVE, dry_run, n_arms, shown
 from clampdown.study.recipes.run import run_recipe
-from clampdown.study.recipes.schema import ContrastRefine, Recipe, SinglePromptClamp, parse_recipe, read_recipe
+from clampdown.study.recipes.schema import (
+    PUBLISHED,
+    ContrastRefine,
+    Recipe,
+    SinglePromptClamp,
+    parse_recipe,
+    published,
+    read_recipe,
+)
 from clampdown.study.recipes.sources import Source
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-FILES = sorted(RECIPES.glob("*.toml"))
-CLAMP, CONTRAST = RECIPES / "obrien2024-organism.toml", RECIPES / "bhargav2025-organism.toml"
+FILES = sorted(PUBLISHED.glob("*.toml"))
+CLAMP, CONTRAST = PUBLISHED / "obrien2024-organism.toml", PUBLISHED / "bhargav2025-organism.toml"
 
 
 def test_the_recipes_of_the_issue_are_there() -> None:
@@ -53,11 +60,11 @@ def test_every_recipe_passes_its_dry_run_offline(path: Path) -> None:
 
 
 def test_what_nobody_published_is_to_be_given_and_never_made_up() -> None:
-    recipe = read_recipe(RECIPES / "obrien2024-phi3.toml")
+    recipe = read_recipe(PUBLISHED / "obrien2024-phi3.toml")
     assert recipe.sae.id is None
     (check,) = [c for c in dry_run(recipe).checks if c.field == "sae.id"]
     assert check.state == TO_GIVE
-    given = read_recipe(RECIPES / "obrien2024-phi3.toml", ["sae.id=no/such directory"])
+    given = read_recipe(PUBLISHED / "obrien2024-phi3.toml", ["sae.id=no/such directory"])
     assert [c.field for c in dry_run(given).wrong] == ["sae.id"]
 
 
@@ -131,7 +138,7 @@ def test_a_name_that_means_nothing_is_wrong_in_the_dry_run(setting: str, field: 
 
 
 def test_prompts_of_two_roles_may_not_overlap() -> None:
-    llama = RECIPES / "bhargav2025-llama3.toml"
+    llama = PUBLISHED / "bhargav2025-llama3.toml"
     found = dry_run(read_recipe(llama, ["prompts.test.benign=openhermes[499:700]"]))
     assert [check.field for check in found.wrong] == ["prompts.test.benign"]
     assert not dry_run(read_recipe(llama, ["prompts.test.benign=openhermes[500:1000]"])).wrong
@@ -263,3 +270,14 @@ def test_the_second_papers_pipeline(tmp_path: Path) -> None:
         assert arm["strength"] == pytest.approx(multiple * first["scores"]["max_activation"])
         assert arm["operator"] == "add"
     assert len(arms) <= n_arms(recipe)
+
+
+def test_a_recipe_is_found_by_its_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [read_recipe(Path(name)).name for name in published()] == [path.stem for path in FILES]
+    (tmp_path / "obrien2024-organism").write_text(CONTRAST.read_text())
+    assert read_recipe(Path("obrien2024-organism")).name == CONTRAST.stem, "a file that is there comes first"
+    with pytest.raises(RecipeError, match="did you mean obrien2024-phi3"):
+        read_recipe(Path("obrien2024-phi"))
+    with pytest.raises(RecipeError, match="no recipe at"):
+        read_recipe(Path(f"../published/{CLAMP.stem}"))

@@ -72,7 +72,9 @@ def stages() -> Stages:
 
 def show_run(directory: Path, progress: Stages) -> None:
     """Write the report and print the table."""
+    from clampdown.extras import is_there
     from clampdown.reports.methods_terminal import methods_summary
+    from clampdown.reports.page import without_figures
     from clampdown.results.run import Run
 
     run = Run.read(directory)
@@ -82,6 +84,8 @@ def show_run(directory: Path, progress: Stages) -> None:
     if run.methods:
         console.print(methods_summary(run))
     console.print(f"[bold]report:[/bold] {path}", soft_wrap=True)
+    if not is_there("report"):
+        errors.print(escaped(without_figures()), soft_wrap=True, highlight=False)
 
 
 def names_in(text: str) -> tuple[str, ...]:

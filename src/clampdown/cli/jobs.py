@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from clampdown.cli.app import OutOption, app, console, names_in, show_run, stages
 from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
 from clampdown.config import ORGANISM
+
+LIST = "list"
 
 SizeOption = Annotated[
     str | None, typer.Option("--size", help="quick, small, medium or full: how many prompts, and which methods.")
@@ -90,7 +93,9 @@ def compare_methods(
 
 @app.command()
 def recipe(
-    file: Annotated[Path, typer.Argument(help="A recipe, such as recipes/obrien2024-organism.toml.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="NAME|FILE|list", help="A recipe by name or file; 'list' shows the names.")
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory for the results; default runs/NAME; resumes.")
     ] = None,
@@ -102,6 +107,9 @@ def recipe(
     ] = None,
 ) -> None:
     """Run a published pipeline from one file: its model, SAE, prompts, judges and strengths."""
+    if str(file) == LIST and not file.exists():
+        console.print(_published())
+        return
     _recipe(file, settings or [], out, dry_run=dry_run)
 
 
@@ -162,6 +170,17 @@ def _refuse_options(file: Path, asked: dict[str, Any]) -> None:
             f"{file} is a recipe: it says everything itself, --{next(iter(asked)).replace('_', '-')} too",
             hint="clampdown recipe FILE --set KEY=VALUE",
         )
+
+
+def _published() -> Table:
+    """The recipes that come with the package."""
+    from clampdown.study.recipes.schema import published, read_recipe
+
+    table = Table("name", "paper", "model", "what it runs", box=None, header_style="bold")
+    for name in published():
+        found = read_recipe(Path(name))
+        table.add_row(name, found.paper, found.model.id, found.about)
+    return table
 
 
 def _recipe(file: Path, settings: list[str], out: Path | None, *, dry_run: bool) -> None:

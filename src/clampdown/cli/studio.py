@@ -31,12 +31,14 @@ def studio(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")] = 7860,
 ) -> None:
     """Try a steered model on a page in the browser, with the API of `serve` beside it."""
+    from clampdown.extras import require
+
+    require("studio", "the studio's page")
     from clampdown.commands import serve
     from clampdown.commands import studio as job
     from clampdown.commands.finished import finished
     from clampdown.serving.limits import Limits, allowed_hosts
 
-    job.require_gradio()
     bound = serve.listen(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
     if not serve.is_local(host):

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastapi import FastAPI
-
 from clampdown.commands.canaries import canaries
 from clampdown.config import ORGANISM, embedded_model
 from clampdown.errors import ClampdownError, PlanError, PlanMismatchError
 from clampdown.evaluation.judges.table import DEFAULT, make_judge
+from clampdown.extras import extra
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.organism import PLANS_DIR
 from clampdown.saes.checkpoints import open_sae
@@ -43,6 +42,9 @@ from clampdown.steering.selftest import require_self_test
 from clampdown.study.plan import calibration_prompts
 from clampdown.study.progress import Stages
 from clampdown.types import Site
+
+with extra("serve", "the server"):
+    from fastapi import FastAPI
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ gates' scores) goes through a second set of modules over the same weights.
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,8 @@ from typing import Any
 
 from clampdown.commands import serve
 from clampdown.config import ORGANISM, embedded_model, embedded_sae
-from clampdown.errors import MissingPackageError, PlanError
+from clampdown.errors import PlanError
+from clampdown.extras import require
 from clampdown.organism import PLANS_DIR
 from clampdown.serving.app import create_app
 from clampdown.serving.desk import Served
@@ -42,12 +42,6 @@ class Options:
     max_tokens: int = 64
 
 
-def require_gradio() -> None:
-    """Raises `MissingPackageError` without Gradio. It is looked for, not imported."""
-    if importlib.util.find_spec("gradio") is None:
-        raise MissingPackageError("the studio's page needs gradio", hint="pip install 'clampdown[studio]'")
-
-
 def with_plans(options: Options) -> serve.Options:
     """The server's options with the plans of the studio: the first, those that come with the model, those kept."""
     studied = options.server.plans or ()
@@ -59,7 +53,7 @@ def with_plans(options: Options) -> serve.Options:
 
 def open_studio(options: Options, stages: Stages) -> Served:
     """Load and check everything, as `serve` does."""
-    require_gradio()
+    require("studio", "the studio's page")
     return serve.open_server(with_plans(options), stages)
 
 

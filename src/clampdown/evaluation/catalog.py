@@ -22,6 +22,7 @@ from clampdown.errors import PromptSetError
 from clampdown.evaluation import shapes
 from clampdown.evaluation.rows import READERS, Row, read_rows
 from clampdown.evaluation.suites import read_suites
+from clampdown.extras import extra
 from clampdown.types import Message, Prompt, Suite, SuiteKind
 
 
@@ -286,13 +287,8 @@ def _prompt(found: SuiteEntry, suite: str, row: Row, item: shapes.Item) -> Promp
 def _hub_rows(found: SuiteEntry) -> Iterator[Row]:
     if found.hub is None:
         raise PromptSetError(f"'{found.name}' is on no hub", hint=f"get it from {found.source}: {found.name}=PATH")
-    try:
+    with extra("hub", f"loading '{found.name}' from the hub", otherwise=f"give a local file: {found.name}=PATH"):
         import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise PromptSetError(
-            f"loading '{found.name}' from the hub needs the package datasets",
-            hint=f"pip install 'clampdown[hub]', or give a local file: {found.name}=PATH",
-        ) from error
     try:
         loaded: Any = datasets.load_dataset(found.hub, found.config, split=found.split, revision=found.revision)
     except Exception as error:  # the library raises whatever its many back ends raise

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from clampdown.documents import parse_json
 from clampdown.errors import PromptSetError
+from clampdown.extras import extra
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +163,8 @@ def _csv_row(path: Path, line: int, names: Sequence[str], cells: Sequence[str], 
 
 
 def _parquet_rows(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
-    try:
+    with extra("hub", f"{path}: reading Parquet", otherwise="convert it to JSON Lines"):
         import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise PromptSetError(
-            f"{path}: reading Parquet needs pyarrow", hint="pip install 'clampdown[hub]', or convert it to JSON Lines"
-        ) from error
     try:
         table = parquet.read_table(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these

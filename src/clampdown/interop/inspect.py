@@ -16,21 +16,24 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import anyio
-from inspect_ai.model import (  # pyright: ignore[reportMissingImports]
-    ChatCompletionChoice,
-    ChatMessage,
-    ChatMessageAssistant,
-    GenerateConfig,
-    ModelAPI,
-    ModelOutput,
-    ModelUsage,
-)
-from inspect_ai.tool import ToolChoice, ToolInfo  # pyright: ignore[reportMissingImports]
 
 from clampdown.errors import ModelError
+from clampdown.extras import extra
 from clampdown.interop.steered import Completion, Decoding, SteeredModel, load_steered
 from clampdown.models.chat import encode
 from clampdown.types import Message
+
+with extra("inspect", "the model of Inspect"):
+    from inspect_ai.model import (  # pyright: ignore[reportMissingImports]
+        ChatCompletionChoice,
+        ChatMessage,
+        ChatMessageAssistant,
+        GenerateConfig,
+        ModelAPI,
+        ModelOutput,
+        ModelUsage,
+    )
+    from inspect_ai.tool import ToolChoice, ToolInfo  # pyright: ignore[reportMissingImports]
 
 BASELINE = "baseline"
 DEFAULT_MAX_TOKENS = 512

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from inspect_ai.model import ModelAPI, modelapi  # pyright: ignore[reportMissingImports]
+from clampdown.extras import extra
+
+with extra("inspect", "the model of Inspect"):
+    from inspect_ai.model import ModelAPI, modelapi  # pyright: ignore[reportMissingImports]
 
 
 @modelapi(name="clampdown")

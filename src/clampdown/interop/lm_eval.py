@@ -18,17 +18,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import CacheHook, TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from clampdown.errors import ClampdownError, ModelError, PlanError
+from clampdown.extras import extra
 from clampdown.interop.steered import Decoding, Ids, SteeredModel, load_steered
 from clampdown.models.chat import render
 from clampdown.types import Message, Receipt
+
+with extra("lm-eval", "the model of lm-evaluation-harness"):
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import CacheHook, TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +258,8 @@ def _device(asked: str | None) -> str:
 
 def main() -> None:
     """The harness's command line with our model in its table; a `ClampdownError` is one message and exit code 2."""
-    from lm_eval.__main__ import cli_evaluate
+    with extra("lm-eval", "the harness's command line"):
+        from lm_eval.__main__ import cli_evaluate
 
     try:
         cli_evaluate()

@@ -11,7 +11,6 @@ What the mapping would drop in silence is refused: positions that the file stret
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import os
 import shutil
@@ -26,7 +25,8 @@ import torch
 from rich.file_proxy import FileProxy
 
 from clampdown.config import cache_directory
-from clampdown.errors import MissingPackageError, ModelError
+from clampdown.errors import ModelError
+from clampdown.extras import extra
 
 SUFFIX = ".gguf"
 _BLOCK = 1 << 22
@@ -93,9 +93,8 @@ def _move_whole(written: Path, target: Path) -> None:
 
 def _dtype_to_keep(path: Path) -> torch.dtype:
     """What the weights are written in. Raises `ModelError` for what is no GGUF file and for stretched positions."""
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingPackageError("reading a GGUF file needs the package gguf", hint="pip install 'clampdown[gguf]'")
-    from gguf import GGUFReader
+    with extra("gguf", "reading a GGUF file"):
+        from gguf import GGUFReader
 
     try:
         reader = GGUFReader(path)

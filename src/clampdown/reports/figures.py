@@ -18,6 +18,7 @@ from typing import Any
 
 from clampdown.reports.breakdowns import budget_places
 from clampdown.reports.comparison import Headline, headline, strength_curve
+from clampdown.reports.shipping import Fitness, Step, bands, steps_of
 from clampdown.reports.wording import full, is_asked, number, suite_title, what_it_is
 from clampdown.results.points import Point, Sides, mean, pareto, point
 from clampdown.results.rows import ArmResult
@@ -58,6 +59,7 @@ def strength_figures(run: Run, found: Headline, sides: Sides) -> tuple[Figure, .
     if len(curve) < 2 or found.clamp is None:
         return ()
     axis = _StrengthAxis.of(curve, found, run.strength_unit)
+    steps = steps_of(curve, found.baseline, sides)
     wanted, unwanted, capability, broken = (
         {suite_title(suite): _rate(suite) for suite in sides.harmful},
         {suite_title(suite): _rate(suite) for suite in sides.answerable},
@@ -71,7 +73,9 @@ def strength_figures(run: Run, found: Headline, sides: Sides) -> tuple[Figure, .
         ("curve-degenerate", "Broken replies", "empty, looping or gibberish; lower is better", broken),
     )
     return tuple(
-        Figure(key, title, caption, _curve_spec(axis, series)) for key, title, caption, series in panels if series
+        Figure(key, title, caption, _curve_spec(axis, series, steps))
+        for key, title, caption, series in panels
+        if series
     )
 
 
@@ -134,16 +138,28 @@ class _StrengthAxis:
         return cls(tuple(arms), tuple(x), tuple(labels), found.baseline is not None, chosen, title)
 
 
-def _curve_spec(axis: _StrengthAxis, series: Mapping[str, Measure]) -> Spec:
+def _curve_spec(axis: _StrengthAxis, series: Mapping[str, Measure], steps: Sequence[Step]) -> Spec:
     traces: list[Spec] = []
     for index, (name, measure) in enumerate(series.items()):
         traces += _series(axis, escape(name), [measure(arm) for arm in axis.arms], index % len(SERIES_SYMBOLS))
-    layout = {"xaxis": _strength_ticks(axis), "yaxis": _percent_axis(), "shapes": [], "annotations": []}
+    ships = [_band(*each) for each in bands(steps, Fitness.SHIPS)]
+    layout = {"xaxis": _strength_ticks(axis), "yaxis": _percent_axis(), "shapes": ships, "annotations": []}
+    layout["annotations"] = [_band_word((shape["x0"] + shape["x1"]) / 2) for shape in ships]
     if axis.chosen is not None:
-        layout["shapes"] = [_vertical(axis.chosen)]
-        layout["annotations"] = [{"x": axis.chosen, "y": 1, "yref": "paper", "yanchor": "bottom", "text": "chosen",
+        layout["shapes"] = [*ships, _vertical(axis.chosen)]
+        layout["annotations"] += [{"x": axis.chosen, "y": 1, "yref": "paper", "yanchor": "bottom", "text": "chosen",
                                   "showarrow": False, "font": {"size": 11, "color": "@ink-soft"}}]  # fmt: skip
     return {"data": traces, "layout": layout}
+
+
+def _band(low: float, high: float) -> Spec:
+    return {"type": "rect", "x0": low, "x1": high, "y0": 0, "y1": 1, "yref": "paper", "layer": "below",
+            "fillcolor": "@gated/0.12", "line": {"width": 0}}  # fmt: skip
+
+
+def _band_word(x: float) -> Spec:
+    return {"x": x, "y": 0, "yref": "paper", "yanchor": "bottom", "text": "may ship", "showarrow": False,
+            "font": {"size": 11, "color": "@gated"}}  # fmt: skip
 
 
 def _series(axis: _StrengthAxis, name: str, values: Sequence[Interval | None], index: int) -> list[Spec]:

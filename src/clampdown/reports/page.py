@@ -19,8 +19,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from clampdown.extras import extra, how_to_get, is_there
 from clampdown.reports.breakdowns import category_tables
-from clampdown.reports.comparison import Headline, headline
+from clampdown.reports.comparison import Headline, headline, strength_curve
 from clampdown.reports.corrected import corrected_table
 from clampdown.reports.examples import SuiteExamples, examples_of, pair
 from clampdown.reports.figures import Figure, frontier_figures, strength_figures
@@ -28,6 +29,7 @@ from clampdown.reports.methods_side_by_side import claims_table, method_figures,
 from clampdown.reports.operating import ArmGate, gates_of, operating_figure
 from clampdown.reports.origins import files_table, plans_table
 from clampdown.reports.price import is_lower, worst_capability
+from clampdown.reports.shipping import in_words, steps_of
 from clampdown.reports.tables import EMPTY, Table, arms_tables, changes_table, facts, feature_tables, screening_table
 from clampdown.reports.tuning import tuning_sentence, tuning_tables
 from clampdown.reports.verdict import key_refusal, key_refusal_title, title, verdict
@@ -94,11 +96,12 @@ def build_page(run: Run) -> str:
     sides = run.sides
     found = headline(run, sides)
     gates = gates_of(run, found)
-    operating = [operating_figure(gate, sides, index) for index, gate in enumerate(gates)]
+    draws = is_there("report")
+    operating = [operating_figure(gate, sides, index) if draws else None for index, gate in enumerate(gates)]
     figures = {
-        "curves": strength_figures(run, found, sides),
-        "methods": method_figures(run, sides),
-        "frontiers": frontier_figures(run, found, sides),
+        "curves": strength_figures(run, found, sides) if draws else (),
+        "methods": method_figures(run, sides) if draws else (),
+        "frontiers": frontier_figures(run, found, sides) if draws else (),
         "operating": tuple(figure for figure in operating if figure is not None),
     }
     data = json_for_script({figure.id: figure.spec for group in figures.values() for figure in group})
@@ -110,6 +113,7 @@ def build_page(run: Run) -> str:
         sentences=verdict(run, sides),
         tiles=tiles(found, sides),
         figures=figures,
+        shipping=in_words(steps_of(strength_curve(run, found.clamp), found.baseline, sides)),
         figure_data=Markup(data),  # json_for_script leaves no markup
         gates=[_gate_block(gate, figure, sides) for gate, figure in zip(gates, operating, strict=True)],
         methods=methods_table(run, sides),
@@ -131,7 +135,8 @@ def build_page(run: Run) -> str:
         plan=None if run.plan is None else facts({k: v for k, v in run.plan.items() if k != "vectors"}),
         style=asset("report.css"),
         script=asset("report.js"),
-        plotly=plotly_script(),
+        plotly=plotly_script() if draws else "",
+        without_figures="" if draws else without_figures(),
         nonce=hashlib.sha256(data.encode()).hexdigest()[:24],
     )
 
@@ -242,10 +247,16 @@ def json_for_script(value: Any) -> str:
     return text
 
 
+def without_figures() -> str:
+    """What a page says, and whoever asked for it is told, where figures cannot be drawn."""
+    return f"This report has every number and no figures: they need plotly ({how_to_get('report')})."
+
+
 @cache
 def plotly_script() -> Markup:
-    """The bundle that plotly's Python package ships."""
-    from plotly.offline import get_plotlyjs
+    """The bundle that plotly's Python package ships. Raises `MissingPackageError`."""
+    with extra("report", "a figure"):
+        from plotly.offline import get_plotlyjs
 
     return Markup(get_plotlyjs())  # a script of a dependency, holds no closing tag
 

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clampdown.errors import MissingPackageError, SaeError
+from clampdown.errors import SaeError
+from clampdown.extras import extra
 from clampdown.store import claim, content_hash
 
 Progress = Callable[[int, int], None]
@@ -83,10 +84,8 @@ KINDS: dict[str, Callable[[Any, SaeRecipe, dict[str, Any]], Any]] = {
 
 def saelens() -> Any:
     """The package SAELens. Raises `MissingPackageError` without it."""
-    try:
+    with extra("saelens", "training an SAE"):
         return importlib.import_module("sae_lens")
-    except ImportError as error:
-        raise MissingPackageError("training an SAE needs SAELens", hint="pip install 'clampdown[saelens]'") from error
 
 
 def train(
@@ -144,8 +143,9 @@ def _keep(trainer: Any, directory: Path) -> None:
 
 def _trainer(residuals: Tensor, recipe: SaeRecipe, facts: dict[str, Any]) -> Any:
     package = saelens()
-    config = importlib.import_module("sae_lens.config")
-    trainers = importlib.import_module("sae_lens.training.sae_trainer")
+    with extra("saelens", "training an SAE"):
+        config = importlib.import_module("sae_lens.config")
+        trainers = importlib.import_module("sae_lens.training.sae_trainer")
     d_in, steps = residuals.shape[1], recipe.epochs * (len(residuals) // recipe.batch)
     scale = d_in**0.5 / float(lengths(residuals).mean())
     shared = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clampdown.errors import CheckpointError, translated
+from clampdown.extras import extra
 from clampdown.saes.formats import Raw, from_saelens_config
 
 
@@ -26,7 +27,8 @@ def lists_release(release: str) -> bool:
 
 def read_release(release: str, sae_id: str) -> Raw:
     """Download and load with SAELens. Raises `CheckpointError` when it cannot, `SaeError` for kinds that are no SAE."""
-    package: Any = importlib.import_module("sae_lens")
+    with extra("saelens", f"the SAE '{release}:{sae_id}'"):
+        package: Any = importlib.import_module("sae_lens")
     with translated(CheckpointError, f"SAELens cannot load '{release}:{sae_id}'"):
         sae = package.SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
     cfg = sae.cfg.to_dict()

@@ -13,14 +13,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
 from clampdown.config import CODE_VERSION
 from clampdown.errors import ClampdownError, RequestError
+from clampdown.extras import extra
 from clampdown.serving import faults
 from clampdown.serving.desk import Desk, Served
 from clampdown.serving.faults import Json
@@ -30,6 +26,13 @@ from clampdown.serving.limits import Entrance
 from clampdown.serving.metrics import CONTENT_TYPE
 from clampdown.serving.plans import BASE, OFF, described
 from clampdown.serving.schemas import ChatRequest, CompletionRequest
+
+with extra("serve", "the server"):
+    from fastapi import Depends, FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.openapi.utils import get_openapi
+    from starlette.exceptions import HTTPException
+    from starlette.responses import Response
 
 log = logging.getLogger(__name__)
 

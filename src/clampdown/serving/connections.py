@@ -19,10 +19,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
+from clampdown.extras import extra
 from clampdown.serving.limits import Limits
+
+with extra("serve", "the server"):
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = logging.getLogger(__name__)
 

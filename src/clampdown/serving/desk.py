@@ -19,10 +19,9 @@ from functools import cached_property
 from typing import Any
 
 import anyio
-from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
 
 from clampdown.errors import QueueFullError
+from clampdown.extras import extra
 from clampdown.models.loading import LanguageModel
 from clampdown.serving.faults import Json, fault
 from clampdown.serving.intake import Intake, Job
@@ -32,6 +31,10 @@ from clampdown.serving.plans import PlanTable
 from clampdown.serving.replies import Answer, Form
 from clampdown.serving.requests import Done, Piece, Request, Serves, Stream
 from clampdown.serving.vocabulary import TokenBytes, token_bytes
+
+with extra("serve", "the server"):
+    from starlette.requests import Request as HttpRequest
+    from starlette.responses import Response, StreamingResponse
 
 _WAITING_EVENTS = 16
 

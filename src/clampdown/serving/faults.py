@@ -7,10 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
-
 from clampdown.errors import (
     ChatTemplateError,
     ClampdownError,
@@ -21,6 +17,12 @@ from clampdown.errors import (
     SiteError,
     SteeringNotAppliedError,
 )
+from clampdown.extras import extra
+
+with extra("serve", "the server"):
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+    from starlette.responses import Response
 
 _CLIENTS_MISTAKES = (PlanError, ChatTemplateError, SaeError, SiteError)
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

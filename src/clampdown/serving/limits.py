@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from starlette.exceptions import HTTPException
-
 from clampdown.errors import ClampdownError, RequestError
+from clampdown.extras import extra
+
+with extra("serve", "the server"):
+    from starlette.exceptions import HTTPException
 
 GatedScoring = Literal["read", "context", "off"]
 MIN_KEY_LENGTH = 16

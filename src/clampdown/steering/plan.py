@@ -33,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from clampdown.config import embedded_plan
 from clampdown.documents import read_toml
 from clampdown.errors import PlanError, StrengthError
 from clampdown.saes.sae import FeatureSource
@@ -453,8 +454,9 @@ def _validated(data: dict[str, Any], source: str) -> Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a `plan.toml`. Raises `PlanError`."""
-    return parse_plan(read_toml(path, PlanError), str(path))
+    """Read a `plan.toml`, or a plan of the embedded model by its name. Raises `PlanError`."""
+    found = path if path.exists() else embedded_plan(str(path)) or path
+    return parse_plan(read_toml(found, PlanError), str(path))
 
 
 def write_plan(path: Path, plan: Plan) -> None:

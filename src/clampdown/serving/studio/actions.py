@@ -9,15 +9,17 @@ import math
 from collections.abc import AsyncIterator
 from typing import Any
 
-import gradio as gr
-
 from clampdown.errors import ClampdownError
+from clampdown.extras import extra
 from clampdown.serving.studio import figures, markup
 from clampdown.serving.studio.conversation import Conversation
 from clampdown.serving.studio.handlers import LISTED, Controls, Handlers
 from clampdown.serving.studio.settings import AS_PLANNED, operators_for
 from clampdown.serving.studio.workbench import Tick, Workbench
 from clampdown.steering.plan import Plan
+
+with extra("studio", "the studio's page"):
+    import gradio as gr
 
 N_LOADED = 8
 """How many values `Actions.loaded` gives."""

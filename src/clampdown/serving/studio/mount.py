@@ -15,15 +15,18 @@ from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio whenever it would report
 
-import gradio as gr
-import gradio.themes
-from fastapi import FastAPI
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
-
+from clampdown.extras import extra
 from clampdown.serving.studio.page import build
 from clampdown.serving.studio.workbench import Workbench
+
+with extra("serve", "the server"):
+    from fastapi import FastAPI
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse, RedirectResponse, Response
+with extra("studio", "the studio's page"):
+    import gradio as gr
+    import gradio.themes
 
 PATH = "/studio"
 POLICY = (

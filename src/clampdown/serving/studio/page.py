@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import gradio as gr
-
+from clampdown.extras import extra
 from clampdown.serving.studio import markup
 from clampdown.serving.studio.actions import Actions
 from clampdown.serving.studio.conversation import Conversation
@@ -18,6 +17,9 @@ from clampdown.serving.studio.handlers import Controls
 from clampdown.serving.studio.settings import AS_PLANNED, operators_for
 from clampdown.serving.studio.workbench import Workbench
 from clampdown.steering.scopes import SCOPES
+
+with extra("studio", "the studio's page"):
+    import gradio as gr
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}

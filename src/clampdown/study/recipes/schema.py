@@ -12,6 +12,7 @@ the user gives it with `--set`. `ours` lists what the paper leaves open and this
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -28,6 +29,7 @@ from clampdown.steering.units import Strength, Unit
 from clampdown.study.recipes.sources import Source
 from clampdown.types import Site
 
+PUBLISHED = Path(__file__).parent / "published"
 ROLES = ("discovery", "validation", "calibration", "test")
 CLAMP_UNITS = (Unit.RAW, Unit.MAX, Unit.P99)
 _Share = Annotated[float, Field(gt=0, lt=1)]
@@ -280,7 +282,7 @@ class Recipe(_Part):
 
 
 def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
-    """Read a file, with `KEY=VALUE` settings (`sae.id=DIR`) over it. Raises `RecipeError` naming file and field."""
+    """Read a file or a name, with `KEY=VALUE` settings (`sae.id=DIR`) over it. Raises `RecipeError`."""
     data = read_toml(path)
     for setting in settings:
         _put(data, setting)
@@ -288,10 +290,28 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A study's or recipe's file as plain data. Raises `RecipeError`."""
-    if not path.exists():
-        raise RecipeError(f"no recipe at {path}", hint="those that come with the source lie in recipes/")
-    return read_document(path, RecipeError)
+    """A study's or recipe's file, or a recipe of the package by its name, as plain data. Raises `RecipeError`."""
+    return read_document(located(path), RecipeError)
+
+
+def located(path: Path) -> Path:
+    """A file that is there, else the recipe of the package that has this name. Raises `RecipeError`."""
+    if path.exists():
+        return path
+    shipped = PUBLISHED / f"{path}.toml"
+    if shipped.stem == str(path) and shipped.is_file():
+        return shipped
+    known = published()
+    near = get_close_matches(path.stem, known, n=1)
+    raise RecipeError(
+        f"no recipe at {path}, and none that comes with clampdown has this name",
+        hint=f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}",
+    )
+
+
+def published() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in PUBLISHED.glob("*.toml"))
 
 
 def is_recipe(data: Mapping[str, Any]) -> bool:

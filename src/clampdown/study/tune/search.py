@@ -17,11 +17,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import optuna
-
 from clampdown.errors import NotEnoughDataError, StoreError
+from clampdown.extras import extra
 from clampdown.store import open_appending, recover, to_jsonable
 from clampdown.study.budgets import Use
+
+with extra("tune", "the search for a plan"):
+    import optuna
 
 NO_GATE = "none"
 STEP = 0.05
