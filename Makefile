@@ -31,7 +31,7 @@ bench: $(READY)
 # The documentation site, into build/site; a warning (a broken link, a page outside the navigation) is an error. An environment
 # of its own: its packages are small and know nothing of torch, because the pages about Python are made by reading the source.
 docs: $(VENV)-docs/.ready
-	$(VENV)-docs/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 $(VENV)-docs/.ready: docs/requirements.txt
 	test -x $(VENV)-docs/bin/pip || "$(PYTHON)" -m venv $(VENV)-docs

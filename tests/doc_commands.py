@@ -21,6 +21,7 @@ from pathlib import Path
 BLOCK = re.compile(r"^```(?:sh|shell|bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(clampdown [^`]+)`")
 ANY_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(r"(?:^|[\s/])clampdown\s")
 STOPS = {"|", ">", ">>", "&&", ";", "&", "||"}
 DOES_NOT_END = {"serve", "studio", "label"}
 
@@ -45,26 +46,26 @@ def commands_of(page: Path) -> Iterator[Shown]:
     """In the order of the page, shell blocks first."""
     text = page.read_text(encoding="utf-8")
     for block in BLOCK.findall(text):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in filter(NAMED.search, block.replace("\\\n", " ").splitlines()):
             yield from (Shown(page, words, True) for words in _in_line(line))
     for span in INLINE.findall(ANY_BLOCK.sub("", text)):
         yield Shown(page, tuple(shlex.split(span.replace("[", "").replace("]", "").replace("'", ""))[1:]), False)
 
 
 def _in_line(line: str) -> Iterator[tuple[str, ...]]:
-    """A line may hold several commands, with what a shell joins them by between them."""
+    """A line may hold several commands, joined as a shell does. What a shell makes up, `$(...)`, nobody can know."""
+    if "$(" in line:
+        return
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
-    found: list[str] | None = None
+    found: list[str] = []
     for word in [*lexer, ";"]:
-        if word in STOPS:
-            if found is not None:
-                yield tuple(found)
-            found = None
-        elif found is not None:
-            found.append(word)
-        elif word.split("/")[-1] == "clampdown":
-            found = []
+        if word not in STOPS:
+            found += [] if not found and "=" in word else [word]  # without variables before a command
+            continue
+        if found and found[0].split("/")[-1] == "clampdown":
+            yield tuple(found[1:])
+        found = []
 
 
 def main(pages: list[str]) -> int:

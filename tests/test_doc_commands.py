@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -16,6 +16,9 @@ from tests.doc_commands import Shown, commands_of
 ROOT = Path(__file__).parents[1]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - {ROOT / "docs" / "experiments.md"})
 """Experiments are dated: what was typed then may be gone."""
+
+Mistake: type[Exception] = typer.BadParameter.__mro__[1]
+"""What the parser raises: typer brings a click of its own."""
 
 SHOWN = [shown for page in PAGES for shown in commands_of(page)]
 CHEAP = (
@@ -27,23 +30,27 @@ CHEAP = (
 )
 
 
-def parse(command: Any, words: tuple[str, ...]) -> None:
-    """By the parsers of every level; nothing is run. Raises `click.ClickException`."""
-    context = command.make_context("clampdown", list(words))
-    while isinstance(command, click.Group) or hasattr(command, "resolve_command"):
-        rest = [*context.protected_args, *context.args] if hasattr(context, "protected_args") else list(context.args)
-        name, command, rest = command.resolve_command(context, rest)
+@cache
+def root() -> Any:
+    return typer.main.get_command(cli.app)
+
+
+def parse(words: tuple[str, ...]) -> None:
+    """By the parsers of every level; nothing is run. Raises `Mistake`."""
+    command, context = root(), root().make_context("clampdown", list(words))
+    while hasattr(command, "commands"):
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
         context = command.make_context(name, list(rest), parent=context)
 
 
 @pytest.mark.parametrize("shown", [shown for shown in SHOWN if shown.whole], ids=str)
 def test_a_command_in_a_block_is_taken_as_it_stands(shown: Shown) -> None:
-    parse(typer.main.get_command(cli.app), shown.words)
+    parse(shown.words)
 
 
 def leaf(words: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
     """The command that words begin with, and what follows; the group where they name no command of it."""
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = root()
     while words and hasattr(command, "commands") and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]
     return command, words
@@ -61,10 +68,10 @@ def test_commands_in_running_text_name_what_exists() -> None:
 
 
 def test_a_misspelt_command_would_be_found() -> None:
-    with pytest.raises(click.ClickException):
-        parse(typer.main.get_command(cli.app), ("demo", "--quik"))
-    with pytest.raises(click.ClickException):
-        parse(typer.main.get_command(cli.app), ("plan", "mak"))
+    with pytest.raises(Mistake, match="quik"):
+        parse(("demo", "--quik"))
+    with pytest.raises(Mistake, match="mak"):
+        parse(("plan", "mak"))
     assert {shown.words for shown in SHOWN} >= {("demo", "--out", "runs/demo"), ("recipe", "list")}
 
 

@@ -33,6 +33,10 @@ def test_every_layer_and_sae_gets_a_row_that_sklearn_agrees_with(lm, sae, harmfu
         tested = residuals(lm, [*harmful[1::2], *harmless[1::2]], layer).double()
         assert row.auroc == pytest.approx(roc_auc_score(labels, (tested @ (made[0] - made[1])).numpy()), abs=1e-9)
         assert row.n == len(labels)
+        shown = np.r_[row.harmful, row.harmless]
+        assert roc_auc_score(labels, shown) == pytest.approx(row.auroc, abs=0.01)
+        assert np.mean(row.harmless) == pytest.approx(0.0, abs=1e-3)
+        assert np.mean(row.harmful) == pytest.approx(row.d_prime, abs=1e-3)
     last = rows[-1]
     codes = sae.encode(residuals(lm, [*harmful[1::2], *harmless[1::2]], sae.cfg.site.layer))[:, last.feature]
     assert last.auroc == pytest.approx(roc_auc_score(labels, codes.numpy()), abs=0.02)

@@ -96,8 +96,8 @@ def test_a_dry_run_writes_nothing(evaluated: Path, tmp_path: Path, capsys: pytes
 
 
 def test_two_arms_of_one_run_are_compared(evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "c.json"
-    assert command("compare", f"{evaluated}:baseline", "clamped", "--json", file) == 0
+    file, page = tmp_path / "c.json", tmp_path / "c.html"
+    assert command("compare", f"{evaluated}:baseline", "clamped", "--json", file, "--html", page) == 0
     assert "difference" in capsys.readouterr().out
     (arms,) = json.loads(file.read_text())["arms"]
     assert (arms["first"], arms["second"]) == ("baseline", "clamped")
@@ -106,6 +106,9 @@ def test_two_arms_of_one_run_are_compared(evaluated: Path, tmp_path: Path, capsy
     flipped = [p for (arm, p), right in records.items() if arm == "baseline" and right != records["clamped", p]]
     assert [flip["before"]["prompt_id"] for flip in facts["flips"]] == flipped
     assert facts["change"]["gained"] + facts["change"]["lost"] == len(flipped)
+    assert page.read_text().count('class="example"') == sum(len(row["flips"]) for row in arms["suites"]) > 0
+    lost, n = facts["change"]["lost"], facts["change"]["difference"]["n"]
+    assert f"{lost} of {n}</b><span>no longer correct" in page.read_text()
 
 
 def changed(run: Path, to: Path, **key: Any) -> Path:

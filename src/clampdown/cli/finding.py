@@ -56,6 +56,7 @@ def discover(
         return
     if scan:
         console.print(job.scan_table(job.run_scan(model, sae, request, out, progress)))
+        console.print(f"[bold]layer by layer:[/bold] {out / 'scan.html'}", soft_wrap=True)
         return
     discovered = job.run_discover(model, sae, request, out, progress)
     if discovered.sinks:

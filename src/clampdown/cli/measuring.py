@@ -192,6 +192,7 @@ def compare(
         str | None, typer.Option("--preference", help="llm:MODEL@URL: also ask whose replies serve better.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with every flip, side by side.")] = None,
 ) -> None:
     """Compare two runs or two arms on the same prompts: paired differences, tests, and what flipped."""
     from clampdown.study import compare as job
@@ -201,6 +202,9 @@ def compare(
     if json_file is not None:
         job.write_comparison(json_file, found)
         console.print(f"written: {json_file}")
+    if html is not None:
+        job.write_page(html, found)
+        console.print(f"written: {html}")
 
 
 @app.command()

@@ -31,7 +31,8 @@ Mask = Bool[np.ndarray, " prompts"]
 @dataclass(frozen=True, slots=True)
 class LayerScore:
     """Separation of held-out prompts at one site. `feature` is None for the dense direction. `d_prime` is None when
-    nothing varies; `n` counts the held-out prompts."""
+    nothing varies; `n` counts the held-out prompts. `harmful` and `harmless` are their projections, in standard
+    deviations within a side from the mean of the harmless ones."""
 
     site: str
     sae: str | None
@@ -39,6 +40,8 @@ class LayerScore:
     auroc: float
     d_prime: float | None
     n: int
+    harmful: tuple[float, ...] = ()
+    harmless: tuple[float, ...] = ()
 
 
 def scan_layers(
@@ -81,6 +84,6 @@ def _row(
     a, b = values[~made_on & is_harmful], values[~made_on & ~is_harmful]
     spread = np.sqrt(((a - a.mean()) @ (a - a.mean()) + (b - b.mean()) @ (b - b.mean())) / max(len(a) + len(b) - 2, 1))
     auroc = float(mannwhitneyu(a, b).statistic) / (len(a) * len(b))
-    return LayerScore(
-        site, sae, feature, auroc, float((a.mean() - b.mean()) / spread) if spread > 0 else None, len(a) + len(b)
-    )
+    apart = float((a.mean() - b.mean()) / spread) if spread > 0 else None
+    shown = [tuple(np.round((side - b.mean()) / (spread or 1.0), 3).tolist()) for side in (a, b)]
+    return LayerScore(site, sae, feature, auroc, apart, len(a) + len(b), *shown)

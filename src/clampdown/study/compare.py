@@ -19,12 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from clampdown.errors import PromptSetError, StoreError
-from clampdown.evaluation.comparison import ArmComparison, SuiteComparison, compare_arms, small
+from clampdown.evaluation.comparison import ArmComparison, Flip, SuiteComparison, compare_arms, small
 from clampdown.evaluation.judges.pairwise import SuitePreference, preference_endpoint, preferences
 from clampdown.evaluation.suites import read_suites
+from clampdown.reports.compared_page import ComparedArms, ComparedSuite, Flipped, Said, build_compared_page
 from clampdown.results.directory import RunDirectory
-from clampdown.store import write_json
-from clampdown.types import Prompt, Record, SuiteKind
+from clampdown.store import write_atomic, write_json
+from clampdown.types import Prompt, Record, SuiteKind, Verdict
 
 LONGEST_REPLY = 160
 
@@ -279,6 +280,34 @@ def _example(row: SuiteComparison, prompts: Mapping[tuple[str, str], str], most:
 def _cut(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_REPLY else line[:LONGEST_REPLY] + "…"
+
+
+def write_page(path: Path, found: Comparison) -> None:
+    """Both arms side by side, every flip to be read."""
+    arms = [ComparedArms(each.first, each.second, _compared(each, found.prompts)) for each in found.arms]
+    write_atomic(path, build_compared_page(arms, found.notes))
+
+
+def _compared(arms: ArmComparison, prompts: Mapping[tuple[str, str], str]) -> tuple[ComparedSuite, ...]:
+    return tuple(
+        ComparedSuite(
+            row.suite,
+            row.outcome,
+            row.before,
+            row.after,
+            row.change.difference,
+            small(row.change.p_value),
+            tuple(_flipped(row, flip, prompts) for flip in row.flips),
+        )
+        for row in arms.suites
+    )
+
+
+def _flipped(row: SuiteComparison, flip: Flip, prompts: Mapping[tuple[str, str], str]) -> Flipped:
+    first, second = (Said(each.reply, each.verdict, each.correct) for each in (flip.before, flip.after))
+    gained = bool(second.correct) if row.outcome == "correct" else second.verdict is Verdict.REFUSED
+    prompt = prompts.get((row.suite, flip.before.prompt_id), flip.before.prompt_id)
+    return Flipped(prompt, gained, first, second)
 
 
 def write_comparison(path: Path, found: Comparison) -> None:

@@ -29,9 +29,10 @@ from clampdown.discovery.layers import LayerScore, scan_layers
 from clampdown.discovery.pairs import Pair
 from clampdown.errors import PromptSetError
 from clampdown.models.loading import LanguageModel, has_weights, load_shape
+from clampdown.reports.scan_page import build_scan_page
 from clampdown.saes.checkpoints import load_sae, open_sae
 from clampdown.saes.sae import Sae, check_fits, shape_only
-from clampdown.store import content_hash, write_feature_set, write_json
+from clampdown.store import content_hash, to_jsonable, write_atomic, write_feature_set, write_json
 from clampdown.study.judging import judge_named
 from clampdown.study.progress import Stages, Tick
 from clampdown.study.prompts import StudyPrompts, embedded_prompts
@@ -118,7 +119,7 @@ def run_discover(model: str, sae: str, request: Request, out: Path, stages: Stag
 
 
 def run_scan(model: str, sae: str, request: Request, out: Path, stages: Stages) -> tuple[LayerScore, ...]:
-    """The layer scan, into `out/scan.json`. On the embedded model both its SAEs are scanned."""
+    """The layer scan, into `out/scan.json` and `scan.html`. On the embedded model both its SAEs are scanned."""
     with stages.stage("Loading"):
         lm, loaded = load_pair(model, sae)
         names = ORGANISM_SAES if (model, sae) == (ORGANISM, ORGANISM) else ()
@@ -128,7 +129,9 @@ def run_scan(model: str, sae: str, request: Request, out: Path, stages: Stages) 
     prompts = _prompts(model, request)
     with stages.stage("Scanning layers") as tick:
         rows = scan_layers(lm, saes, prompts.harmful, prompts.harmless, tick)
-    write_json(out / "scan.json", {"schema": 1, "model": lm.name, "revision": lm.revision, "rows": rows})
+    scan = to_jsonable({"schema": 1, "model": lm.name, "revision": lm.revision, "rows": rows})
+    write_json(out / "scan.json", scan)
+    write_atomic(out / "scan.html", build_scan_page(scan))
     return rows
 
 
