@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,8 @@ class Job:
     judge: Judge = field(repr=False)
     judge_name: str
     settings: Settings = field(default_factory=Settings)
+    fewer: Mapping[str, int] = field(default_factory=dict)
+    """By arm: how many prompts of each suite it answers, the first ones, where that is not all."""
 
     def __post_init__(self) -> None:
         for name in _doubled(arm.name for arm in self.arms):
@@ -73,7 +75,13 @@ class Job:
     @property
     def rows(self) -> list[Row]:
         """Every (arm, prompt) pair, the arms of a prompt side by side."""
-        return [(arm, prompt) for suite in self.suites for prompt in suite.prompts for arm in self.arms]
+        return [
+            (arm, prompt)
+            for suite in self.suites
+            for place, prompt in enumerate(suite.prompts)
+            for arm in self.arms
+            if place < self.fewer.get(arm.name, len(suite.prompts))
+        ]
 
 
 def _doubled(names: Iterable[Any]) -> list[Any]:

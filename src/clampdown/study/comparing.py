@@ -24,19 +24,27 @@ from clampdown.study.measure import benign_replies, generate_records
 from clampdown.study.methods import clamp, dense, gated_set, refine
 from clampdown.study.methods.gated_set import at_strengths, opened
 from clampdown.study.methods.method import Method, Picked, plan_of
+from clampdown.study.methods.table import METHODS
 from clampdown.study.strengths import candidates
 from clampdown.study.study import Study
 from clampdown.types import ATTACKS, SAFE, ArmKind, Split
 
 MATCHED = "at equal KL"
+NOT_MATCHED = "was not asked to be matched"
 
 
 @dataclass(frozen=True, slots=True)
 class MatchingRequest:
-    """`kl`: nats per token of benign text at which methods are matched, measured on `texts` unsteered replies."""
+    """`kl`: nats per token of benign text at which methods are matched, measured on `texts` unsteered replies;
+    `methods`: which ones are (None: all)."""
 
     kl: float = 0.02
     texts: int = 24
+    methods: tuple[str, ...] | None = None
+
+    def wants(self, column: str) -> bool:
+        """Whether the method of this column is matched."""
+        return self.methods is None or column in {METHODS[name].name for name in self.methods}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,10 @@ def compare_methods(
         answering = replace(ground.sizes.answering, kl_prompts=request.texts)
         forced = benign_replies(ground.study.lm, suites, answering)
         measure = utility.benign_kl(ground.study.lm, [ground.study.sae], forced)
-        matched = {name: match(one.arm, measure, request.kl) for name, one in chosen.items()}
+        matched = {
+            name: match(one.arm, measure, request.kl) if request.wants(name) else NOT_MATCHED
+            for name, one in chosen.items()
+        }
         wanted = Matching("benign KL", measure, ground.sizes.n_random, ground.study.seed)
         random = random_controls(ground, matched, wanted)
     lines = tuple(_line(name, one, matched[name]) for name, one in chosen.items())

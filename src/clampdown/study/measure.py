@@ -101,7 +101,9 @@ def generate_records(
 def job_of(subject: Subject, arms: Sequence[Arm], suites: Sequence[Suite], answering: Answering) -> runner.Job:
     """The arms on the suites as a job for the runner."""
     settings = runner.Settings(max_new_tokens=answering.max_new_tokens, batch_rows=answering.batch_rows)
-    return runner.Job(tuple(arms), tuple(suites), subject.judge, subject.judge_name, settings)
+    n = answering.control_prompts
+    fewer = {} if n is None else {arm.name: n for arm in arms if arm.kind is ArmKind.CONTROL}
+    return runner.Job(tuple(arms), tuple(suites), subject.judge, subject.judge_name, settings, fewer)
 
 
 def log_of(subject: Subject, job: runner.Job, directory: Path) -> RecordLog:

@@ -23,6 +23,8 @@ class Answering:
     kl_prompts: int
     batch_rows: int | None = None
     max_new_tokens: int = 40
+    control_prompts: int | None = None
+    """Prompts per suite for controls, where they answer fewer than the other arms."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,13 @@ class StudySpec(_Part):
     n_random: int | None = Field(None, ge=0)
     max_new_tokens: int | None = Field(None, ge=1)
     batch_rows: int | None = Field(None, ge=1)
+    test_prompts: int | None = Field(None, ge=1)
+    control_prompts: int | None = Field(None, ge=1)
+    validation_prompts: int | None = Field(None, ge=1)
+    causal_prompts: int | None = Field(None, ge=1)
+    discovery_prompts: int | None = Field(None, ge=2)
+    kl_prompts: int | None = Field(None, ge=1)
+    matched: tuple[str, ...] | None = None
     prompts: PromptsPart = PromptsPart()
     gate: GatePart = Field(default_factory=lambda: GatePart.model_validate({}))
 
@@ -120,7 +127,7 @@ class StudySpec(_Part):
             raise ValueError(f"'{value}' is not a size of study, one of: {', '.join(SIZES)}")
         return value
 
-    @field_validator("methods")
+    @field_validator("methods", "matched")
     @classmethod
     def _methods_exist(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in value or ():
@@ -137,13 +144,27 @@ class StudySpec(_Part):
     def request(self) -> StudyRequest:
         """What is to be done."""
         sizes = size_named(self.size)
-        asked = {"max_new_tokens": self.max_new_tokens, "batch_rows": self.batch_rows}
-        answering = replace(sizes.answering, **{k: v for k, v in asked.items() if v is not None})
-        sizes = replace(sizes, answering=answering)
-        if self.n_random is not None:
-            sizes = replace(sizes, n_random=self.n_random)
+        answering = {
+            "max_new_tokens": self.max_new_tokens,
+            "batch_rows": self.batch_rows,
+            "per_suite": self.test_prompts,
+            "control_prompts": self.control_prompts,
+            "kl_prompts": self.kl_prompts,
+        }
+        stages = {
+            "discovery": self.discovery_prompts,
+            "validation": self.validation_prompts,
+            "causal_prompts": self.causal_prompts,
+            "n_random": self.n_random,
+        }
+        sizes = replace(sizes, **_given(stages), answering=replace(sizes.answering, **_given(answering)))
         gate = GateChoice(self.gate.budget, self.gate.confidence, self.gate.max_features)
-        return StudyRequest(sizes, self.methods, self.sweep, gate=gate, matching=MatchingRequest(self.kl))
+        matching = MatchingRequest(self.kl, methods=self.matched)
+        return StudyRequest(sizes, self.methods, self.sweep, gate=gate, matching=matching)
+
+
+def _given(values: Mapping[str, int | None]) -> dict[str, int]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def parse_spec(data: Mapping[str, Any], where: str = "the study") -> StudySpec:
