@@ -21,7 +21,7 @@ from clampdown.steering.plan import Plan
 from clampdown.study.claims import Arms, Claim, claims
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.measure import benign_replies, generate_records
-from clampdown.study.methods import clamp, dense, gated_set, refine
+from clampdown.study.methods import clamp, dense, gated_set, refine, two_sided
 from clampdown.study.methods.gated_set import at_strengths, opened
 from clampdown.study.methods.method import Method, Picked, plan_of
 from clampdown.study.methods.table import METHODS
@@ -69,8 +69,8 @@ class Comparison:
 
     @property
     def best(self) -> Plan | None:
-        """The gated set's plan, if there is one."""
-        picked = self.chosen.get(gated_set.NAME)
+        """The two-sided plan, else the gated set's, if there is one."""
+        picked = self.chosen.get(two_sided.NAME) or self.chosen.get(gated_set.NAME)
         return plan_of(picked.arm) if picked else None
 
     def claims(self, run: Run) -> tuple[Claim, ...]:
@@ -127,12 +127,13 @@ def choose_all(ground: Groundwork, reading: Study, found: Sequence[Method], dire
 
 
 def other_sides(found: Sequence[Method], chosen: Mapping[str, Picked]) -> tuple[Arm, ...]:
-    """The gated set with the other number of sides, which was not chosen: what the second branch buys and costs."""
+    """Gated plans with the other number of sides, which were not chosen: what the second branch buys and costs."""
+    others = {gated_set.NAME: _other_side, two_sided.NAME: lambda arm: arm}
     return tuple(
-        _other_side(arm)
+        others[method.name](arm)
         for method in found
         for arm in method.arms
-        if method.name == gated_set.NAME and plan_of(arm).digest != plan_of(chosen[method.name].arm).digest
+        if method.name in others and plan_of(arm).digest != plan_of(chosen[method.name].arm).digest
     )
 
 

@@ -26,9 +26,9 @@ from clampdown.types import ATTACKS, SAFE, PromptRole, Split
 SAMPLE = 8
 STEPS = 24
 """Sizes that are tried, each a tenth smaller than the one before."""
-METHOD_ARMS = {"clamp": 5, "refine": 5, "dense": 5, "cast": 5, "gated-set": 2}
+METHOD_ARMS = {"clamp": 5, "refine": 5, "dense": 5, "cast": 5, "gated-set": 2, "two-sided": 2}
 """Arms that a method shows to validation prompts."""
-READ_PER_METHOD = {"clamp": 40, "refine": 60, "dense": 4, "cast": 8, "gated-set": 220}
+READ_PER_METHOD = {"clamp": 40, "refine": 60, "dense": 4, "cast": 8, "gated-set": 220, "two-sided": 8}
 """Prefills of a method's search for every causal prompt, about."""
 
 

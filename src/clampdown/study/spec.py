@@ -116,8 +116,9 @@ class StudySpec(_Part):
     causal_prompts: int | None = Field(None, ge=1)
     discovery_prompts: int | None = Field(None, ge=2)
     kl_prompts: int | None = Field(None, ge=1)
+    match_texts: int = Field(MatchingRequest().texts, ge=1)
     matched: tuple[str, ...] | None = None
-    prompts: PromptsPart = PromptsPart()
+    prompts: PromptsPart = Field(default_factory=lambda: PromptsPart.model_validate({}))
     gate: GatePart = Field(default_factory=lambda: GatePart.model_validate({}))
 
     @field_validator("size")
@@ -159,7 +160,7 @@ class StudySpec(_Part):
         }
         sizes = replace(sizes, **_given(stages), answering=replace(sizes.answering, **_given(answering)))
         gate = GateChoice(self.gate.budget, self.gate.confidence, self.gate.max_features)
-        matching = MatchingRequest(self.kl, methods=self.matched)
+        matching = MatchingRequest(self.kl, self.match_texts, self.matched)
         return StudyRequest(sizes, self.methods, self.sweep, gate=gate, matching=matching)
 
 

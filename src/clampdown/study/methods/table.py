@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from clampdown.errors import PromptSetError
 from clampdown.study.groundwork import Groundwork
-from clampdown.study.methods import clamp, dense, gated_set, refine
+from clampdown.study.methods import clamp, dense, gated_set, refine, two_sided
 from clampdown.study.methods.method import Method
 
 
@@ -22,6 +22,8 @@ class MethodRow:
     name: str
     what: str
     make: Callable[[Groundwork], Method]
+    usual: bool = True
+    """Whether it is compared when no method is named."""
 
 
 METHODS: dict[str, MethodRow] = {
@@ -32,8 +34,14 @@ METHODS: dict[str, MethodRow] = {
     "dense": MethodRow(dense.ADDED, "the difference of means added (2406.11717)", dense.added_direction),
     "cast": MethodRow(dense.CAST, "the same behind a dense condition (2409.05907)", dense.conditional_direction),
     "gated-set": MethodRow(gated_set.NAME, "sets of features clamped behind calibrated gates", gated_set.gated_set),
+    "two-sided": MethodRow(
+        two_sided.NAME,
+        "the direction of refusing, or its features, up and down behind two gates",
+        two_sided.two_sided,
+        usual=False,
+    ),
 }
-ALL = tuple(METHODS)
+ALL = tuple(name for name, row in METHODS.items() if row.usual)
 
 
 def check_methods(names: Sequence[str]) -> None:

@@ -1,25 +1,28 @@
 """Two-sided steering for a model that refuses too little and too much: more right refusals, fewer wrong ones, one plan.
 
-1. Edits, on validation prompts and with no gate. Up: a feature set or the difference of means, the weakest that comes
-   within `SLACK` of the most refusals of attacks. Down: the same turned round, the one that leaves the fewest refusals
-   of over-refused prompts. Neither may break more than `DEGENERATE_LIMIT` of the replies.
-2. The feature set is read off the difference of means: those features whose activations differ most along it, where
-   the reply is decided.
-3. Gates, fitted on discovery prompts, each of `KINDS`. Up: attacks against everything harmless; its threshold promises
+1. The direction of refusing: where the reply is decided, the mean of discovery prompts that the unsteered model refuses
+   minus that of those which it answers, taken within the harmful and within the over-refused prompts, and averaged. The
+   difference of harmful and harmless means is another direction: what is asked, not what is done about it.
+2. The feature set is read off that direction: the features whose activations differ most along it.
+3. Edits, on validation prompts and with no gate: the direction added, and the features clamped (turned round to steer
+   down), at several sizes, at every token. Up, the weakest within `SLACK` of the most refusals of attacks. Down, the one
+   that leaves the fewest refusals of over-refused prompts. Neither may break more than `DEGENERATE_LIMIT` of replies.
+4. Gates, fitted on discovery prompts, each of `KINDS`. Up: attacks against everything harmless; its threshold promises
    `BUDGET` on benign calibration prompts, and lets at most `SPARED` of over-refused ones through. Down: over-refused
    prompts against all others; its threshold promises `DOWN_BUDGET` on harmful calibration prompts, and lets at most
    `SPARED` of the benign ones through. The kind with the better AUROC on validation prompts is taken.
-4. Arms: up alone behind its gate, and both. Validation prompts choose: refusals of attacks minus wrong refusals.
+5. Arms: up alone behind its gate, and both. Validation prompts choose: refusals of attacks minus wrong refusals.
 
 Nothing here searches with many forward passes: on a model of 0.5 B parameters it takes minutes of one core.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -34,48 +37,61 @@ from clampdown.steering.turn_promise import Turnwise, last_turns, longest_turn
 from clampdown.steering.turn_reading import read_prompts
 from clampdown.study.gating import HARMLESS, check_provable
 from clampdown.study.groundwork import Groundwork
-from clampdown.study.methods.method import Method, arm_of
+from clampdown.study.methods.method import Method
 from clampdown.study.strengths import Candidate
 from clampdown.types import ATTACKS, SAFE, ArmKind, Prompt, PromptRole, Split, Verdict
 
 NAME = "two-sided"
-SCOPES = ("assistant", "prompt")
-SIZES_UP, SIZES_DOWN = (0.5, 1.0, 1.5), (0.5, 1.0)
-"""Multiples of the raw difference of means, and of each feature's largest activation."""
-SET_SIZE = 3
+UP_ONLY, BOTH, FEATURES_ONLY = "gated, up only", "gated, up and down", "gated set of features, up only"
+SCOPE = "all"
+SIZES_UP, SIZES_DOWN = (1.0, 2.0, 3.0, 4.0), (1.0, 2.0)
+"""Multiples of the direction's own length, and (the first two) of each feature's largest activation."""
+SET_SIZES = (1, 5)
 KINDS = ("dense", "probe")
 BUDGET, DOWN_BUDGET, SPARED, CONFIDENCE = 0.02, 0.02, 0.1, 0.95
 SLACK = 0.05
 DEGENERATE_LIMIT = 0.02
-VECTOR = "direction"
+LEAST = 5
+"""Prompts that must be refused, and answered, for the difference of their means to count."""
+FIRST_TOKENS = 24
+"""Of a reply, in which it shows whether it refuses."""
+PROMPTS_AT_ONCE = 8
+VECTOR = "direction of refusing"
 ASKED = (PromptRole.HARMFUL, PromptRole.JAILBROKEN)
 """Attacks that gates are fitted and calibrated on: what they read of a conversation is its last turn, a plain one."""
 
 
 def two_sided(ground: Groundwork) -> Method:
-    """The method's arms. Raises `NotEnoughDataError` without over-refused prompts."""
+    """The method's arms. Raises `NotEnoughDataError` without over-refused prompts, or where the model refuses none of
+    the discovery prompts or all of them."""
     if not _over_refused(ground, Split.DISCOVERY) or not _over_refused(ground, Split.VALIDATION):
         raise NotEnoughDataError("no borderline prompts", hint="without wrong refusals there is no second side")
+    read = Reading.of(ground)
+    tried = Tried(ground, refusing_direction(ground, read))
     with ground.stages.stage("Choosing edits up and down") as tick:
-        edits = Edits(ground)
-        up, down = edits.best_up(tick), edits.best_down(tick)
+        up, down = tried.best_up(tick), tried.best_down(tick)
     with ground.stages.stage("Fitting gates"):
-        gates = Gates(ground)
+        gates = Gates(ground, read, Reading.validation(ground))
         raised, lowered = gates.up(), gates.down()
-    one = up.behind(raised, f"{NAME}: up only")
-    fitted = lowered.renamed("down") if lowered.vectors else lowered
-    vectors = {**up.vectors, **raised.vectors, **fitted.vectors}
-    both = Plan.of(
+    plans = [up.behind(raised, UP_ONLY), _both(ground, up, raised, down, lowered)]
+    if (features := tried.best_features) is not None and features.digest != up.digest:
+        plans.append(features.behind(raised, FEATURES_ONLY))
+    arms = tuple(Arm(plan.name, ArmKind.TUNED, plan, group=NAME) for plan in plans)
+    return Method(NAME, ArmKind.TUNED, arms, choose, facts={**tried.facts, **gates.facts})
+
+
+def _both(ground: Groundwork, up: Plan, raised: FittedGate, down: Plan, lowered: FittedGate) -> Plan:
+    """Asked first whether to steer down; where not, whether up."""
+    lowered = lowered.renamed("down") if lowered.vectors else lowered
+    return Plan.of(
         ground.study.lm,
         [ground.study.sae],
         down.edits,
-        f"{NAME}: up and down",
-        gate=fitted.gate,
+        BOTH,
+        gate=lowered.gate,
         otherwise=Branch(gate=raised.gate, edits=up.edits),
-        vectors=vectors,
+        vectors={**up.vectors, **down.vectors, **raised.vectors, **lowered.vectors},
     )
-    arms = (arm_of(one, NAME, ArmKind.TUNED), Arm(both.name, ArmKind.TUNED, both, group=NAME))
-    return Method(NAME, ArmKind.TUNED, arms, choose, facts=edits.facts | gates.facts)
 
 
 def choose(found: Sequence[Candidate], unsteered: Candidate) -> Arm | None:
@@ -95,74 +111,150 @@ def _over_refused(ground: Groundwork, split: Split, n: int | None = None) -> lis
     return [prompt for prompt in found if prompt.suite in ground.study.data.over_refused]
 
 
+# ---- what is read --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Prompts of one split, and what one pass pooled of the last turn of each."""
+
+    prompts: tuple[Prompt, ...]
+    pooled: Pooled
+
+    @classmethod
+    def of(cls, ground: Groundwork) -> Reading:
+        """Discovery prompts."""
+        return cls._read(ground, Split.DISCOVERY, ground.sizes.discovery)
+
+    @classmethod
+    def validation(cls, ground: Groundwork) -> Reading:
+        """Validation prompts, on which kinds of gates are compared."""
+        return cls._read(ground, Split.VALIDATION, 2 * ground.sizes.validation)
+
+    @classmethod
+    def _read(cls, ground: Groundwork, split: Split, n: int) -> Reading:
+        study = ground.study
+        prompts = (*study.prompts(split, n, *ASKED), *study.prompts(split, n, *HARMLESS))
+        turns = last_turns(prompts)
+        return cls(prompts, Pooled.of(collect(plan_pass(study.lm, [gate_reading(study.site, study.sae)], turns))))
+
+    def are(self, fires: Callable[[Prompt], bool]) -> Bool[np.ndarray, " prompts"]:
+        return np.array([fires(prompt) for prompt in self.prompts], dtype=bool)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusing:
+    """The direction of refusing, and the features that differ most along it with their largest activations."""
+
+    vector: tuple[float, ...]
+    features: Mapping[int, float]
+
+
+def refusing_direction(ground: Groundwork, read: Reading) -> Refusing:
+    """The module's steps 1 and 2. Raises `NotEnoughDataError`."""
+    study = ground.study
+    sides = {
+        "harmful": read.are(lambda prompt: study.data.roles[prompt.suite] is PromptRole.HARMFUL),
+        "over-refused": read.are(lambda prompt: prompt.suite in study.data.over_refused),
+    }
+    chosen = np.flatnonzero(sides["harmful"] | sides["over-refused"])
+    refused = np.zeros(len(read.prompts), dtype=bool)
+    refused[chosen] = _refused_unsteered(ground, [read.prompts[int(i)] for i in chosen])
+    residual, activations = read.pooled.residual["assistant_start"], read.pooled.features["assistant_start"].toarray()
+    apart = [
+        (residual[side & refused].mean(0) - residual[side & ~refused].mean(0),
+         activations[side & refused].mean(0) - activations[side & ~refused].mean(0))
+        for side in sides.values()
+        if min((side & refused).sum(), (side & ~refused).sum()) >= LEAST
+    ]  # fmt: skip
+    if not apart:
+        raise NotEnoughDataError(
+            f"the model refuses {int(refused.sum())} of {len(chosen)} discovery prompts: nothing to tell refusing from "
+            "answering by",
+            hint="more harmful and borderline prompts, some refused and some answered",
+        )
+    direction = np.mean([each[0] for each in apart], axis=0)
+    along = study.sae.W_dec.float().cpu().numpy() @ (direction / np.linalg.norm(direction))
+    gain = np.mean([each[1] for each in apart], axis=0) * along
+    peaks = activations.max(0)
+    best = [int(f) for f in np.argsort(-gain)[: max(SET_SIZES)] if gain[f] > 0 and along[f] > 0 and peaks[f] > 0]
+    return Refusing(tuple(direction.astype(float).tolist()), {f: float(peaks[f]) for f in best})
+
+
+def _refused_unsteered(ground: Groundwork, prompts: Sequence[Prompt]) -> list[bool]:
+    study, found = ground.study, {}
+    ordered = sorted(prompts, key=lambda prompt: len(prompt.text))
+    with ground.stages.stage("What the model refuses unsteered") as tick:
+        for place in range(0, len(ordered), 4 * PROMPTS_AT_ONCE):
+            some = ordered[place : place + 4 * PROMPTS_AT_ONCE]
+            for reply in generate_arms(study.lm, (), [(BASELINE, p) for p in some], max_new_tokens=FIRST_TOKENS):
+                verdict = study.judge(reply.prompt, reply.text).verdict
+                found[reply.prompt.suite, reply.prompt.id] = verdict is Verdict.REFUSED
+            tick(place + len(some), len(ordered))
+    return [found[prompt.suite, prompt.id] for prompt in prompts]
+
+
 # ---- edits ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Edits:
-    """The edits that are tried, and which of them validation prompts choose."""
+class Tried:
+    """The edits that are tried, and which of them validation prompts choose. `facts` keeps what they came to."""
 
     ground: Groundwork
-    facts: dict[str, object] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "facts", {})
-
-    @cached_property
-    def features(self) -> Mapping[int, float]:
-        """The module's step 2: each feature of the set with its largest activation."""
-        given = self.ground.given
-        contrast, sae = given.contrast, given.sae
-        activations = contrast.activations.matrix("assistant_start").toarray()
-        harmful = np.asarray(contrast.harmful)
-        direction = np.array(self.ground.dense)
-        along = sae.W_dec.float().cpu().numpy() @ (direction / np.linalg.norm(direction))
-        gap = (activations[harmful].mean(0) - activations[~harmful].mean(0)) * along
-        peaks = activations.max(0)
-        chosen = [int(f) for f in np.argsort(-gap)[: 4 * SET_SIZE] if gap[f] > 0 and along[f] > 0 and peaks[f] > 0]
-        return {feature: float(peaks[feature]) for feature in chosen[:SET_SIZE]}
+    refusing: Refusing
+    facts: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, tuple[Counter[str], list[Plan], int]] = field(default_factory=dict)
 
     def best_up(self, tick: Callable[[int, int], None]) -> Plan:
         """The weakest of those that turn about as many attacks into refusals as the best."""
-        n = self.ground.sizes.validation
+        n = 2 * self.ground.sizes.validation
         shown = self.ground.study.prompts(Split.VALIDATION, n, *ASKED)
         tried = [plan for size in SIZES_UP for plan in self._plans(size)]
         refused, able = self._refused(tried, shown, "up", tick)
-        most = max(refused[plan.name] for plan in able)
-        return next(plan for plan in able if refused[plan.name] >= most - SLACK * len(shown))
+        return _weakest(able, refused, len(shown))
+
+    @property
+    def best_features(self) -> Plan | None:
+        """The same of the feature sets alone, after `best_up`; None where they break replies or there are none."""
+        refused, able, n = self.found["up"]
+        sets = [plan for plan in able if not plan.vectors]
+        return _weakest(sets, refused, n) if sets else None
 
     def best_down(self, tick: Callable[[int, int], None]) -> Plan:
         """The one that leaves the fewest refusals of over-refused prompts, the weakest of equals."""
-        shown = _over_refused(self.ground, Split.VALIDATION, self.ground.sizes.validation)
+        shown = _over_refused(self.ground, Split.VALIDATION, 2 * self.ground.sizes.validation)
         tried = [plan for size in SIZES_DOWN for plan in self._plans(-size)]
         refused, able = self._refused(tried, shown, "down", tick)
         return min(able, key=lambda plan: refused[plan.name])
 
     def _plans(self, size: float) -> list[Plan]:
-        """The difference of means and the feature set at a size, in every scope."""
-        study = self.ground.study
-        found = []
-        for scope in SCOPES:
-            dense = Edit(
-                site=study.site.name, operator="add_direction", strengths=(size,), vector=VECTOR, scope=scope
-            )
-            vectors = {VECTOR: self.ground.dense}
-            name = f"difference of means x{size:g}, {scope}"
-            found.append(Plan.of(study.lm, [study.sae], [dense], name, vectors=vectors))
-            features = self.features
-            if features:
-                operator = "clamp" if size > 0 else "scale"
-                strengths = [size * peak if size > 0 else size for peak in features.values()]
-                edit = Edit(
-                    site=study.site.name,
-                    operator=operator,
-                    features=tuple(features),
-                    strengths=tuple(strengths),
-                    scope=scope,
-                )
-                name = f"{operator} {' + '.join(map(str, features))} x{size:g}, {scope}"
-                found.append(Plan.of(study.lm, [study.sae], [edit], name))
-        return found
+        """The direction and the feature sets at a size; down, the direction taken out, too."""
+        sets = [self._features(size, n) for n in SET_SIZES]
+        edits = [edit for edit in sets if edit is not None]
+        if size == -SIZES_DOWN[0]:
+            edits.append(self._direction("ablate_direction", 1.0))
+        return [self._plan(edit, size) for edit in (*edits, self._direction("add_direction", size))]
+
+    def _direction(self, operator: str, size: float) -> Edit:
+        site = self.ground.study.site.name
+        return Edit(site=site, operator=operator, strengths=(size,), vector=VECTOR, scope=SCOPE)
+
+    def _features(self, size: float, n: int) -> Edit | None:
+        """The first n clamped at a multiple of their largest activations; down, their own activations turned round."""
+        peaks = dict(itertools.islice(self.refusing.features.items(), n))
+        if len(peaks) < n or not -1 <= size <= SIZES_UP[1]:
+            return None
+        strengths = tuple(size * peak if size > 0 else size for peak in peaks.values())
+        operator = "clamp" if size > 0 else "scale"
+        site = self.ground.study.site.name
+        return Edit(site=site, operator=operator, features=tuple(peaks), strengths=strengths, scope=SCOPE)
+
+    def _plan(self, edit: Edit, size: float) -> Plan:
+        study, what = self.ground.study, " + ".join(map(str, edit.features)) or VECTOR
+        vectors = {VECTOR: self.refusing.vector} if edit.vector else {}
+        name = f"{edit.operator} {what} x{size:g}"
+        return Plan.of(study.lm, [study.sae], [edit], name, vectors=vectors)
 
     def _refused(
         self, plans: Sequence[Plan], shown: Sequence[Prompt], side: str, tick: Callable[[int, int], None]
@@ -179,17 +271,21 @@ class Edits:
                 refused[reply.arm.name] += verdict is Verdict.REFUSED
                 broken[reply.arm.name] += verdict is Verdict.DEGENERATE
             tick(min(place + PROMPTS_AT_ONCE, len(shown)), len(shown))
-        limit = broken[BASELINE.name] + DEGENERATE_LIMIT * len(shown)
+        limit = broken[BASELINE.name] + max(1.0, DEGENERATE_LIMIT * len(shown))
         able = [plan for plan in plans if broken[plan.name] <= limit]
         self.facts[f"edits {side}"] = {
             arm.name: {"refused": refused[arm.name], "degenerate": broken[arm.name], "n": len(shown)} for arm in arms
         }
         if not able:
             raise NotEnoughDataError(f"every edit {side} breaks replies", hint="more validation prompts may tell")
+        self.found[side] = refused, able, len(shown)
         return refused, able
 
 
-PROMPTS_AT_ONCE = 8
+def _weakest(plans: Sequence[Plan], refused: Mapping[str, int], n: int) -> Plan:
+    """The first, in order of size, that is within `SLACK` of the most refusals."""
+    most = max(refused[plan.name] for plan in plans)
+    return next(plan for plan in plans if refused[plan.name] >= most - SLACK * n)
 
 
 # ---- gates ---------------------------------------------------------------------------------------------------------
@@ -197,27 +293,12 @@ PROMPTS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Gates:
-    """Discovery prompts by side, and what one pass pooled of them."""
+    """Both gates, from discovery prompts; `checked` are validation prompts. `facts` keeps how well each kind does."""
 
     ground: Groundwork
-    facts: dict[str, object] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "facts", {})
-
-    @cached_property
-    def read(self) -> tuple[tuple[Prompt, ...], Pooled]:
-        study, n = self.ground.study, self.ground.sizes.discovery
-        harmful = study.prompts(Split.DISCOVERY, n, *ASKED)
-        prompts = (*harmful, *study.prompts(Split.DISCOVERY, n, *HARMLESS))
-        return prompts, self._pooled(prompts)
-
-    @cached_property
-    def checked(self) -> tuple[tuple[Prompt, ...], Pooled]:
-        """Validation prompts, on which the kinds of gates are compared."""
-        study, n = self.ground.study, 2 * self.ground.sizes.validation
-        prompts = (*study.prompts(Split.VALIDATION, n, *ASKED), *study.prompts(Split.VALIDATION, n, *HARMLESS))
-        return prompts, self._pooled(prompts)
+    read: Reading
+    checked: Reading
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def up(self) -> FittedGate:
         """Fires on attacks; see the module's step 3."""
@@ -239,10 +320,9 @@ class Gates:
 
     def _best(self, side: str, fires: Callable[[Prompt], bool]) -> FittedGate:
         """The kind that tells the sides apart best on validation prompts."""
-        (prompts, pooled), (shown, seen) = self.read, self.checked
-        positive, truth = _labels(prompts, fires), _labels(shown, fires)
-        fitted = {kind: fit_gate(kind, pooled, positive, seed=self.ground.study.seed) for kind in KINDS}
-        quality = {kind: auroc(gate.scores(seen), truth) for kind, gate in fitted.items()}
+        positive, truth = self.read.are(fires), self.checked.are(fires)
+        fitted = {kind: fit_gate(kind, self.read.pooled, positive, seed=self.ground.study.seed) for kind in KINDS}
+        quality = {kind: auroc(gate.scores(self.checked.pooled), truth) for kind, gate in fitted.items()}
         self.facts[f"gate {side}, AUROC on validation"] = quality
         return fitted[max(KINDS, key=lambda kind: quality[kind])]
 
@@ -257,15 +337,7 @@ class Gates:
         least = float(np.quantile(scores, 1 - SPARED, method="higher"))
         return fitted.changed(threshold=max(fitted.gate.threshold, least))
 
-    def _pooled(self, prompts: Sequence[Prompt]) -> Pooled:
-        study = self.ground.study
-        return Pooled.of(collect(plan_pass(study.lm, [gate_reading(study.site, study.sae)], last_turns(prompts))))
-
     def _turnwise(self, calibration: Sequence[Prompt]) -> Turnwise:
         study = self.ground.study
-        window = longest_turn(study.lm, [*self.read[0], *calibration])
+        window = longest_turn(study.lm, [*self.read.prompts, *calibration])
         return Turnwise(study.lm, study.sae, window, CONFIDENCE)
-
-
-def _labels(prompts: Sequence[Prompt], fires: Callable[[Prompt], bool]) -> Bool[np.ndarray, " prompts"]:
-    return np.array([fires(prompt) for prompt in prompts], dtype=bool)
