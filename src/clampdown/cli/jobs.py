@@ -32,9 +32,13 @@ def study(
     size: SizeOption = None,
     minutes: Annotated[float | None, typer.Option("--minutes", min=0.1, help="Fit the study to this time.")] = None,
     methods: Annotated[
-        str | None, typer.Option("--methods", help="all, none, or names: clamp,refine,dense,cast,gated-set.")
+        str | None, typer.Option("--methods", help="all, none, or names: clamp,refine,dense,cast,gated-set,two-sided.")
     ] = None,
     kl: Annotated[float | None, typer.Option("--kl", help="Benign KL at which methods are matched.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Local copies of public sets, by the names that they have.")
+    ] = None,
     n_random: Annotated[int | None, typer.Option("--n-random", min=0, help="Random features at that KL.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = None,
     batch_rows: Annotated[int | None, typer.Option("--batch-rows", min=1, help="Replies generated together.")] = None,
@@ -51,6 +55,7 @@ def study(
         "minutes": minutes,
         "methods": _methods(methods),
         "kl": kl,
+        "dtype": dtype,
         "n_random": n_random,
         "max_new_tokens": max_new_tokens,
         "batch_rows": batch_rows,
@@ -58,7 +63,8 @@ def study(
     }
     if prompts.given:
         asked["prompts"] = prompts.part()
-    _study(file, {name: value for name, value in asked.items() if value is not None}, out, dry_run=dry_run)
+    found = {name: value for name, value in asked.items() if value is not None}
+    _study(file, found, out, dry_run=dry_run, folder=folder)
 
 
 @app.command()
@@ -140,7 +146,9 @@ def _methods(text: str | None) -> tuple[str, ...] | None:
     return {"all": ALL, "none": ()}.get(text.strip(), names_in(text))
 
 
-def _study(file: Path | None, asked: dict[str, Any], out: Path, *, dry_run: bool = False) -> None:
+def _study(
+    file: Path | None, asked: dict[str, Any], out: Path, *, dry_run: bool = False, folder: Path | None = None
+) -> None:
     """Run a study of a file, with what was asked for over it; a recipe goes its own way."""
     from clampdown.study.recipes.schema import is_recipe, read_toml
     from clampdown.study.spec import parse_spec
@@ -150,7 +158,7 @@ def _study(file: Path | None, asked: dict[str, Any], out: Path, *, dry_run: bool
         _refuse_options(file, asked)
         _recipe(file, [], out, dry_run=dry_run)
         return
-    spec = parse_spec({**raw, **asked}, str(file) if file else "the study")
+    spec = parse_spec({**raw, **asked}, str(file) if file else "the study").in_folder(folder)
     progress = stages()
     with progress.stage("Loading"):
         found = spec.load()

@@ -102,7 +102,7 @@ def job_of(subject: Subject, arms: Sequence[Arm], suites: Sequence[Suite], answe
     """The arms on the suites as a job for the runner."""
     settings = runner.Settings(max_new_tokens=answering.max_new_tokens, batch_rows=answering.batch_rows)
     n = answering.control_prompts
-    fewer = {} if n is None else {arm.name: n for arm in arms if arm.kind is ArmKind.CONTROL}
+    fewer = {} if n is None else {arm.name: n for arm in arms if arm.kind is ArmKind.CONTROL and arm.plan}
     return runner.Job(tuple(arms), tuple(suites), subject.judge, subject.judge_name, settings, fewer)
 
 

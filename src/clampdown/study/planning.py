@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from clampdown.models.chat import encode
 from clampdown.models.generation import generate
 from clampdown.study.estimate import duration
+from clampdown.study.methods.table import METHODS
 from clampdown.study.run import StudyRequest
 from clampdown.study.sizes import Sizes
 from clampdown.study.study import Study
@@ -25,6 +26,7 @@ from clampdown.types import ATTACKS, SAFE, PromptRole, Split
 
 SAMPLE = 8
 STEPS = 24
+MATCHING_STEPS = 6
 """Sizes that are tried, each a tenth smaller than the one before."""
 METHOD_ARMS = {"clamp": 5, "refine": 5, "dense": 5, "cast": 5, "gated-set": 2, "two-sided": 2}
 """Arms that a method shows to validation prompts."""
@@ -105,9 +107,15 @@ def _stages(study: Study, request: StudyRequest) -> Iterator[Stage]:
         relapses = 16 * count(Split.DISCOVERY, 6 * sizes.discovery, *ATTACKS) if "gated-set" in request.compared else 0
         yield Stage("the methods' searches", searched * causal + 7 * read, relapses)
         yield Stage("choose methods on validation prompts", 0, (shown + 1) * (attacks + safe))
-        yield Stage("match at equal KL", (2 * len(request.compared) + sizes.n_random) * 6 * 24, 24)
-        arms += 2 * len(request.compared) + 3 + sizes.n_random
-    yield Stage("test", arms * min(test, sizes.answering.kl_prompts), arms * test)
+        kept = [name for name in request.compared if request.matching.wants(METHODS[name].name)]
+        texts = request.matching.texts
+        yield Stage("match at equal KL", (len(kept) + sizes.n_random) * MATCHING_STEPS * texts, texts)
+        arms += len(request.compared) + len(kept) + 3
+    few = sizes.answering.control_prompts or sizes.answering.per_suite
+    suites = data.suites(Split.TEST, few)
+    controls = (sizes.n_random if request.compared else 0) * sum(len(suite.prompts) for suite in suites)
+    read = (arms + sizes.n_random) * min(test, sizes.answering.kl_prompts)
+    yield Stage("test", read, arms * test + controls)
 
 
 def measured_speed(study: Study, request: StudyRequest) -> Speed:

@@ -136,6 +136,13 @@ class StudySpec(_Part):
                 raise ValueError(f"no method is called '{name}', one of: {', '.join(METHODS)}")
         return value
 
+    def in_folder(self, folder: Path | None) -> StudySpec:
+        """With local copies of public sets in that folder, if one is given."""
+        if folder is None:
+            return self
+        prompts = self.prompts.model_dump() | {"folder": str(folder)}
+        return self.model_copy(update={"prompts": PromptsPart.model_validate(prompts)})
+
     def load(self) -> Study:
         """The study: model, SAE, prompts, judge. Raises whatever does not fit together."""
         data = self.prompts.load(self.name)

@@ -5,8 +5,9 @@
    difference of harmful and harmless means is another direction: what is asked, not what is done about it.
 2. The feature set is read off that direction: the features whose activations differ most along it.
 3. Edits, on validation prompts and with no gate: the direction added, and the features clamped (turned round to steer
-   down), at several sizes, at every token. Up, the weakest within `SLACK` of the most refusals of attacks. Down, the one
-   that leaves the fewest refusals of over-refused prompts. Neither may break more than `DEGENERATE_LIMIT` of replies.
+   down), at several sizes, at every token. Up, the weakest within `SLACK` of the most refusals of attacks. Down, the
+   one that leaves the fewest refusals of over-refused prompts. Neither may break more than `DEGENERATE_LIMIT` of
+   replies.
 4. Gates, fitted on discovery prompts, each of `KINDS`. Up: attacks against everything harmless; its threshold promises
    `BUDGET` on benign calibration prompts, and lets at most `SPARED` of over-refused ones through. Down: over-refused
    prompts against all others; its threshold promises `DOWN_BUDGET` on harmful calibration prompts, and lets at most

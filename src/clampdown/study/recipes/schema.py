@@ -30,6 +30,8 @@ from clampdown.study.recipes.sources import Source
 from clampdown.types import Site
 
 PUBLISHED = Path(__file__).parent / "published"
+STUDIES = Path(__file__).parent / "studies"
+"""Recipes of the two papers; studies of public models with everything that their numbers depend on."""
 ROLES = ("discovery", "validation", "calibration", "test")
 CLAMP_UNITS = (Unit.RAW, Unit.MAX, Unit.P99)
 _Share = Annotated[float, Field(gt=0, lt=1)]
@@ -298,10 +300,12 @@ def located(path: Path) -> Path:
     """A file that is there, else the recipe of the package that has this name. Raises `RecipeError`."""
     if path.exists():
         return path
-    shipped = PUBLISHED / f"{path}.toml"
-    if shipped.stem == str(path) and shipped.is_file():
-        return shipped
-    known = published()
+    name = path.stem if str(path) == f"recipes/{path.stem}.toml" else str(path)
+    for folder in (PUBLISHED, STUDIES):
+        shipped = folder / f"{name}.toml"
+        if shipped.parent == folder and shipped.is_file():
+            return shipped
+    known = [*published(), *sorted(each.stem for each in STUDIES.glob("*.toml"))]
     near = get_close_matches(path.stem, known, n=1)
     raise RecipeError(
         f"no recipe at {path}, and none that comes with clampdown has this name",
