@@ -48,6 +48,13 @@ def undisturbed(lm: LanguageModel, sae: Sae, tmp_path_factory: pytest.TempPathFa
     return directory
 
 
+def test_an_arm_may_answer_only_the_first_prompts_of_each_suite() -> None:
+    rows = job(fewer={"asked": 2}).rows
+    assert Counter(arm.name for arm, _ in rows) == {"baseline": 13, "clamped": 13, "late": 13, "asked": 4}
+    first = {prompt.id for suite in SUITES for prompt in suite.prompts[:2]}
+    assert {prompt.id for arm, prompt in rows if arm.name == "asked"} == first
+
+
 def test_every_arm_answers_every_prompt_once_and_is_judged(lm: LanguageModel, sae: Sae, undisturbed: Path) -> None:
     records = read_records(undisturbed / "records.jsonl")
     wanted = {(a.name, s.name, p.id) for a in ARMS for s in SUITES for p in s.prompts}

@@ -63,6 +63,17 @@ def test_sixteen_bit_weights_are_computed_in_32_bit_on_cpu(checkpoint: Path) -> 
     assert load_model(checkpoint, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
 
 
+def test_the_head_is_fed_contiguous_rows(checkpoint: Path) -> None:
+    """Otherwise torch copies the head's weights once for every row: a prefill in 16 bit took 8 times as long."""
+    lm = load_model(checkpoint)
+    fed: list[torch.Tensor] = []
+    hook = lm.model.get_output_embeddings().register_forward_hook(lambda _m, args, _o: fed.append(args[0]))
+    generate(lm, [[0, 2, 4], [0, 2, 5, 3]], max_new_tokens=2)
+    hook.remove()
+    assert all(rows.is_contiguous() for rows in fed)
+    assert {rows.shape[1] for rows in fed} == {1}
+
+
 def test_the_revision_names_the_exact_weights_and_template(checkpoint: Path, tmp_path: Path) -> None:
     first = load_model(checkpoint).revision
     copy = tmp_path / "elsewhere"
