@@ -7,7 +7,7 @@ from typing import Any
 from clampdown.study.claims import Arms, changes, claims
 
 HARMFUL = ("harmful", "multi_turn")
-ARMS = Arms("first", "first matched", "second", "second turned", ("random 1", "random 2", "random 3"))
+ARMS = Arms("first", "first matched", "second", "second turned", tuple(f"random {i}" for i in range(1, 21)))
 
 
 def change(difference: float, p_value: float | None = 0.001) -> dict[str, Any]:
@@ -70,12 +70,16 @@ def test_safety_and_capability_must_rise_under_one_plan() -> None:
     assert not kept[both]
 
 
-def test_random_features_that_keep_no_more_capability_reproduce_the_unrelated_damage() -> None:
+def test_the_unrelated_damage_is_a_rank_among_random_features() -> None:
     claim = "an unrelated feature pushed as far damages capability as much"
     worse = [row(name, capability=0.4) for name in ARMS.random]
     better = [row(name, capability=0.9) for name in ARMS.random]
     assert answers(*worse)[claim]
-    assert not answers(*better)[claim]
+    assert answers(*better)[claim] is False
+    assert answers(*better[:11], *worse[11:])[claim], "9 of 20 keep no more: not told apart from them"
+    assert answers(*better[:19], worse[19])[claim], "p = 2/21"
+    few = [{**each, "frontier": {"capability": None}} for each in better[:2]]
+    assert answers(*better[2:], *few)[claim] is None, "18 features cannot show it at 0.05"
 
 
 def test_a_suite_without_a_paired_difference_is_left_out_and_none_at_all_is_no_answer() -> None:

@@ -6,6 +6,7 @@
    paid with refusals of others is no rise.
 3. A claim that something does NOT fall is held against the same test, which a small n passes too easily: the largest
    loss is given beside the answer, with its n.
+4. A claim about random features is a rank among them (`_unrelated`): fewer than 19 cannot contradict it at `ALPHA`.
 """
 
 from __future__ import annotations
@@ -73,16 +74,23 @@ def _first(rows: Mapping[str, Row], harmful: Sequence[str], arms: Arms) -> Itera
 
 
 def _unrelated(rows: Mapping[str, Row], arms: Arms) -> Claim:
-    """At equal benign KL the paper's feature keeps no more capability than most random features do."""
+    """At equal benign KL, does the paper's feature keep less capability than features drawn at random? By its rank
+    among them: if it were one of them, it would stand so low with probability `p`. Of so few random features that no
+    rank could be told from chance, nothing follows."""
     claim = "an unrelated feature pushed as far damages capability as much"
     own = rows[arms.first_matched]["frontier"]["capability"] if arms.first_matched else None
     known = (rows[name]["frontier"]["capability"] for name in arms.random)
-    random = sorted(value for value in known if value is not None)
+    random = [value for value in known if value is not None]
     if own is None or not random:
         return Claim(FIRST_PAPER, claim, arms.first_matched or arms.first, None, "no matched controls")
-    worse = sum(value <= own for value in random)
-    evidence = f"capability {own:.2f}; {worse} of {len(random)} random features at the same KL keep no more"
-    return Claim(FIRST_PAPER, claim, arms.first_matched or arms.first, 2 * worse >= len(random), evidence)
+    as_low = sum(value <= own for value in random)
+    p_value, least = ((1 + count) / (1 + len(random)) for count in (as_low, 0))
+    evidence = (
+        f"capability {own:.2f}; {as_low} of {len(random)} random features at the same KL keep no more (rank test, "
+        f"p = {p_value:.2f})"
+    )
+    reproduced = None if least > ALPHA else p_value > ALPHA
+    return Claim(FIRST_PAPER, claim, arms.first_matched or arms.first, reproduced, evidence)
 
 
 def _second(rows: Mapping[str, Row], harmful: Sequence[str], arms: Arms) -> Iterable[Claim]:
