@@ -123,9 +123,41 @@ class Joint:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """What an arm answers when it writes: right answers by suite, and how many benign prompts it refuses or breaks on.
+
+    Likelihoods of given answers survive where written ones are lost, so both are measured."""
+
+    arm: str
+    right: Mapping[str, Interval]
+    refused: Interval
+    broken: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """Whose fault it was, by suite: counts of the plan's replies that did not do what was right.
+
+    Where refusing is right (`harmful`): `gate` is not refused with the gate shut, `edit` not refused although it acted,
+    `broken` a broken reply where it acted. Elsewhere: `gate` is refused or broken because the first branch acted,
+    `edit` although the second one did, `model` by the model itself. `disputed` counts replies that a second judge reads
+    otherwise, right or wrong: as many of the others may be the judge's."""
+
+    suite: str
+    harmful: bool
+    n: int
+    right: int
+    gate: int
+    edit: int
+    broken: int
+    model: int
+    disputed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """Everything that `clampdown explain` measured. `baseline_accuracy` is the unsteered model's; `notes` say what
-    could not be measured, and why."""
+    could not be measured, and why. `answered` and `failures` are about replies that were written; empty: not asked."""
 
     plan: str
     plan_digest: str
@@ -143,6 +175,8 @@ class Explanation:
     damage: tuple[Damage, ...]
     joints: tuple[Joint, ...]
     notes: tuple[str, ...]
+    answered: tuple[Answered, ...] = ()
+    failures: tuple[Failures, ...] = ()
 
     @property
     def own_damage(self) -> Damage:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clampdown.explanation import Damage, Explanation, FeatureShift
+from clampdown.explanation import Answered, Damage, Explanation, FeatureShift
 from clampdown.reports.page import asset, emphasised, environment
 from clampdown.reports.tables import Cell, Column, Row, Table, facts, number_cell, share_cell, visible
 from clampdown.reports.wording import DASH, full, number, percent, suite_title
@@ -43,6 +43,8 @@ def build_explanation_page(found: Explanation) -> str:
         sentences=[emphasised(text) for text in sentences(found)],
         damage_bars=damage_bars(found),
         damage_table=damage_table(found),
+        answered=answered_table(found),
+        failures=failures_table(found),
         travel_bars=travel_bars(found),
         place_bars=place_bars(found),
         moved=moved_table(found),
@@ -65,6 +67,7 @@ def sentences(found: Explanation) -> list[str]:
             f"Of the other features at {code.site}, **{number(code.turned_on)}** per token switch on and "
             f"**{number(code.turned_off)}** off, where {number(code.live)} were live."
         )
+    said += _written_sentences(found)
     if found.gate_fired is not None:
         said.append(
             f"All of this is with the plan's gate held open. On these prompts the gate fires on "
@@ -85,6 +88,28 @@ def _cost_sentence(found: Explanation) -> str:
         f"likeliest token stays the same on **{full(cost.top1_agreement)}**; the perplexity of the unsteered model's "
         f"replies goes from {number(perplexity(cost.nll_before))} to {number(perplexity(cost.nll_after))}."
     )
+
+
+def _written_sentences(found: Explanation) -> list[str]:
+    """Likelihood against writing, and whose fault the failures are."""
+    said = []
+    if len(found.answered) > 1:
+        before, opened = found.answered[:2]
+        lost = [
+            f"{suite_title(suite)} {percent(before.right[suite].value)} to **{percent(opened.right[suite].value)}**"
+            for suite in opened.right
+        ]
+        if lost:
+            said.append(f"Answers that are written, {opened.arm}: {', '.join(lost)}.")
+    harmful = [row for row in found.failures if row.harmful]
+    wrong = sum(row.n - row.right for row in harmful)
+    if wrong:
+        gate, edit, broken = (sum(getattr(row, name) for row in harmful) for name in ("gate", "edit", "broken"))
+        said.append(
+            f"Of {sum(row.n for row in harmful)} harmful prompts {wrong} are not refused: the gate missed **{gate}**, "
+            f"the edit did not hold on **{edit}**, and **{broken}** replies broke."
+        )
+    return said
 
 
 def perplexity(nll: float) -> float:
@@ -192,6 +217,50 @@ def _damage_row(row: Damage, suites: Sequence[str]) -> Row:
         *(share_cell(row.accuracy.get(name)) for name in suites),
     )
     return Row(cells, row.kind == "plan")
+
+
+def answered_table(found: Explanation) -> Table | None:
+    """Right answers that are written, by arm."""
+    if not found.answered:
+        return None
+    suites = list(found.answered[0].right)
+    columns = (
+        Column("arm", kind="text"),
+        *(Column(suite_title(name), "right, written, %") for name in suites),
+        Column("benign", "refused, %"),
+        Column("benign", "broken, %"),
+    )
+    rows = tuple(_answered_row(row, suites) for row in found.answered)
+    return Table("answered", "Answers as they are written, judged: what likelihoods do not show.", columns, rows)
+
+
+def _answered_row(row: Answered, suites: Sequence[str]) -> Row:
+    cells = (Cell(row.arm), *(share_cell(row.right.get(name)) for name in suites))
+    return Row((*cells, share_cell(row.refused), share_cell(row.broken)), row.arm == "as it is")
+
+
+def failures_table(found: Explanation) -> Table | None:
+    """Counts of what went wrong with the plan as it is."""
+    if not found.failures:
+        return None
+    columns = (
+        Column("suite", kind="text"),
+        Column("right", "of n"),
+        Column("gate", "missed, or fired in vain"),
+        Column("edit", "did not hold"),
+        Column("broken", "where it acted"),
+        Column("model", "by itself"),
+        Column("disputed", "a second judge reads it otherwise"),
+    )
+    rows = tuple(
+        Row((
+            Cell(suite_title(r.suite), None, "refusing is right" if r.harmful else "answering is right"),
+            Cell(f"{r.right} / {r.n}", r.right / r.n),
+            *(Cell(str(value), float(value)) for value in (r.gate, r.edit, r.broken, r.model, r.disputed)),
+        ))
+        for r in found.failures
+    )  # fmt: skip
+    return Table("failures", "Whose fault the failures of the plan as it is are.", columns, rows)
 
 
 def moved_table(found: Explanation) -> Table:

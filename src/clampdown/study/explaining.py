@@ -1,12 +1,13 @@
 """`clampdown explain`: why a plan costs what it costs, into `explain.json` and `explain.html`.
 
-Read on validation prompts of the embedded model, or on a file's prompts: the test split stays unread.
+Read on validation prompts of the embedded model, or on a file's prompts: the test split stays unread. The second branch
+of a two-sided plan is explained like a plan of its own, into `explain-otherwise.json` and `explain-otherwise.html`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clampdown.config import CODE_VERSION, ORGANISM
@@ -27,10 +28,16 @@ from clampdown.steering.program import check_plan
 from clampdown.steering.units import in_words
 from clampdown.store import prompts_hash
 from clampdown.study import damage, explain
+from clampdown.study.judging import judge_named
+from clampdown.study.outcomes import Writing, acting_branch, answered, failures
 from clampdown.study.progress import Stages
-from clampdown.types import BRANCHES, Interval, Prompt, Provenance, Receipt, Site, Split
+from clampdown.study.prompts import embedded_prompts
+from clampdown.study.study import judge_for
+from clampdown.types import BRANCHES, Interval, Prompt, Provenance, Site, Split, Suite
 
 DATA_NAME, PAGE_NAME = "explain.json", "explain.html"
+OTHER_DATA, OTHER_PAGE = "explain-otherwise.json", "explain-otherwise.html"
+SECOND_JUDGE = "rules"
 GATE_ROWS = 16
 
 
@@ -43,6 +50,7 @@ class Request:
     limit: int = 60
     controls: int = 6
     max_new_tokens: int = 40
+    judge: str | None = None
     seed: int = 0
 
 
@@ -58,10 +66,54 @@ def run(
         saes = tuple(source.whole() for source in opened)
     benign, items = prompts_for(lm, plan, request)
     found = explain_plan(lm, saes, plan, benign, items, request, stages)
+    found = with_outcomes(found, lm, saes, plan, benign, request, stages)
     out.mkdir(parents=True, exist_ok=True)
+    if plan.otherwise is not None:
+        other = explain_plan(lm, saes, second_branch(plan), benign, items, request, stages)
+        acts = gate_fired(lm, saes, plan, benign, branch=1)
+        write_explanation(out / OTHER_DATA, other := replace(other, gate_fired=acts))
+        write_explanation_page(out / OTHER_PAGE, other)
+        found = replace(found, notes=(*found.notes, f"the second branch has a page of its own: {OTHER_PAGE}"))
     write_explanation(out / DATA_NAME, found)
     write_explanation_page(out / PAGE_NAME, found)
     return found
+
+
+def second_branch(plan: Plan) -> Plan:
+    """What a two-sided plan does otherwise, as a plan of its own."""
+    assert plan.otherwise is not None, "only two-sided plans have a second branch"
+    name = f"{plan.name}, otherwise"
+    return plan.changed(name=name, edits=plan.otherwise.edits, gate=plan.otherwise.gate, otherwise=None)
+
+
+def with_outcomes(
+    found: Explanation,
+    lm: LanguageModel,
+    saes: Sequence[Sae],
+    plan: Plan,
+    benign: Sequence[Prompt],
+    request: Request,
+    stages: Stages,
+) -> Explanation:
+    """The explanation with what becomes of replies that are written, and whose fault the failures are."""
+    embedded = request.prompts is None
+    judge = judge_for(request.judge, lm, embedded_prompts() if embedded else None)
+    writing = Writing(lm, tuple(saes), judge, judge_named(SECOND_JUDGE), request.max_new_tokens)
+    suites = every_suite(lm, plan, request)
+    items = [prompt for suite in suites for prompt in suite.prompts if prompt.answer is not None]
+    with stages.stage("Writing answers"):
+        answers = answered(writing, plan, benign, items)
+        faults = failures(writing, plan, suites)
+    return replace(found, answered=answers, failures=faults)
+
+
+def every_suite(lm: LanguageModel, plan: Plan, request: Request) -> tuple[Suite, ...]:
+    """All suites of a file, or the embedded ones, harmful ones among them, at most `limit` prompts each."""
+    if request.prompts is not None:
+        found = read_suites(request.prompts, harmful=False)
+    else:
+        found = embedded_prompts(request.seed).suites(Split.VALIDATION, request.limit)
+    return tuple(suite.take(request.limit) for suite in found)
 
 
 def prompts_for(lm: LanguageModel, plan: Plan, request: Request) -> tuple[list[Prompt], list[Prompt]]:
@@ -120,8 +172,10 @@ def explain_plan(
     )
 
 
-def gate_fired(lm: LanguageModel, saes: Sequence[Sae], plan: Plan, prompts: Sequence[Prompt]) -> Interval | None:
-    """On how many of the prompts the edits that are explained act: the plan's own, not those of its second branch. None
+def gate_fired(
+    lm: LanguageModel, saes: Sequence[Sae], plan: Plan, prompts: Sequence[Prompt], branch: int = 0
+) -> Interval | None:
+    """On how many of the prompts the edits that are explained act: those of one branch, the plan's own by default. None
     for a plan without a gate."""
     if plan.gate is None:
         return None
@@ -131,12 +185,8 @@ def gate_fired(lm: LanguageModel, saes: Sequence[Sae], plan: Plan, prompts: Sequ
         chunk = ids[start : start + GATE_ROWS]
         with steer(lm, [plan] * len(chunk), list(saes), require_reach=False) as steering:
             next_token_logits(lm, chunk)
-            fired += sum(receipt is not None and _own_branch(receipt) for receipt in steering.receipts())
+            fired += sum(acting_branch(plan, receipt) == BRANCHES[branch] for receipt in steering.receipts())
     return wilson(fired, len(ids))
-
-
-def _own_branch(receipt: Receipt) -> bool:
-    return bool(receipt.gate_fired) if receipt.branch is None else receipt.branch == BRANCHES[0]
 
 
 def _provenance(lm: LanguageModel, saes: Sequence[Sae], prompts: Sequence[Prompt], request: Request) -> Provenance:
