@@ -20,7 +20,7 @@ from clampdown.cli.app import (
     plan_app,
     stages,
 )
-from clampdown.cli.options import PromptOptions, asks_prompts
+from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
 from clampdown.config import ORGANISM
 
 
@@ -125,6 +125,12 @@ def gate_calibrate(
     in_doubt: Annotated[
         InDoubt, typer.Option("--in-doubt", help="What to do with longer conversations: read them, or steer.")
     ] = InDoubt.READ,
+    wrapped: Annotated[
+        int, typer.Option("--wrapped", min=0, help="Learn from so many copies of each prompt in random wrappers.")
+    ] = 0,
+    family_out: Annotated[
+        bool, typer.Option("--family-out", help="Estimate detection in unseen wrappers by leaving out families.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("gated.toml"),
     seed: SeedOption = 0,
 ) -> None:
@@ -134,7 +140,7 @@ def gate_calibrate(
     names = names_in(found_by_second)
     request = job.Request(
         plan, kind, budget, confidence, otherwise, names, n, limit, site, seed, first, down_budget, features,
-        inverse_penalty, turns, in_doubt.value, prompts.load(),
+        inverse_penalty, turns, in_doubt.value, wrapped, family_out, prompts.load(),
     )  # fmt: skip
     found = job.calibrate(request, out, stages())
     for gate in found.plan.gates:
@@ -144,6 +150,8 @@ def gate_calibrate(
     if found.sinks:
         console.print(found.sinks, soft_wrap=True, highlight=False)
     console.print(job.shown(found))
+    for line in job.family_lines(found):
+        console.print(line, soft_wrap=True, highlight=False)
     console.print(f"written: {out}", soft_wrap=True)
 
 
@@ -152,19 +160,23 @@ def explain(
     plan: Annotated[Path, typer.Argument(help="The plan.toml to explain.")],
     out: Annotated[Path | None, typer.Option("--out", help="Directory to write to; default: the plan's own.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="JSONL or CSV of benign prompts; default: the embedded suites.")
+        Path | None,
+        typer.Option(
+            "--prompts", help="JSONL or CSV of prompts, benign ones among them; default: the embedded suites."
+        ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Benign prompts, and items of each suite.")] = 60,
     controls: Annotated[int, typer.Option("--controls", min=1, help="Random features, and directions.")] = 6,
     model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,
     sae: Annotated[str | None, typer.Option("--sae", help="Default: the SAE that the plan names.")] = None,
+    judge: JudgeOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Why a plan costs what it costs: edit size, tokens, layers, features, and pushes of the same size."""
     from clampdown.reports.explain_terminal import explanation_summary
     from clampdown.study import explaining as job
 
-    request = job.Request(prompts, limit, controls, seed=seed)
+    request = job.Request(prompts, limit, controls, judge=judge, seed=seed)
     found = job.run(plan, out or plan.parent, model, sae, request, stages())
     console.print(explanation_summary(found, console.width))
     console.print(f"written: {(out or plan.parent) / job.PAGE_NAME}", soft_wrap=True)

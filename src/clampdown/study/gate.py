@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
 from clampdown.steering.gate_fitting import FittedGate, Pooled, fit_gate, fit_probe_of, gate_reading
 from clampdown.steering.plan import Branch, Guarantee, Plan, read_plan, write_plan
-from clampdown.steering.turn_promise import TURNS, Turnwise, last_turns, longest_turn
+from clampdown.steering.turn_promise import TURNS, Turnwise, conversation_maxima, last_turns, longest_turn
 from clampdown.steering.turn_reading import read_prompts
 from clampdown.store import prompts_hash
+from clampdown.study.family_out import FamilyOut, Learnt, family_of, leave_families_out
 from clampdown.study.loading import load_for
 from clampdown.study.progress import Stages, Tick
 from clampdown.study.prompts import StudyPrompts, embedded_prompts
+from clampdown.study.wrapping import Copy, copies, parts_of
 from clampdown.types import ATTACKS, Interval, Prompt, PromptRole, Site, Split, Suite
 
 UP, DOWN = "up", "down"
@@ -48,7 +51,9 @@ class Request:
     how many benign calibration prompts to use at most, `limit` how many of each embedded suite to fit on and show.
     `first` is the side that is asked first; 'down' is that of `otherwise`, whose gate then spares all but `down_budget`
     of harmful prompts. `features` and `inverse_penalty` are those of probes. `turns` is how long a benign conversation
-    the promise is about at most; `in_doubt` says what is done with longer ones ('read' or 'steer').
+    the promise is about at most; `in_doubt` says what is done with longer ones ('read' or 'steer'). `wrapped` is how
+    many copies of each discovery prompt, harmful or not, are learnt from inside random wrappers (`wrapping.py`).
+    `family_out` asks for an estimate of how many prompts in wrappers that nobody has seen would be found.
     """
 
     plan: Path
@@ -67,24 +72,33 @@ class Request:
     inverse_penalty: float | None = None
     turns: int = TURNS
     in_doubt: str = "read"
+    wrapped: int = 0
+    family_out: bool = False
     data: StudyPrompts | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
     """The prompts of all three splits as one list, what is known of each, what was pooled of the discovery prompts'
-    last turns, and what reads the others."""
+    last turns, and what reads the others. `copies` are discovery prompts in random wrappers, which are pooled behind
+    them: their `of` counts the discovery prompts."""
 
     prompts: tuple[Prompt, ...]
     harmful: Bool[np.ndarray, " prompts"]
     pooled: Pooled
     turnwise: Turnwise
+    copies: tuple[Copy, ...] = ()
 
     def of_split(self, split: Split) -> Bool[np.ndarray, " prompts"]:
         return np.array([prompt.split is split for prompt in self.prompts])
 
     def of_suites(self, names: Sequence[str]) -> Bool[np.ndarray, " prompts"]:
         return np.array([prompt.suite in names for prompt in self.prompts])
+
+    def learnt(self, positive: Bool[np.ndarray, " prompts"]) -> Bool[np.ndarray, " learnt"]:
+        """What holds for prompts, for what a fit learns from: discovery prompts and their copies."""
+        own = positive[self.of_split(Split.DISCOVERY)]
+        return np.concatenate([own, own[[copy.of for copy in self.copies]]]) if self.copies else own
 
     def at(self, rows: Bool[np.ndarray, " prompts"]) -> list[Prompt]:
         return [self.prompts[row] for row in np.flatnonzero(rows)]
@@ -113,6 +127,7 @@ class Calibrated:
     rates: tuple[TriggerRate, ...]
     first: str = UP
     sinks: str = ""
+    family_out: FamilyOut | None = None
 
 
 def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
@@ -136,7 +151,44 @@ def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
     write_plan(out, gated)
     where = Site.parse(first.gate.site)
     sinks = sinks_at(lm, [where])[where]
-    return Calibrated(gated, trigger_rates(material, first, second), request.first, sinks.in_words if sinks else "")
+    rates = trigger_rates(material, first, second)
+    left_out = None
+    if request.family_out and request.first == UP:
+        with stages.stage("Leaving families out") as tick:
+            left_out = without_families(request, material, first, tick)
+    return Calibrated(gated, rates, request.first, sinks.in_words if sinks else "", left_out)
+
+
+def without_families(request: Request, material: Material, fitted: FittedGate, tick: Tick) -> FamilyOut:
+    """The gate fitted again without each wrapper family, its threshold set as its own was; and the truth beside it."""
+    prompts = material.at(material.of_split(Split.DISCOVERY))
+    own = [frozenset(filter(None, (family_of(p),))) if p.suite in _wrapped(request) else frozenset() for p in prompts]
+    families = (*own, *(own[copy.of] | copy.families for copy in material.copies))
+    tested = np.array([bool(each) for each in own] + [False] * len(material.copies))
+    learnt = Learnt(material.pooled, material.learnt(material.harmful), families, tested)
+    turnwise, site = material.turnwise, Site.parse(fitted.gate.site)
+    shown = last_turns(benign_of(request, material))
+    benign = Pooled.of(collect(plan_pass(turnwise.lm, [gate_reading(site, turnwise.sae)], shown)))
+
+    def calibrated(again: FittedGate) -> FittedGate:
+        scores = again.scores(benign)
+        maxima = conversation_maxima(scores, np.arange(len(scores)), max(1, fitted.gate.turns_calibrated))
+        return again.calibrated(maxima, budget=request.budget, confidence=request.confidence)
+
+    found = leave_families_out(learnt, partial(fitted_rows, request), calibrated, tick)
+    return replace(found, truth=_truth(request, material, fitted))
+
+
+def _wrapped(request: Request) -> tuple[str, ...]:
+    data = request.data or embedded_prompts(request.seed)
+    return data.roles_of(PromptRole.JAILBROKEN)
+
+
+def _truth(request: Request, material: Material, fitted: FittedGate) -> Interval | None:
+    """How often the gate itself fires on validation prompts of families that no decision saw."""
+    data = request.data or embedded_prompts(request.seed)
+    prompts = material.at(material.of_split(Split.VALIDATION) & material.of_suites(sorted(data.held_out)))
+    return wilson(int(material.fires(fitted, prompts).sum()), len(prompts)) if prompts else None
 
 
 def gate_for(request: Request, lm: LanguageModel, saes: Sequence[Sae], plan: Plan, stages: Stages) -> FittedGate:
@@ -207,9 +259,13 @@ def read(
             raise PromptSetError(f"no prompt of the split '{split}'", hint="rows need a `split`: see docs/gates.md")
     harmful = np.array([suite.harmful for suite in suites for _ in suite.prompts])
     fitted = last_turns([prompt for prompt in prompts if prompt.split is Split.DISCOVERY])
-    store = collect(plan_pass(lm, [gate_reading(site, sae)], fitted), tick)
-    turnwise = Turnwise(lm, sae, longest_turn(lm, prompts), request.confidence, request.turns)
-    return Material(prompts, harmful, Pooled.of(store), turnwise)
+    corpus = request.data is None or request.data.name == ORGANISM
+    more = tuple(copies(fitted, parts_of(corpus=corpus), request.wrapped, request.seed))
+    shown = [*fitted, *(copy.prompt for copy in more)]
+    store = collect(plan_pass(lm, [gate_reading(site, sae)], shown), tick)
+    window = longest_turn(lm, [*prompts, *(copy.prompt for copy in more)])
+    turnwise = Turnwise(lm, sae, window, request.confidence, request.turns)
+    return Material(prompts, harmful, Pooled.of(store), turnwise, more)
 
 
 def _fit(request: Request, material: Material, *, two_sided: bool) -> tuple[FittedGate, FittedGate | None]:
@@ -228,8 +284,12 @@ def _fit(request: Request, material: Material, *, two_sided: bool) -> tuple[Fitt
 
 def fitted_on(request: Request, material: Material, positive: Bool[np.ndarray, " prompts"]) -> FittedGate:
     """A gate for the positive prompts among the discovery prompts, its threshold still open."""
-    rows = material.of_split(Split.DISCOVERY)
-    pooled, wanted = material.pooled, positive[rows]
+    wanted = material.learnt(positive)
+    return fitted_rows(request, material.pooled, wanted)
+
+
+def fitted_rows(request: Request, pooled: Pooled, wanted: Bool[np.ndarray, " learnt"]) -> FittedGate:
+    """A gate of the kind and size asked for, its threshold still open."""
     own = {"max_features": request.features, "inverse_penalty": request.inverse_penalty}
     sizes: dict[str, Any] = {name: size for name, size in own.items() if size is not None}
     if sizes:
@@ -334,3 +394,22 @@ def shown(found: Calibrated) -> Table:
             cells += [format(interval, ".3f"), f"{interval.low:.3f}-{interval.high:.3f}"] if interval else []
         table.add_row(*cells)
     return table
+
+
+def family_lines(found: Calibrated) -> list[str]:
+    """The estimate for wrappers that nobody has seen, and the truth where there is one; nothing where it was not asked
+    for."""
+    if found.family_out is None:
+        return []
+    worst = min(found.family_out.families.items(), key=lambda row: row[1].value or 0.0)
+    said = [
+        f"unseen wrappers, by leaving out each of {len(found.family_out.families)} families: "
+        f"{_bounded(found.family_out.estimate)}; least: {worst[0]} {worst[1]:.3f}"
+    ]
+    truth = found.family_out.truth
+    return said if truth is None else [*said, f"validation prompts in families that no fit saw: {_bounded(truth)}"]
+
+
+def _bounded(interval: Interval) -> str:
+    bounds = "" if interval.low is None or interval.high is None else f" [{interval.low:.3f}, {interval.high:.3f}]"
+    return f"{interval:.3f}{bounds}, n = {interval.n}"
