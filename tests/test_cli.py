@@ -64,6 +64,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("features", "show", "card.json"), "cannot read"),
         (("features", "compare", "a.json", "b.json"), "no feature sets at a.json"),
         (("features", "list", "--where", "x=1"), "not a condition"),
+        (("attack", "/no/such/plan.toml"), "cannot read"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

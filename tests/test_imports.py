@@ -43,6 +43,7 @@ RANK = {
     "evaluation": 5,
     "organism": 5,
     "study": 6,
+    "attacks": 7,
     "sae_training": 7,
     "serving": 7,
     "interop": 7,
@@ -73,6 +74,7 @@ CEILING = {
     "discovery": 3,
     "evaluation": 3,  # not discovery: what finds features must not be what measures them
     "study": 5,
+    "attacks": 6,
     "sae_training": 6,
     "reports": TOP_OF_RANK_0,  # a report is made from files, anywhere
     "serving": 3,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clampdown.face import (
         Budgets,
         add,
+        attack,
         card,
         clamp,
         data,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budgets",
     "add",
+    "attack",
     "card",
     "clamp",
     "data",

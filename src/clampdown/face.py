@@ -25,6 +25,9 @@ from weakref import WeakValueDictionary
 
 from rich.console import Console
 
+from clampdown.attacks import job as attacking
+from clampdown.attacks.budget import Budget
+from clampdown.attacks.table import ALL as ALL_ATTACKS
 from clampdown.cards import Card
 from clampdown.config import ORGANISM
 from clampdown.discovery.finders import DEFAULT, run_finder
@@ -62,6 +65,7 @@ from clampdown.types import FeatureScore, FeatureSet, Message, Prompt, PromptRol
 __all__ = [
     "Budgets",
     "add",
+    "attack",
     "card",
     "clamp",
     "data",
@@ -328,6 +332,34 @@ def evaluate(
     judged = _judge(judge, model, data)
     evaluation = evaluating.prepared(request, found, model, _saes(found, model), judged, stages)
     return evaluating.run_evaluate(evaluation, _directory(out, "evaluate"), request, stages)
+
+
+def attack(
+    lm: Model,
+    plan: AnyPlan,
+    suite: str | Sequence[Prompt] | None = None,
+    *,
+    queries: int = 200,
+    steps: int = 200,
+    limit: int = 24,
+    attacks: Sequence[str] = ALL_ATTACKS,
+    seconds: float | None = None,
+    judge: Judged = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Attack a plan, its edits without the gate, the bare model and a system prompt: success by arm, with intervals.
+
+    `suite` is a name, NAME=FILE, a file, or prompts; by default the embedded corpus's harmful ones.
+    """
+    model, found = load(lm), _plan(plan)
+    named = suite if isinstance(suite, str) else None
+    budget = Budget(queries, steps, seconds=seconds)
+    request = attacking.Request(suite=named, attacks=tuple(attacks), budget=budget, limit=limit, seed=seed)
+    given = attacking.prompts_of(request, model) if suite is None or isinstance(suite, str) else tuple(suite)[:limit]
+    judged = judge if isinstance(judge, NamedJudge) else attacking.judge_of(judge, model)
+    directory = _directory(out, "attack")
+    return attacking.attack(found, model, _saes([found], model), judged, given, directory, request, _stages())
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,18 +6,31 @@ import sys
 import warnings
 from typing import TextIO
 
-from clampdown.cli import finding, jobs, judging, measuring, models, organism, plans, saes, serving, studio, tuning
+from clampdown.cli import (
+    attacking,
+    finding,
+    jobs,
+    judging,
+    measuring,
+    models,
+    organism,
+    plans,
+    saes,
+    serving,
+    studio,
+    tuning,
+)
 from clampdown.cli.app import app, errors, escaped
 from clampdown.errors import ClampdownError, SaeFitWarning
 
-FAMILIES = (jobs, tuning, finding, measuring, judging, plans, serving, studio, models, saes, organism)
+FAMILIES = (jobs, tuning, finding, measuring, attacking, judging, plans, serving, studio, models, saes, organism)
 """Imported because importing registers their commands."""
 
 PANELS = {
     "The main job": ("demo", "study", "chat", "serve", "studio", "report"),
     "Its steps, one by one": (
         "discover", "features", "plan", "sweep", "screen", "gate", "tune", "evaluate", "compare", "explain",
-        "multiturn", "check",
+        "multiturn", "attack", "check",
     ),
     "Published pipelines and methods": ("recipe", "compare-methods"),
     "Looking after it": ("monitor", "judge-agreement", "judge", "label", "suites", "models", "sae", "organism"),

@@ -166,9 +166,10 @@ def without_families(request: Request, material: Material, fitted: FittedGate, t
     families = (*own, *(own[copy.of] | copy.families for copy in material.copies))
     tested = np.array([bool(each) for each in own] + [False] * len(material.copies))
     learnt = Learnt(material.pooled, material.learnt(material.harmful), families, tested)
-    turnwise, site = material.turnwise, Site.parse(fitted.gate.site)
+    turnwise, sae = material.turnwise, material.turnwise.sae
+    reading = gate_reading(Site.parse(fitted.gate.site), sae if isinstance(sae, Sae) else None)
     shown = last_turns(benign_of(request, material))
-    benign = Pooled.of(collect(plan_pass(turnwise.lm, [gate_reading(site, turnwise.sae)], shown)))
+    benign = Pooled.of(collect(plan_pass(turnwise.lm, [reading], shown)))
 
     def calibrated(again: FittedGate) -> FittedGate:
         scores = again.scores(benign)

@@ -77,14 +77,23 @@ def failures(writing: Writing, plan: Plan, suites: Sequence[Suite]) -> tuple[Fai
         prompts = [prompt for prompt in suite.prompts if prompt.answer is None]
         rows = writing.judged([arm], prompts) if prompts else []
         if rows:
-            counts = Counter(_fault(suite.harmful, plan, reply.receipt, judgement.verdict) for reply, judgement in rows)
-            names = ("right", "gate", "edit", "broken", "model")
-            found.append(
-                Failures(
-                    suite.name, suite.harmful, len(rows), *(counts[name] for name in names), _disputed(writing, rows)
-                )
-            )
+            found.append(_counted(writing, plan, suite, rows))
     return tuple(found)
+
+
+def _counted(writing: Writing, plan: Plan, suite: Suite, rows: Sequence[tuple[Reply, Judgement]]) -> Failures:
+    faults = Counter(_fault(suite.harmful, plan, reply.receipt, judgement.verdict) for reply, judgement in rows)
+    return Failures(
+        suite=suite.name,
+        harmful=suite.harmful,
+        n=len(rows),
+        right=faults["right"],
+        gate=faults["gate"],
+        edit=faults["edit"],
+        broken=faults["broken"],
+        model=faults["model"],
+        disputed=_disputed(writing, rows),
+    )
 
 
 def _fault(harmful: bool, plan: Plan, receipt: Receipt | None, verdict: Verdict) -> str:
