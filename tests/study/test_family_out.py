@@ -71,15 +71,22 @@ def test_copies_stand_in_the_same_wrappers_whatever_they_ask() -> None:
     assert found == copies(prompts, parts, 2, seed=0)
     assert len({copy.prompt.id for copy in found}) == len(found) == 400
     used: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for copy in found:
+
+    def rest(text: str, *known: str) -> str:
+        for each in known:
+            text = text.replace(each, "", 1)
+        return text.strip()
+
+    plain = [c for c in found if not rest(c.prompt.text, prompts[c.of].text, *(part.text for part in parts))]
+    assert 0.6 < len(plain) / len(found) < 0.8, "the others are written otherwise"
+    for copy in plain:
         text = copy.prompt.text
-        assert prompts[copy.of].text in text
         mine = [part for part in parts if part.text in text]
         assert 1 <= len(mine) <= MOST_PARTS
         assert {part.family for part in mine} == copy.families
         used[copy.prompt.suite == "harmful"].update(part.text for part in mine)
     assert all(0.6 < used[True][part.text] / used[False][part.text] < 1.6 for part in parts)
-    starts = sum(copy.prompt.text.startswith("Request") for copy in found) / len(found)
+    starts = sum(copy.prompt.text.startswith("Request") for copy in plain) / len(plain)
     assert 0.2 < starts < 0.5
 
 

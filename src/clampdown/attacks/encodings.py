@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import base64
 import codecs
-from collections.abc import Callable
 from random import Random
 
 from clampdown.attacks.attempt import Attempt, Scene, single
 from clampdown.attacks.objective import Objective
-
-Writing = Callable[[str, Random], str]
+from clampdown.study.wrapping import Writing, capitals, noisy, pulled_apart, random_case, scrambled
 
 _LEET = str.maketrans("aeiostAEIOST", "431057431057")
 _VOWELS = "aeiouAEIOU"
@@ -27,41 +25,19 @@ def _pig_latin(text: str, _rng: Random) -> str:
     return " ".join(map(word, text.split()))
 
 
-def _scrambled(text: str, rng: Random) -> str:
-    def word(found: str) -> str:
-        middle = list(found[1:-1])
-        rng.shuffle(middle)
-        return found[:1] + "".join(middle) + found[-1:] if len(found) > 3 else found
-
-    return " ".join(map(word, text.split()))
-
-
-def _random_case(text: str, rng: Random) -> str:
-    return "".join(letter.upper() if rng.random() < 0.5 else letter.lower() for letter in text)
-
-
-def _noisy(text: str, rng: Random) -> str:
-    """A few letters replaced by their neighbours in the alphabet."""
-    return "".join(chr(ord(c) + rng.choice((-1, 1))) if "b" <= c <= "y" and rng.random() < 0.06 else c for c in text)
-
-
-def _signs(text: str, rng: Random) -> str:
-    return rng.choice((" - ", " / ", " * ", " + ", "_", ".")).join(text.split())
-
-
 ENCODINGS: dict[str, Writing] = {
     "base64": lambda text, _: base64.b64encode(text.encode()).decode(),
     "rot13": lambda text, _: codecs.encode(text, "rot13"),
     "leetspeak": lambda text, _: text.translate(_LEET),
     "spaced letters": lambda text, _: " ".join(text),
-    "words pulled apart": _signs,
-    "capitals": lambda text, _: text.upper(),
-    "random capitals": _random_case,
+    "words pulled apart": pulled_apart,
+    "capitals": capitals,
+    "random capitals": random_case,
     "words backwards": lambda text, _: " ".join(reversed(text.split())),
     "letters backwards": lambda text, _: text[::-1],
     "pig latin": _pig_latin,
-    "scrambled words": _scrambled,
-    "typing errors": _noisy,
+    "scrambled words": scrambled,
+    "typing errors": noisy,
     "hexadecimal": lambda text, _: text.encode().hex(),
 }
 
@@ -78,7 +54,7 @@ def encoding(objective: Objective, rng: Random, scene: Scene) -> Attempt | None:
 
 def augmented(text: str, rng: Random) -> str:
     """The small changes of best-of-N jailbreaking (2412.03556): letters' case, order within words, typing errors."""
-    for change in (_scrambled, _random_case, _noisy):
+    for change in (scrambled, random_case, noisy):
         if rng.random() < 0.3:
             text = change(text, rng)
     return text
