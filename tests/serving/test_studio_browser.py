@@ -135,6 +135,10 @@ def test_both_sides_answer_and_their_tokens_take_colour(visit: Visit) -> None:
     )
     assert shades > 2
     assert "Feature 352" in visit.page.locator("#legend").inner_text()
+    visit.page.locator(".answer.steered [data-token]").nth(5).focus()
+    visit.page.keyboard.press("Enter")
+    expect(visit.page.locator("#looked table")).to_have_count(2)
+    assert visit.page.locator("#looked tr.chosen").count() > 0
     visit.page.locator("#coloured input").uncheck()
     expect(visit.page.locator("#transcript .tok")).to_have_count(0)
 
@@ -180,6 +184,29 @@ def test_a_saved_plan_answers_through_the_api(visit: Visit) -> None:
     body = {"model": "organism:mine", "messages": [{"role": "user", "content": TRICK}]}
     answer: Any = httpx2.post(f"{visit.url}/v1/chat/completions", json=body, timeout=60).json()
     assert answer["steering"]["digest"] == GATED.digest and answer["steering"]["gate_fired"]
+
+
+def test_a_link_brings_the_plan_and_the_same_answers(visit: Visit) -> None:
+    visit.ask(TRICK)
+    answers = [visit.answer(side) for side in ("baseline", "steered")]
+    visit.tab("Keep")
+    address = visit.page.locator("#link :is(textarea, input)")
+    expect(address).to_have_value(re.compile("talk="))
+    again = visit.page.context.new_page()
+    again.route("**/*", visit.only_here)
+    again.goto(address.input_value(), wait_until="domcontentloaded")
+    expect(again.locator("#transcript .receipt")).to_have_count(2)
+    shown = [again.locator(f".answer.{side} > p").first.inner_text() for side in ("baseline", "steered")]
+    assert shown == answers
+    again.close()
+
+
+def test_features_are_found_by_ones_own_words(visit: Visit) -> None:
+    visit.tab("Features")
+    visit.page.locator("#by-words :is(textarea, input)").fill(TRICK)
+    visit.page.keyboard.press("Enter")
+    expect(visit.page.locator("#features .more")).to_contain_text("your words")
+    assert visit.page.locator("#features button[data-feature]").count() > 3
 
 
 def test_what_is_typed_is_shown_and_never_run(visit: Visit) -> None:

@@ -10,13 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from clampdown.activations.capture import capture
+from clampdown.activations.sinks import sinks_at
 from clampdown.config import ORGANISM
 from clampdown.discovery.finders import DEFAULT, run_finder
 from clampdown.discovery.ranking import token_effects
 from clampdown.errors import ClampdownError, FeatureSetMismatchError, PromptSetError
 from clampdown.featuresets import check_made_for, merge
+from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.reports.card_page import build_card_page
 from clampdown.saes.sae import Sae
@@ -33,7 +37,7 @@ from clampdown.study.progress import Stages
 from clampdown.study.prompts import embedded_prompts
 from clampdown.study.sizes import QUICK
 from clampdown.study.study import Study, judge_for
-from clampdown.types import FeatureSet
+from clampdown.types import FeatureSet, Message
 
 CARDS_KEPT, CARD_PROMPTS, ROWS_AT_ONCE, TOKENS, MANY = 64, 24, 128, 8, 16
 MOST_EFFECTS = 2**36
@@ -69,6 +73,19 @@ class Explorer:
         wanted = query.strip().casefold()
         rows = [row for row in self._rows(sort) if _matches(row, wanted)]
         return tuple(sorted(rows, key=lambda row: (str(row.feature) != wanted, row.score is None, -(row.score or 0.0))))
+
+    def on_text(self, words: str) -> tuple[FeatureRow, ...]:
+        """Features that are active on these words, as a user's message, by their largest activation on them."""
+        (read,) = capture(self.lm, [encode(self.lm, (Message("user", words),))], self.sae.cfg.site)
+        here = read.residuals[self.sae.cfg.site]
+        written = (read.content & sinks_at(self.lm, [self.sae.cfg.site])[self.sae.cfg.site].outside(here))[0]
+        if not written.any():
+            return ()
+        with torch.no_grad():
+            codes = self.sae.encode(here[0, written].to(self.sae.device, self.sae.dtype)).float()
+        largest = codes.amax(dim=0).cpu()
+        order = largest.argsort(descending=True)[: int((largest > 0).sum())].tolist()
+        return tuple(FeatureRow(feature, float(largest[feature]), self._promoted(feature)) for feature in order)
 
     def _rows(self, sort: str) -> list[FeatureRow]:
         found, width = self._merged, self.sae.cfg.d_sae

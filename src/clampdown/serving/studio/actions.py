@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
+from dataclasses import fields
 from typing import Any
 
 from clampdown.errors import ClampdownError
@@ -14,6 +15,7 @@ from clampdown.extras import extra
 from clampdown.serving.studio import figures, markup
 from clampdown.serving.studio.conversation import Conversation
 from clampdown.serving.studio.handlers import LISTED, Controls, Handlers
+from clampdown.serving.studio.links import Link
 from clampdown.serving.studio.settings import AS_PLANNED, operators_for
 from clampdown.serving.studio.workbench import Tick, Workbench
 from clampdown.steering.plan import Plan
@@ -93,8 +95,57 @@ class Actions:
     async def ask_starter(
         self, event: gr.EventData, said: str, talk: Conversation, plan: Plan, *rest: Any
     ) -> AsyncIterator[list[Any]]:
-        async for drawn in self.ask(str(getattr(event, "say", "")), talk, plan, *rest):
+        said = str(getattr(event, "say", None) or "")
+        if not said:  # a click on something else in the transcript
+            yield [gr.skip()] * 4
+            return
+        async for drawn in self.ask(said, talk, plan, *rest):
             yield drawn
+
+    def look(self, event: gr.EventData, talk: Conversation, plan: Plan, *controls: Any) -> str:
+        """The token that was clicked; nothing changes for a click on something else."""
+        token = str(getattr(event, "token", None) or "")
+        if not token:
+            return gr.skip()  # type: ignore[return-value]
+        try:
+            return self.handlers.look(talk, plan, Controls(*controls), token)
+        except ClampdownError as error:
+            return markup.notice(error.message, error.hint)
+
+    async def open_link(self, request: gr.Request, plan: Plan) -> AsyncIterator[list[Any]]:
+        """What a link in the page's address asks for: its plan, its controls, and the questions, asked anew."""
+        nothing = [gr.skip()] * (N_LOADED + 4)
+        try:
+            link = Link.read(dict(request.query_params))
+            if link is None:
+                yield nothing
+                return
+            found = self.bench.plans.plan(link.plan)
+        except ClampdownError as error:
+            yield [*nothing[:-2], markup.notice(error.message, error.hint), gr.skip()]
+            return
+        own = found.gate.threshold if found.gate else 0.0
+        controls = Controls(
+            link.multiple, link.operator, link.scope, link.gated and found.gate is not None, link.threshold or own
+        )
+        shown = self._with_controls(found, controls)
+        talk = Conversation()
+        yield [*shown, talk, *[gr.skip()] * 3]
+        for said in link.said:
+            async for drawn in self.ask(said, talk, found, *vars_of(controls), False, None):
+                yield [*[gr.skip()] * N_LOADED, *drawn[:3], gr.skip()]
+                talk = drawn[0]
+
+    def _with_controls(self, plan: Plan, controls: Controls) -> list[Any]:
+        """As `loaded`, with the controls where a link has them."""
+        given = self.loaded(plan)
+        given[1] = controls.multiple
+        given[2] = gr.update(choices=list(operators_for(plan)), value=controls.operator)
+        given[3] = controls.scope
+        given[4] = gr.update(value=controls.gated, interactive=plan.gate is not None)
+        given[5] = gr.update(**{**self.threshold_range(plan), "value": controls.threshold})
+        given[7] = self.handlers.words(plan, controls)
+        return given
 
     async def ask_again(self, said: str, talk: Conversation, plan: Plan, *rest: Any) -> AsyncIterator[list[Any]]:
         """The last question once more, with the controls as they are now, in place of its answers."""
@@ -128,6 +179,17 @@ class Actions:
             return ""
         rows = self.bench.explorer.listed(query, sort or "")
         return markup.feature_list(rows[:LISTED], sort or "index", len(rows))
+
+    def features_on(self, words: str) -> str:
+        """Features that are active on somebody's own words."""
+        explorer = self.bench.explorer
+        if explorer is None or not words.strip():
+            return gr.skip()  # type: ignore[return-value]
+        try:
+            rows = explorer.on_text(words.strip())
+        except ClampdownError as error:
+            return markup.notice(error.message, error.hint)
+        return markup.feature_list(rows[:LISTED], "their largest activation on your words", len(rows))
 
     def find_features(self, query: str, sort: str | None, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
         if self.bench.explorer is None:
@@ -196,12 +258,21 @@ class Actions:
             return [gr.skip()] * N_LOADED + [markup.notice(error.message, error.hint)]
         return [*self.loaded(kept), f'<p class="done" role="status">{markup.text(said)}</p>']
 
-    def show_code(self, plan: Plan, *rest: Any) -> tuple[str, str]:
+    def show_code(self, plan: Plan, *rest: Any) -> tuple[str, str, str]:
         *controls, talk = rest
         try:
-            return self.handlers.code(plan, Controls(*controls), talk)
+            code = self.handlers.code(plan, Controls(*controls), talk)
         except ClampdownError as error:
-            return f"# {error.message}", f"# {error.message}"
+            code = f"# {error.message}", f"# {error.message}"
+        try:
+            return *code, self.handlers.link(talk, plan, Controls(*controls))
+        except ClampdownError as error:
+            return *code, f"{error.message}: {error.hint}" if error.hint else error.message
+
+
+def vars_of(controls: Controls) -> tuple[Any, ...]:
+    """The controls in the order in which the page sends them."""
+    return tuple(getattr(controls, each.name) for each in fields(controls))
 
 
 def _spanning(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:

@@ -5,6 +5,7 @@ What a visitor did (the plan, the conversation, the run that is shown) lies in t
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -16,6 +17,8 @@ from clampdown.serving.requests import Request, Sampling
 from clampdown.serving.studio import figures, markup, snippets
 from clampdown.serving.studio.conversation import BASELINE, SIDES, STEERED, Answer, Conversation, Turn, ask_both
 from clampdown.serving.studio.gates import GateScores, promise
+from clampdown.serving.studio.links import Link, said_in
+from clampdown.serving.studio.reading import look
 from clampdown.serving.studio.settings import Settings, adjusted, checked_name
 from clampdown.serving.studio.tokens import Colours, colour
 from clampdown.serving.studio.workbench import Tick, Workbench
@@ -53,6 +56,7 @@ class Handlers:
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
         self._scores: dict[str, GateScores] = {}
+        self._reading = threading.Lock()
 
     # ---- the plan --------------------------------------------------------------------------------------------
 
@@ -133,6 +137,31 @@ class Handlers:
         if self.bench.sae is None:
             raise PlanError("there is no SAE here, so no feature to colour by", hint="start with --sae")
         return {side: colour(self.bench.lm, self.bench.sae, feature, talk.messages(side)) for side in SIDES}
+
+    def look(self, talk: Conversation, plan: Plan, controls: Controls, token: str) -> str:
+        """What the model holds at a token of the transcript, "side:number". Raises `PlanError`, `RequestError`."""
+        side, _, place = token.partition(":")
+        if self.bench.sae is None or side not in SIDES or not place.isdigit() or not talk.turns:
+            raise PlanError("there is no such token here", hint="colour the tokens, and click one")
+        with self._reading:
+            found = look(self.bench.lm, self.bench.sae, self.steering(plan, controls), talk.messages(side), int(place))
+        return markup.looked(found, side)
+
+    def link(self, talk: Conversation, plan: Plan, controls: Controls) -> str:
+        """The address of this conversation with its plan. Raises `PlanError` for a plan without a name here."""
+        if plan.name not in self.bench.plans.names():
+            raise PlanError("a link names its plan, and this one has no name here", hint="save it first")
+        moved = controls.threshold if self.moved(plan, controls.threshold) else None
+        held = Link(
+            plan=plan.name,
+            said=said_in(talk),
+            multiple=float(controls.multiple),
+            operator=controls.operator,
+            scope=controls.scope,
+            gated=controls.gated,
+            threshold=moved,
+        )
+        return held.address(f"{self.bench.url}/studio/")
 
     # ---- the gate --------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from clampdown.serving.studio.conversation import BASELINE, STEERED, Answer, Conversation, Turn
+from clampdown.serving.studio.reading import Line, Looked
 from clampdown.serving.studio.tokens import Colours, Piece
 from clampdown.serving.studio.workbench import FeatureRow
 from clampdown.steering.plan import Gate, Plan
@@ -47,14 +48,14 @@ def _empty(starters: Sequence[str]) -> str:
 def _turn(talk: Conversation, index: int, colours: Byside) -> str:
     turn = talk.turns[index]
     place = index * 2 + bool(talk.system)
-    said = _coloured(colours.get(BASELINE), place) or text(turn.said)
+    said = _coloured(BASELINE, colours.get(BASELINE), place) or text(turn.said)
     answers = "".join(_answer(side, turn, colours.get(side), place + 1) for side in (BASELINE, STEERED))
     return f'<article class="turn"><p class="said">{said}</p><div class="pair">{answers}</div></article>'
 
 
 def _answer(side: str, turn: Turn, colours: Colours | None, place: int) -> str:
     answer = turn.answers[side]
-    body = _coloured(colours, place) if answer.done else ""
+    body = _coloured(side, colours, place) if answer.done else ""
     shown = body or text(answer.text) or ('<span class="waiting">…</span>' if not answer.done else "(empty)")
     cut = ' <span class="cut" title="the reply was cut at its longest">[cut]</span>' if answer.cut else ""
     title = f"<h4>{side}{f' <small>{text(answer.plan)}</small>' if answer.plan else ''}</h4>"
@@ -82,21 +83,50 @@ def proof(receipt: Receipt) -> str:
     return " · ".join(parts)
 
 
-def _coloured(colours: Colours | None, place: int) -> str:
-    """One message's tokens in colour, the template's tokens before it in small; nothing without colours for it."""
+def _coloured(side: str, colours: Colours | None, place: int) -> str:
+    """One message's tokens in colour, the template's tokens before it in small; nothing without colours for it. Each is
+    a button that shows what the model holds there."""
     if colours is None or place >= len(colours.messages) or not colours.messages[place]:
         return ""
     scale = colours.largest
-    header = "".join(_token(piece, scale) for piece in colours.before[place] if piece.text.strip())
+    header = "".join(_token(side, piece, scale) for piece in colours.before[place] if piece.text.strip())
     return f'<span class="template">{header}</span>' + "".join(
-        _token(piece, scale) for piece in colours.messages[place]
+        _token(side, piece, scale) for piece in colours.messages[place]
     )
 
 
-def _token(piece: Piece, scale: float) -> str:
+def _token(side: str, piece: Piece, scale: float) -> str:
     share = min(1.0, abs(piece.value) / scale) if scale else 0.0
     kind = "off" if not share else "hot" if piece.value > 0 else "cold"
-    return f'<span class="tok {kind}" style="--share:{share:.3f}" title="{piece.value:.3g}">{text(piece.text)}</span>'
+    return (
+        f'<span role="button" tabindex="0" data-token="{side}:{piece.place}" class="tok {kind}" '
+        f'style="--share:{share:.3f}" title="{piece.value:.3g}">{text(piece.text)}</span>'
+    )
+
+
+def looked(found: Looked, side: str) -> str:
+    """What the model holds at a token, as two small tables."""
+    acts = "with the plan" if found.steered else "with the plan (its gate stayed shut, or it acts elsewhere)"
+    return (
+        f'<div class="looked" role="status"><p>At <code>{text(found.token)}</code> on the {side} side, '
+        f"without the plan and {acts}:</p>"
+        f"{_lines('feature', found.features, '{:.3g}')}{_lines('next token', found.following, '{:.1%}')}</div>"
+    )
+
+
+def _lines(heading: str, lines: Sequence[Line], form: str) -> str:
+    rows = "".join(
+        f'<tr{_moved(line)}><th scope="row">{text(line.name)}</th><td>{form.format(line.before)}</td>'
+        f"<td>{form.format(line.after)}</td></tr>"
+        for line in lines
+    )
+    head = f'<tr><th scope="col">{heading}</th><th scope="col">without</th><th scope="col">with</th></tr>'
+    return f'<table class="points"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+
+
+def _moved(line: Line) -> str:
+    """Marks what the plan changes by more than a tenth of itself."""
+    return ' class="chosen"' if abs(line.after - line.before) > 0.1 * max(line.after, line.before) else ""
 
 
 def legend(colours: Iterable[Colours]) -> str:

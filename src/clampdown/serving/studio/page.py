@@ -24,16 +24,23 @@ with extra("studio", "the studio's page"):
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}
 CLICKS = """
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-%(key)s]');
-  if (button) trigger('click', {%(key)s: button.dataset.%(key)s});
+const send = (event) => {
+  for (const key of '%(keys)s'.split(' ')) {
+    const button = event.target.closest('[data-' + key + ']');
+    if (button) { trigger('click', Object.fromEntries([[key, button.dataset[key]]])); return true; }
+  }
+  return false;
+};
+element.addEventListener('click', send);
+element.addEventListener('keydown', (event) => {
+  if (event.key === 'Enter' && event.target.tagName !== 'BUTTON' && send(event)) event.preventDefault();
 });
 """
 
 
-def clickable(key: str, value: str, **options: Any) -> gr.HTML:
-    """HTML whose buttons with `data-KEY` send what they hold."""
-    return gr.HTML(value, js_on_load=CLICKS % {"key": key}, **options)
+def clickable(keys: str, value: str, **options: Any) -> gr.HTML:
+    """HTML whose buttons with `data-KEY`, of any of these keys, send what they hold."""
+    return gr.HTML(value, js_on_load=CLICKS % {"keys": keys}, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +107,9 @@ class Page:
 
     def _lay_out_chat(self) -> None:
         empty = markup.transcript(Conversation(), starters=self.bench.starters)
-        self.transcript = clickable("say", empty, elem_id="transcript")
+        self.transcript = clickable("say token", empty, elem_id="transcript")
         self.legend = gr.HTML("", elem_id="legend")
+        self.looked = gr.HTML("", elem_id="looked")
         with gr.Row(elem_classes="ask"):
             self.said = gr.Textbox(
                 placeholder="Ask both sides. Enter sends.",
@@ -130,6 +138,12 @@ class Page:
                 label="Search", placeholder="a number, or a token it promotes", scale=3, min_width=150, elem_id="query"
             )
             self.sort = gr.Dropdown([], label="Sort by", scale=2, min_width=150, elem_id="sort")
+        self.words = gr.Textbox(
+            label="Or by your own words",
+            placeholder="features that are active on what you type; Enter",
+            max_length=2000,
+            elem_id="by-words",
+        )
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
                 self.features = clickable("feature", "", elem_id="features")
@@ -160,6 +174,7 @@ class Page:
             )
             self.save = gr.Button("Save the plan", variant="primary", scale=1, min_width=120, elem_id="save")
         self.saved = gr.HTML("", elem_id="saved")
+        self.link = gr.Textbox(label="Link to this conversation", interactive=False, max_lines=3, elem_id="link")
         self.curl = gr.Code(label="curl", language="shell", interactive=False, elem_id="curl")
         self.python = gr.Code(label="Python", language="python", interactive=False, elem_id="python")
 
@@ -187,6 +202,8 @@ class Page:
         self._wire_frontier(blocks)
         self._wire_gate()
         self._wire_keep()
+        opened = [*self.steering.loaded, self.talk, self.transcript, self.legend, self.said]
+        blocks.load(self.act.open_link, self.steering.plan, opened, concurrency_limit=None, **QUIET)
 
     def _wire_steering(self) -> None:
         s = self.steering
@@ -199,6 +216,7 @@ class Page:
         given = [self.said, self.talk, *self.steering.values, self.coloured, self.feature]
         gr.on([self.said.submit, self.send.click], self.act.ask, given, drawn, concurrency_limit=None, **QUIET)
         self.transcript.click(self.act.ask_starter, given, drawn, concurrency_limit=None, **QUIET)
+        self.transcript.click(self.act.look, [self.talk, *self.steering.values], self.looked, **QUIET)
         self.again.click(self.act.ask_again, given, drawn, concurrency_limit=None, **QUIET)
         self.new.click(self.act.start_over, None, drawn[:3], **QUIET)
         for control in (self.coloured.change, self.feature.change):
@@ -211,6 +229,7 @@ class Page:
             control(self.act.list_features, *listed, **QUIET)
         card = [self.card, self.shown_feature, self.colour_by, self.steer_it]
         self.features.click(self.act.show_card, None, card, **PRIVATE)
+        self.words.submit(self.act.features_on, self.words, self.features, **QUIET)
         self.find.click(self.act.find_features, listed[0], [self.sort, self.features], **PRIVATE)
         self.colour_by.click(lambda f: (f, True), self.shown_feature, [self.feature, self.coloured], **QUIET)
         self.steer_it.click(self.act.steer_with, self.shown_feature, self.steering.loaded, **PRIVATE)
@@ -229,7 +248,7 @@ class Page:
 
     def _wire_keep(self) -> None:
         s = self.steering
-        code = [self.curl, self.python]
+        code = [self.curl, self.python, self.link]
         self.keep_tab.select(self.act.show_code, [*s.values, self.talk], code, **QUIET)
         for control in (s.multiple, s.operator, s.scope, s.gated):
             control.change(self.act.show_code, [*s.values, self.talk], code, **QUIET)

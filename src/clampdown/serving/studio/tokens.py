@@ -18,11 +18,13 @@ from clampdown.types import Message
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A token's text and the feature's activation there. `content` is False for template and special tokens."""
+    """A token's text and the feature's activation there. `content` is False for template and special tokens; `place` is
+    its number in the encoded conversation."""
 
     text: str
     value: float
     content: bool
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,12 @@ def colour(lm: LanguageModel, sae: Sae, feature: int, messages: Sequence[Message
     before: list[list[Piece]] = [[] for _ in messages]
     values, content = found.activations[:, 0].tolist(), found.content.tolist()
     following = _following(owners)
-    for text, value, is_content, owner, next_owner in zip(texts, values, content, owners, following, strict=True):
+    rows = zip(texts, values, content, owners, following, strict=True)
+    for place, (text, value, is_content, owner, next_owner) in enumerate(rows):
         if owner is not None:
-            inside[owner].append(Piece(text, value, is_content))
+            inside[owner].append(Piece(text, value, is_content, place))
         elif next_owner is not None:
-            before[next_owner].append(Piece(text, value, content=False))
+            before[next_owner].append(Piece(text, value, content=False, place=place))
     return Colours(feature, tuple(map(tuple, inside)), tuple(map(tuple, before)))
 
 
