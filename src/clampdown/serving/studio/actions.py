@@ -120,17 +120,12 @@ class Actions:
             if link is None:
                 yield nothing
                 return
-            found = self.bench.plans.plan(link.plan)
+            found, controls = self.handlers.opened(link)
         except ClampdownError as error:
             yield [*nothing[:-2], markup.notice(error.message, error.hint), gr.skip()]
             return
-        own = found.gate.threshold if found.gate else 0.0
-        controls = Controls(
-            link.multiple, link.operator, link.scope, link.gated and found.gate is not None, link.threshold or own
-        )
-        shown = self._with_controls(found, controls)
         talk = Conversation()
-        yield [*shown, talk, *[gr.skip()] * 3]
+        yield [*self._with_controls(found, controls), talk, *[gr.skip()] * 3]
         for said in link.said:
             async for drawn in self.ask(said, talk, found, *vars_of(controls), False, None):
                 yield [*[gr.skip()] * N_LOADED, *drawn[:3], gr.skip()]
@@ -143,7 +138,8 @@ class Actions:
         given[2] = gr.update(choices=list(operators_for(plan)), value=controls.operator)
         given[3] = controls.scope
         given[4] = gr.update(value=controls.gated, interactive=plan.gate is not None)
-        given[5] = gr.update(**{**self.threshold_range(plan), "value": controls.threshold})
+        at = self.threshold_range(plan)
+        given[5] = gr.update(**{**at, "value": min(max(controls.threshold, at["minimum"]), at["maximum"])})
         given[7] = self.handlers.words(plan, controls)
         return given
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
-from clampdown.errors import ClampdownError, PlanError
+from clampdown.errors import ClampdownError, PlanError, RequestError
 from clampdown.models.chat import encode
 from clampdown.serving.requests import Request, Sampling
 from clampdown.serving.studio import figures, markup, snippets
@@ -19,15 +19,17 @@ from clampdown.serving.studio.conversation import BASELINE, SIDES, STEERED, Answ
 from clampdown.serving.studio.gates import GateScores, promise
 from clampdown.serving.studio.links import Link, said_in
 from clampdown.serving.studio.reading import look
-from clampdown.serving.studio.settings import Settings, adjusted, checked_name
+from clampdown.serving.studio.settings import AS_PLANNED, Settings, adjusted, checked_name, operators_for
 from clampdown.serving.studio.tokens import Colours, colour
 from clampdown.serving.studio.workbench import Tick, Workbench
 from clampdown.steering.plan import Gate, Plan
+from clampdown.steering.scopes import SCOPES
 from clampdown.steering.units import in_words
 from clampdown.store import content_hash
 
 REDRAW_SECONDS = 0.08
 LISTED = 60
+MOST = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,18 @@ class Handlers:
             threshold=moved,
         )
         return held.address(f"{self.bench.url}/studio/")
+
+    def opened(self, link: Link) -> tuple[Plan, Controls]:
+        """The plan and the controls that a link asks for. Raises `PlanError`, `RequestError` for controls that the page
+        does not have."""
+        plan = self.bench.plans.plan(link.plan)
+        known = link.operator in operators_for(plan) and link.scope in (AS_PLANNED, *SCOPES)
+        if not known or not 0 <= link.multiple <= MOST:
+            raise RequestError("this link asks for controls that the page does not have")
+        own = plan.gate.threshold if plan.gate else 0.0
+        gated = link.gated and plan.gate is not None
+        threshold = own if link.threshold is None else link.threshold
+        return plan, Controls(link.multiple, link.operator, link.scope, gated, threshold)
 
     # ---- the gate --------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clampdown.errors import RequestError
 from clampdown.serving.studio.conversation import Conversation
+from clampdown.serving.studio.settings import AS_PLANNED
 
 PARAMETER = "talk"
 LONGEST = 6000
@@ -31,8 +32,8 @@ class Link(BaseModel):
     plan: str = Field(max_length=200)
     said: tuple[_Said, ...] = Field(max_length=TURNS)
     multiple: float = 1.0
-    operator: str = Field("", max_length=40)
-    scope: str = Field("", max_length=40)
+    operator: str = Field(AS_PLANNED, max_length=40)
+    scope: str = Field(AS_PLANNED, max_length=40)
     gated: bool = True
     threshold: float | None = None
 

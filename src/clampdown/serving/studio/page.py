@@ -13,7 +13,7 @@ from clampdown.extras import extra
 from clampdown.serving.studio import markup
 from clampdown.serving.studio.actions import Actions
 from clampdown.serving.studio.conversation import Conversation
-from clampdown.serving.studio.handlers import Controls
+from clampdown.serving.studio.handlers import MOST, Controls
 from clampdown.serving.studio.settings import AS_PLANNED, operators_for
 from clampdown.serving.studio.workbench import Workbench
 from clampdown.steering.scopes import SCOPES
@@ -186,7 +186,9 @@ class Page:
             plan=gr.State(plan),
             chosen=gr.Dropdown(self.act.names(plan), value=plan.name, label="Plan", elem_id="plan"),
             words=gr.HTML(self.handlers.words(plan, controls), elem_id="words"),
-            multiple=gr.Slider(0, 3, 1, step=0.05, label="Strength", info="times the plan's own", elem_id="multiple"),
+            multiple=gr.Slider(
+                0, MOST, 1, step=0.05, label="Strength", info="times the plan's own", elem_id="multiple"
+            ),
             operator=gr.Dropdown(list(operators_for(plan)), value=AS_PLANNED, label="Operator", elem_id="operator"),
             scope=gr.Dropdown([AS_PLANNED, *SCOPES], value=AS_PLANNED, label="Scope", elem_id="scope"),
             gated=gr.Checkbox(plan.gate is not None, label="Gate", interactive=plan.gate is not None, elem_id="gated"),
