@@ -192,13 +192,11 @@ def test_a_link_brings_the_plan_and_the_same_answers(visit: Visit) -> None:
     visit.tab("Keep")
     address = visit.page.locator("#link :is(textarea, input)")
     expect(address).to_have_value(re.compile("talk="))
-    again = visit.page.context.new_page()
-    again.route("**/*", visit.only_here)
-    again.goto(address.input_value(), wait_until="domcontentloaded")
-    expect(again.locator("#transcript .receipt")).to_have_count(2)
-    shown = [again.locator(f".answer.{side} > p").first.inner_text() for side in ("baseline", "steered")]
-    assert shown == answers
-    again.close()
+    visit.page.goto(address.input_value(), wait_until="domcontentloaded")
+    expect(visit.page.locator("#transcript .receipt")).to_have_count(2)
+    assert [visit.answer(side) for side in ("baseline", "steered")] == answers
+    visit.page.goto(f"{visit.url}/studio/?talk=nonsense", wait_until="domcontentloaded")
+    expect(visit.page.locator("#legend .notice")).to_contain_text("cannot be read")
 
 
 def test_features_are_found_by_ones_own_words(visit: Visit) -> None:

@@ -106,9 +106,7 @@ def test_two_arms_of_one_run_are_compared(evaluated: Path, tmp_path: Path, capsy
     flipped = [p for (arm, p), right in records.items() if arm == "baseline" and right != records["clamped", p]]
     assert [flip["before"]["prompt_id"] for flip in facts["flips"]] == flipped
     assert facts["change"]["gained"] + facts["change"]["lost"] == len(flipped)
-    assert page.read_text().count('class="example"') == sum(len(row["flips"]) for row in arms["suites"]) > 0
-    lost, n = facts["change"]["lost"], facts["change"]["difference"]["n"]
-    assert f"{lost} of {n}</b><span>no longer correct" in page.read_text()
+    assert page.read_text().count('class="example"') == sum(len(row["flips"]) for row in arms["suites"])
 
 
 def changed(run: Path, to: Path, **key: Any) -> Path:
