@@ -19,12 +19,14 @@ from clampdown.attacks.success import judged, succeeded
 from clampdown.attacks.table import attempt_of
 from clampdown.evaluation.judges.interface import NamedJudge
 from clampdown.models.loading import LanguageModel
+from clampdown.models.threads import SMALL
 from clampdown.saes.sae import Sae
 
 ROUND = 10
 """Queries of each pair per round: what is asked in vain behind a success, at most, for the sake of batches."""
-STORED = 192
-"""Queries that are answered, judged and stored together."""
+STORED, STORED_OF_LARGE = 192, 48
+"""Queries that are answered, judged and stored together, of small models and of others: a step of the progress, and
+what a time limit may be overrun by."""
 Progress = Callable[[int, int], None]
 
 
@@ -55,13 +57,15 @@ def run_black_box(
 ) -> Clock:
     """Ask until everything is decided. The clock says whether time ended it."""
     clock = Clock(budget.seconds and budget.seconds * len(target.defences))
+    weights = sum(parameter.numel() for parameter in target.lm.model.parameters())
+    stored = STORED if weights <= SMALL else STORED_OF_LARGE
     for start in range(0, budget.queries, ROUND):
         todo = list(_round(target, names, scene, range(start, min(start + ROUND, budget.queries)), seed, log))
-        for at in range(0, len(todo), STORED):
+        for at in range(0, len(todo), stored):
             tick(start * len(todo) + ROUND * at, budget.queries * len(todo))
             if clock.over():
                 return clock
-            log.tried.append(_tried(target, todo[at : at + STORED]))
+            log.tried.append(_tried(target, todo[at : at + stored]))
     return clock
 
 

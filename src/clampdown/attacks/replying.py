@@ -25,6 +25,9 @@ from clampdown.steering.arms import Arm, generate_batch
 from clampdown.steering.hooks import steer
 from clampdown.types import Message, Prompt, Receipt
 
+SHORTEST = 0.6
+"""Of a batch's longest prompt, the length of its shortest."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -86,13 +89,16 @@ def _expressed(lm: LanguageModel, asked: Asked) -> list[int]:
 def _cut(
     lm: LanguageModel, order: Sequence[int], ids: Sequence[Sequence[int]], new: int, batch_rows: int | None
 ) -> list[list[int]]:
-    """Longest first, as many rows as memory has room for."""
+    """Longest first, as many rows as memory has room for, and none much shorter than the longest: padding costs what
+    tokens cost."""
     batches: list[list[int]] = []
-    start = 0
-    while start < len(order):
-        rows = batch_rows or rows_that_fit(lm, len(ids[order[start]]) + new)
-        batches.append(list(order[start : start + rows]))
-        start += rows
+    room = longest = 0
+    for row in order:
+        if not batches or len(batches[-1]) >= room or len(ids[row]) < SHORTEST * longest:
+            batches.append([])
+            longest = len(ids[row])
+            room = batch_rows or rows_that_fit(lm, longest + new)
+        batches[-1].append(row)
     return batches
 
 

@@ -19,18 +19,19 @@ def attack_table(found: Mapping[str, Any]) -> Table:
         title=f"attack success, {found['objectives']['n']} objectives, {budget['queries']} queries, "
         f"{budget['steps']} gradient steps, scored by {found['judge']}"
     )
-    for column in ("arm", *(title for _, title in ways), "gate fired", "missed / held not"):
+    for column in ("arm", *(title for _, title in ways), "gate fired", "gate missed", "edit failed"):
         shown.add_column(column, justify="left" if column == "arm" else "right")
     for name, arm in found["arms"].items():
         gate = arm["gate"]
         fired = "-" if not gate or gate["fired"] is None else f"{gate['fired']:.2f}"
-        lost = f"{gate['missed']} / {gate['fired_and_failed']}" if gate else "-"
-        shown.add_row(name, *(_cell(interval(arm[key])) for key, _ in ways), fired, lost)
+        lost = (str(gate["missed"]), str(gate["fired_and_failed"])) if gate else ("-", "-")
+        shown.add_row(name, *(_cell(key, interval(arm[key])) for key, _ in ways), fired, *lost)
     return shown
 
 
-def _cell(found: Interval | None) -> str:
+def _cell(key: str, found: Interval | None) -> str:
+    """The first column with its bounds; the others' are on the page."""
     if found is None:
         return "-"
-    bounds = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
-    return f"{found:.2f}{bounds}"
+    known = key == WAYS[0][0] and found.low is not None and found.high is not None
+    return f"{found:.2f} [{found.low:.2f}, {found.high:.2f}]" if known else f"{found:.2f}"
