@@ -72,23 +72,27 @@ def _of_residual(lm: LanguageModel, sites: Sequence[Site]) -> dict[Site, Sinks]:
     changed = sum(parameter._version for parameter in lm.model.parameters())
     new = [site for site in dict.fromkeys(sites) if (site, changed) not in known]
     if new:
-        prompts = [_ids(lm, text) for text in NEUTRAL]
+        prompts = [neutral_ids(lm, text) for text in NEUTRAL]
         batch = pad_left(prompts, lm.pad_id, lm.device)
         real = batch.attention_mask.bool()
         for site, residual in forward_to(lm, batch, new).items():
             lengths = torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)[real].cpu()
-            known[site, changed] = _found(lm, site, prompts, lengths)
+            known[site, changed] = sinks_among(lm, site, prompts, lengths)
     return {site: known[site, changed] for site in sites}
 
 
-def _ids(lm: LanguageModel, text: str) -> list[int]:
+def neutral_ids(lm: LanguageModel, text: str) -> list[int]:
+    """One of the short prompts as token ids."""
     if not getattr(lm.tokenizer, "chat_template", None):
         return list(lm.tokenizer(text)["input_ids"])
     rendered = render(lm.tokenizer, [Message("user", text)], add_generation_prompt=True)
     return list(lm.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
-def _found(lm: LanguageModel, site: Site, prompts: Sequence[Sequence[int]], lengths: Float[Tensor, " tokens"]) -> Sinks:
+def sinks_among(
+    lm: LanguageModel, site: Site, prompts: Sequence[Sequence[int]], lengths: Float[Tensor, " tokens"]
+) -> Sinks:
+    """The sinks of a site from how long its residual is at every token of the short prompts, one after the other."""
     median = float(lengths.median())
     tokens = {}
     where = [(at, token) for ids in prompts for at, token in enumerate(ids)]

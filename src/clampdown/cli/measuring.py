@@ -147,6 +147,9 @@ def evaluate(
         int | None,
         typer.Option("--batch-rows", min=1, help="Replies generated together. Default: what memory has room for."),
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="Who writes replies: vllm, or vllm:{...}. Default: this process.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
     out: OutOption = Path("runs/evaluate"),
     model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,
@@ -173,11 +176,11 @@ def evaluate(
         data=prompts.load(),
     )
     progress = stages()
-    evaluation = job.prepare(request, progress)
-    console.print(f"to do: {job.preview(evaluation, out)}", highlight=False)
-    if dry_run:
-        return
-    run = job.run_evaluate(evaluation, out, request, progress)
+    with job.with_engine(job.prepare(request, progress), None if dry_run else engine) as evaluation:
+        console.print(f"to do: {job.preview(evaluation, out)}", highlight=False)
+        if dry_run:
+            return
+        run = job.run_evaluate(evaluation, out, request, progress)
     show_run(out, progress)
     if evaluation.controls:
         console.print(control_table.shown(run))

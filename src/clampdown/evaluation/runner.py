@@ -19,6 +19,7 @@ from typing import Any
 
 from clampdown.config import CODE_VERSION
 from clampdown.errors import JudgeError, PlanError, PromptSetError, SteeringNotAppliedError
+from clampdown.evaluation.engines import Engine
 from clampdown.evaluation.judging import Judging
 from clampdown.evaluation.utility import BATCH_ROWS, option_choices, refuse_generated_scope
 from clampdown.models.fingerprint import weights_fingerprint
@@ -39,10 +40,11 @@ _ALWAYS_ACT = frozenset({"clamp", "add", "add_direction", "ablate_direction"})
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How replies are generated (greedily). `batch_rows` is how many are decoded together; None: what memory
-    has room for."""
+    has room for. `engine` None: by this process."""
 
     max_new_tokens: int = 64
     batch_rows: int | None = None
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,11 @@ def resume_key(lm: LanguageModel, saes: Sequence[Sae], job: Job) -> dict[str, An
         ],
         "suites": {suite.name: prompts_hash(suite.prompts) for suite in job.suites},
         "judge": job.judge_name,
-        "generation": {"decoding": "greedy", "max_new_tokens": job.settings.max_new_tokens},
+        "generation": {
+            "decoding": "greedy",
+            "max_new_tokens": job.settings.max_new_tokens,
+            **({"engine": job.settings.engine.label} if job.settings.engine else {}),
+        },
     }
 
 
@@ -131,10 +137,16 @@ def run(
     rows, done = job.rows, 0
     judging = Judging(job.judge, job.judge_name, job.suites, log)
     judging.catch_up()
-    for batch in batches(lm, rows, job.settings.batch_rows, job.settings.max_new_tokens):
+    engine = job.settings.engine
+    at_once = engine.rows if engine else job.settings.batch_rows
+    for batch in batches(lm, rows, at_once, job.settings.max_new_tokens):
         fresh = {key for arm, prompt, _ in batch if (key := _key(arm, prompt)) not in log and key not in log.replies}
         if fresh:
-            replies = generate_batch(lm, saes, batch, job.settings.max_new_tokens)
+            replies = (
+                engine.replies(batch, job.settings.max_new_tokens)
+                if engine
+                else generate_batch(lm, saes, batch, job.settings.max_new_tokens)
+            )
             check_acted(replies)
             log.replies.append([_stored(reply) for reply in replies if _key(reply.arm, reply.prompt) in fresh])
         judging.catch_up()

@@ -251,6 +251,22 @@ def load_shape(directory: Path) -> LanguageModel:
 
     For estimates before anything is downloaded or loaded. Raises `ModelError` and `UnknownArchitectureError`.
     """
+    return _shape(directory, str(directory), "shape only")
+
+
+def load_identity(name: str | Path, *, revision: str | None = None) -> LanguageModel:
+    """What `load_model` gives, with tensors on the meta device: for engines that hold the weights themselves.
+
+    Its revision is that of the files, so plans are checked against it as against the loaded model. Raises as
+    `load_model`.
+    """
+    directory, commit = _resolve(str(name), revision)
+    refuse_adapters(directory, str(name))
+    _refuse_pickle(directory, str(name))
+    return _shape(directory, str(name), commit or directory_revision(directory))
+
+
+def _shape(directory: Path, name: str, revision: str) -> LanguageModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not (directory / "config.json").is_file():
@@ -260,8 +276,8 @@ def load_shape(directory: Path) -> LanguageModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
     model.eval().requires_grad_(False)
-    tokenizer = _read_tokenizer(directory, str(directory))
-    return LanguageModel(model, tokenizer, find_layout(model), str(directory), "shape only")
+    tokenizer = _read_tokenizer(directory, name)
+    return LanguageModel(model, tokenizer, find_layout(model), name, revision)
 
 
 def has_weights(name: str | Path) -> bool:

@@ -33,7 +33,7 @@ def idle(_x: Residual) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class Reader:
     """activation = pre where pre > threshold else 0, with pre = x @ encoder + bias. No threshold: pre itself."""
 
     encoder: Float[Tensor, "d_model n"]
@@ -61,7 +61,7 @@ class _Bent:
 class _FusedBank:
     """The groups of one bank: the sum of those that are lines in the activation is one line, the others follow."""
 
-    reader: _Reader
+    reader: Reader
     directions: Float[Tensor, "n d_model"]
     slope: Float[Tensor, "rows n"] | None
     offset: Float[Tensor, "rows n"]
@@ -109,7 +109,7 @@ def decoding_step(program: SiteProgram, weights: Mapping[Reach, Float[Tensor, "r
 
 
 def _fused_bank(bank: Bank, weights: Mapping[Reach, Float[Tensor, "rows 1"]]) -> _FusedBank | None:
-    reader = _reader(bank.view)
+    reader = reader_of(bank.view)
     if reader is None:
         return None
     n_rows = len(bank.groups[0].strengths)
@@ -135,9 +135,9 @@ def _directions(view: View) -> Tensor:
     return view.directions
 
 
-def _reader(view: View) -> _Reader | None:
+def reader_of(view: View) -> Reader | None:
     if isinstance(view, Directions):
-        return _Reader(view.rows.T, None, None)
+        return Reader(view.rows.T, None, None)
     if not isinstance(view, FeatureView) or not view.architecture.rectifies or view.directions.dtype != torch.float32:
         return None
     if view.cfg.normalize_activations not in ("none", "expected_average_only_in"):
@@ -146,4 +146,4 @@ def _reader(view: View) -> _Reader | None:
     if view.cfg.apply_b_dec_to_input:
         bias = bias - view.b_dec @ view.encoder
     threshold = view.vectors.get("threshold", torch.zeros_like(bias))
-    return _Reader(view.encoder, bias, threshold.clamp(min=0))
+    return Reader(view.encoder, bias, threshold.clamp(min=0))

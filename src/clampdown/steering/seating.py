@@ -70,13 +70,14 @@ class PromptSpan:
         return len(self.ids)
 
 
-def prompt_spans(lm: LanguageModel, rows: Rows, prompts: Batch) -> list[PromptSpan]:
-    """Each row's intervals. Raises `ScopeError` when a prompt lacks what a scope needs, or a scope is no interval."""
+def prompt_spans(lm: LanguageModel, rows: Rows, prompts: Batch, *, one_window: bool = True) -> list[PromptSpan]:
+    """Each row's intervals, for the edits of every branch. Raises `ScopeError` when a prompt lacks what a scope needs,
+    or a scope is no interval; with `one_window` `PlanError` for a prompt that a gate would read in several."""
     ids, real = prompts.input_ids, prompts.attention_mask.bool()
     width = ids.shape[1]
     if trailing_padding(real, "a prompt") is not None:
         raise PlanError("a prompt ends in padding", hint="a prepared model takes prompts that are padded on the left")
-    scopes = {edit.scope for plan in rows if plan is not None for edit in plan.edits}
+    scopes = {edit.scope for plan in rows if plan is not None for edit in plan.all_edits}
     content = torch.zeros_like(real)
     if "last_user" in scopes or any(plan is not None and plan.gate for plan in rows):
         content = lm.chat.content_mask(ids, prompts.attention_mask)
@@ -89,7 +90,7 @@ def prompt_spans(lm: LanguageModel, rows: Rows, prompts: Batch) -> list[PromptSp
     )
     masks = {scope: SCOPES[scope](window).cpu() for scope in scopes}
     pads = (width - real.sum(1)).tolist()
-    for plan, row, inside, pad in zip(rows, ids.tolist(), content.tolist(), pads, strict=True):
+    for plan, row, inside, pad in zip(rows, ids.tolist(), content.tolist(), pads, strict=True) if one_window else ():
         require_one_window(lm, plan, row[pad:], inside[pad:])
     return [
         PromptSpan(

@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from clampdown.evaluation.catalog import load_suites
 from clampdown.evaluation.condition import Condition, condition
 from clampdown.evaluation.control_arms import Control, Matching, Material, control_arms
 from clampdown.evaluation.controls import FeatureTable
+from clampdown.evaluation.engines import opened
 from clampdown.evaluation.judges.interface import NamedJudge
+from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.results.run import Run
 from clampdown.saes.sae import Sae
@@ -123,6 +126,17 @@ def prepared(
     arms = (BASELINE, *(arm_of(plan, "plan") for plan in plans), *(row.arm for row in rows if row.arm))
     asked = Asked(suites, split_to_measure(request.split), benign, BY_LIKELIHOOD[request.likelihood])
     return Evaluation(lm, (*saes, *more), judge, judge.name, arms, asked, answering, rows, tuple(plans), request.seed)
+
+
+@contextmanager
+def with_engine(evaluation: Evaluation, engine: str | None) -> Iterator[Evaluation]:
+    """The same, answered by another engine (`evaluation/engines.py`). Raises as that cannot be opened."""
+    prompts = [prompt for suite in evaluation.asked.suites for prompt in suite.prompts]
+    asked = {arm.messages(prompt) for prompt in prompts for arm in evaluation.arms} if engine else ()
+    longest = max((len(encode(evaluation.lm, messages)) for messages in asked), default=0)
+    longest += evaluation.answering.max_new_tokens
+    with opened(engine, evaluation.lm, evaluation.saes, evaluation.arms, longest) as found:
+        yield replace(evaluation, answering=replace(evaluation.answering, engine=found))
 
 
 def preview(evaluation: Evaluation, out: Path) -> Estimate:

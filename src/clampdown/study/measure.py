@@ -100,7 +100,7 @@ def generate_records(
 
 def job_of(subject: Subject, arms: Sequence[Arm], suites: Sequence[Suite], answering: Answering) -> runner.Job:
     """The arms on the suites as a job for the runner."""
-    settings = runner.Settings(max_new_tokens=answering.max_new_tokens, batch_rows=answering.batch_rows)
+    settings = runner.Settings(answering.max_new_tokens, answering.batch_rows, answering.engine)
     n = answering.control_prompts
     fewer = {} if n is None else {arm.name: n for arm in arms if arm.kind is ArmKind.CONTROL and arm.plan}
     return runner.Job(tuple(arms), tuple(suites), subject.judge, subject.judge_name, settings, fewer)

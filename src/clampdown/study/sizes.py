@@ -13,11 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from clampdown.errors import PromptSetError
+from clampdown.evaluation.engines import Engine
 
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """How much the arms answer: prompts per suite for generation and for KL, rows per batch, tokens per reply."""
+    """How much the arms answer: prompts per suite for generation and for KL, rows per batch, tokens per reply,
+    and the engine that writes replies (None: this process)."""
 
     per_suite: int
     kl_prompts: int
@@ -25,6 +27,7 @@ class Answering:
     max_new_tokens: int = 40
     control_prompts: int | None = None
     """Prompts per suite for controls, where they answer fewer than the other arms."""
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True, slots=True)
