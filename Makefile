@@ -1,5 +1,5 @@
-# Five targets: demo, test, check, bench, docs. Each sets up what it needs first if it is missing or older than what it was
-# made from. The plain commands behind the first are in README.md.
+# Targets: demo, test, check, bench, docs, test-vllm. Each sets up what it needs first if it is missing or older than what it
+# was made from. The plain commands behind the first are in README.md.
 
 # A Python 3.11 or newer that can make virtual environments; `make PYTHON=... test` chooses another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -7,8 +7,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_VENV := $(CURDIR)/.venv-vllm
 
-.PHONY: demo test check bench docs
+.PHONY: demo test check bench docs test-vllm vllm-environment
 
 demo: $(READY)
 	$(BIN)/clampdown demo --out runs/demo
@@ -22,6 +23,12 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# The plugin for vLLM. `make VLLM_TESTS="-m ci" test-vllm` runs the part that every change must pass.
+test-vllm: $(VLLM_VENV)/.ready
+	cd clampdown-vllm && OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
+
+vllm-environment: $(VLLM_VENV)/.ready
 
 bench: $(READY)
 	@mkdir -p runs/bench
@@ -45,4 +52,9 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || "$(PYTHON)" -m venv $(VENV)
 	$(BIN)/pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VLLM_VENV)/.ready: clampdown-vllm/pyproject.toml clampdown-vllm/environment.sh
+	@test -n "$(PYTHON)" || { echo "clampdown needs Python 3.11 or newer with the venv module" >&2; exit 1; }
+	clampdown-vllm/environment.sh $(VLLM_VENV) "$(PYTHON)"
 	@touch $@

@@ -1,0 +1,212 @@
+"""vLLM's OpenAI-compatible server: plans by model name, by the field `steering` or by `vllm_xargs`, and receipts.
+
+Every plan is listed as a model `BASE:plan`. The field goes before `vllm_xargs`, and both before the model's name; "off"
+means no plan. A receipt stands in the reply, streamed or not, as `steering`. Endpoints whose replies have no place for
+one refuse plans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+from clampdown.serving.replies import agreed
+from clampdown_vllm.front.async_engine import prove
+from clampdown_vllm.front.configuring import DESKS, desk_of
+from clampdown_vllm.front.desk import OFF, Desk, Unknown
+from clampdown_vllm.front.requests import asked, refuse_unsteerable, refused
+from clampdown_vllm.front.typed import plain_ids
+from clampdown_vllm.runners.patching import wrap
+from clampdown_vllm.settings import KEY
+
+_PLACE: ContextVar[bool] = ContextVar("a reply with a place for a receipt", default=False)
+
+
+def install() -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    wrap(OpenAIServingModels, "__init__", _list_plans)
+    wrap(OpenAIServingModels, "init_static_loras", _start)
+    for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        wrap(request, "to_sampling_params", _to_sampling_params)
+    for request in (ChatCompletionRequest, CompletionRequest):
+        wrap(request, "to_beam_search_params", _to_beam_search_params)
+    wrap(OpenAIServingChat, "create_chat_completion", _placed(OpenAIServingChat))
+    wrap(OpenAIServingCompletion, "create_completion", _placed(OpenAIServingCompletion))
+    wrap(OpenAIServingChat, "render_chat_request", _render)
+    wrap(OpenAIServingChat, "chat_completion_full_generator", _chat_whole)
+    wrap(OpenAIServingChat, "chat_completion_stream_generator", _chat_stream)
+    wrap(OpenAIServingCompletion, "request_output_to_completion_response", _text_whole)
+    wrap(OpenAIServingCompletion, "completion_stream_generator", _text_stream)
+
+
+async def _start(before: Any, self: Any) -> None:
+    """The last step before a server takes requests: one that cannot steer does not come that far."""
+    await prove(self.engine_client)
+    await before(self)
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+
+
+def _list_plans(before: Any, self: Any, engine_client: Any, base_model_paths: Any, **kwargs: Any) -> None:
+    before(self, engine_client, base_model_paths, **kwargs)
+    desk = desk_of(engine_client.vllm_config)
+    if desk is not None:
+        bases = list(self.base_model_paths)
+        desk.bases = tuple(base.name for base in bases)
+        for base in bases:
+            for name in desk.book.plans:
+                self.base_model_paths.append(type(base)(name=f"{base.name}:{name}", model_path=base.model_path))
+
+
+def _desk() -> Desk | None:
+    """Of the one engine that this process serves."""
+    return next(reversed(DESKS.values()), None)
+
+
+def requested(request: Any, extra: Mapping[str, Any] | None) -> Any:
+    """What a request says of steering: the field, `vllm_xargs`, or its model's name; None when it says nothing."""
+    given = (request.model_extra or {}).get("steering", (extra or {}).get(KEY))
+    desk, model = _desk(), request.model or ""
+    if given is None and desk is not None and model not in desk.bases:
+        return next((m[len(base) + 1 :] for m in [model] for base in desk.bases if m.startswith(f"{base}:")), None)
+    return given
+
+
+def _to_sampling_params(before: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    params = before(self, *args, **kwargs)
+    given = requested(self, params.extra_args)
+    if given is not None and not isinstance(given, str):
+        raise refused(Unknown(f"steering is the name of a plan, not {type(given).__name__}"))
+    extra = {key: value for key, value in (params.extra_args or {}).items() if key != KEY}
+    params.extra_args = {**extra, KEY: given} if given not in (None, OFF) else extra or None
+    if (name := asked(params)) is not None:
+        if not _PLACE.get():
+            raise refused(Unknown("replies of this endpoint have no place for a receipt: use /v1/chat/completions"))
+        refuse_unsteerable(_desk(), name, params)
+    return params
+
+
+def _to_beam_search_params(before: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if requested(self, getattr(self, "vllm_xargs", None)) not in (None, OFF):
+        raise refused(Unknown("beam search cannot be steered"))
+    return before(self, *args, **kwargs)
+
+
+def _placed(cls: Any) -> Any:
+    """Inside these calls a reply has a place for a receipt; classes derived from them answer in other shapes."""
+
+    async def around(before: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _PLACE.set(type(self) is cls)
+        try:
+            return await before(self, *args, **kwargs)
+        finally:
+            _PLACE.reset(token)
+
+    return around
+
+
+async def _render(before: Any, self: Any, request: Any) -> Any:
+    """The prompt of a steered conversation, in which nothing that was typed is a control token."""
+    result = await before(self, request)
+    desk = _desk()
+    if desk is None or not isinstance(result, tuple) or requested(request, request.vllm_xargs) in (None, OFF):
+        return result
+    try:
+        ids = plain_ids(desk.lm, desk.controls, request)
+    except Unknown as error:
+        raise refused(error) from error
+    if ids is not None:
+        for rendered in result[1]:
+            rendered["prompt_token_ids"] = ids
+            rendered.pop("prompt", None)
+    return result
+
+
+# ---- receipts ----------------------------------------------------------------------------------------------------
+
+
+class _Tap:
+    """Passes an engine's outputs on, and keeps the receipts that come with the last of each prompt."""
+
+    def __init__(self, outputs: AsyncIterator[Any], *, raw: bool) -> None:
+        self._outputs, self._raw = outputs, raw
+        self.receipts: dict[int, dict[str, Any] | None] = {}
+
+    async def __aiter__(self) -> AsyncGenerator[Any, None]:
+        async for item in self._outputs:
+            index, out = item if isinstance(item, tuple) else (0, item)
+            if out.finished:
+                self.receipts[index] = receipt_of(out, raw=self._raw)
+            yield item
+
+
+def receipt_of(out: Any, *, raw: bool) -> dict[str, Any]:
+    """What was done to a reply; without a plan, that nothing was. `raw`: the client wrote the prompt itself."""
+    nothing = {"plan": None, "digest": None, "tokens_touched": 0, "edit_norm": 0.0, "branch": "none"}
+    return {**getattr(out, "steering", nothing), "raw": raw}
+
+
+async def _chat_whole(before: Any, self: Any, request: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    tap = _Tap(outputs, raw=False)
+    response = await before(self, request, aiter(tap), *args, **kwargs)
+    return _answered(response, request, [tap.receipts.get(0)])
+
+
+def _text_whole(before: Any, self: Any, batch: Sequence[Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    response = before(self, batch, request, *args, **kwargs)
+    return _answered(response, request, [receipt_of(out, raw=True) for out in batch for _ in out.outputs])
+
+
+def _answered(response: Any, request: Any, receipts: Sequence[dict[str, Any] | None]) -> Any:
+    """The receipt at the top and in each choice, and the name that was asked for."""
+    if _desk() is None or not hasattr(response, "choices"):
+        return response
+    known = [receipt for receipt in receipts if receipt is not None]
+    for choice, receipt in zip(response.choices, receipts, strict=False):
+        choice.steering = receipt
+    if known:
+        response.steering = agreed(known)
+    response.model = request.model or response.model
+    return response
+
+
+async def _chat_stream(before: Any, self: Any, request: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    tap = _Tap(outputs, raw=False)
+    async for line in _with_receipts(before(self, request, aiter(tap), *args, **kwargs), tap, 1):
+        yield line
+
+
+async def _text_stream(
+    before: Any, self: Any, request: Any, inputs: Any, outputs: Any, *args: Any, **kwargs: Any
+) -> Any:
+    tap = _Tap(outputs, raw=True)
+    n = request.n or 1
+    async for line in _with_receipts(before(self, request, inputs, aiter(tap), *args, **kwargs), tap, n):
+        yield line
+
+
+async def _with_receipts(lines: AsyncIterator[str], tap: _Tap, n: int) -> AsyncGenerator[str, None]:
+    """A stream's events, the receipt in the one that says why the reply ended."""
+    async for line in lines:
+        yield _with_receipt(line, tap, n) if '"finish_reason":"' in line and _desk() is not None else line
+
+
+def _with_receipt(line: str, tap: _Tap, n: int) -> str:
+    try:
+        event = json.loads(line.removeprefix("data: "))
+    except ValueError:
+        return line
+    for choice in event.get("choices", ()):
+        receipt = tap.receipts.get(choice["index"] // n)
+        if choice.get("finish_reason") and receipt is not None:
+            choice["steering"] = event["steering"] = receipt
+    return f"data: {json.dumps(event, separators=(',', ':'))}\n\n"
