@@ -1,4 +1,4 @@
-# Targets: demo, test, check, bench, docs, test-vllm. Each sets up what it needs first if it is missing or older than what it
+# Targets: demo, test, test-ray, check, bench, docs, test-vllm. Each sets up what it needs first if it is missing or older than what it
 # was made from. The plain commands behind the first are in README.md.
 
 # A Python 3.11 or newer that can make virtual environments; `make PYTHON=... test` chooses another.
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_VENV := $(CURDIR)/.venv-vllm
 
-.PHONY: demo test check bench docs test-vllm vllm-environment
+.PHONY: demo test test-ray check bench docs test-vllm vllm-environment
 
 demo: $(READY)
 	$(BIN)/clampdown demo --out runs/demo
@@ -18,6 +18,18 @@ demo: $(READY)
 # tests that compare with other packages run in one of them, so that the other need not import those.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Ray in an environment of its own on top of .venv (about 400 MB): the tests that need it skip elsewhere.
+RAY := .venv-ray
+test-ray: $(RAY)/.ready
+	PYTHONPATH=src $(RAY)/bin/python -m pytest -rs tests/scale/test_ray.py
+
+$(RAY)/.ready: $(READY)
+	test -x $(RAY)/bin/pip || $(BIN)/python -m venv $(RAY)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	$(RAY)/bin/pip install "ray==2.60.0"
+	@touch $@
 
 check: $(READY)
 	$(BIN)/ruff format --check .

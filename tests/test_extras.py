@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 OTHER_NAMES = {"sklearn": "scikit-learn"}  # where a package is imported by another name than it is installed by
 OF_CORE = {"anyio", "click", "markupsafe", "tqdm"}  # required by httpx2, typer, jinja2, huggingface-hub
 NOT_USERS = {"dev", "docs"}
-APART = {"inspect"}  # has an environment of its own
+APART = {"inspect", "spread", "quantise", "ray"}  # an environment of its own; hundreds of megabytes for a few
 
 
 def _names(requirements: list[str]) -> set[str]:

@@ -135,6 +135,10 @@ class FeatureSetMismatchError(FeatureSetError):
     """Two sets of features, or a set and a model, that are not about the same SAE: their indices mean other things."""
 
 
+class ShardError(StoreError):
+    """A shard is missing, doubled, unfinished, or of another run; names it."""
+
+
 class MissingPackageError(ClampdownError):
     """An optional package that this needs is not installed; the hint says how to get it."""
 

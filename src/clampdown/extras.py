@@ -23,6 +23,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "saelens": ("sae_lens",),
     "hub": ("datasets", "pyarrow"),
     "lm-eval": ("lm_eval",),
+    "spread": ("accelerate",),
+    "quantise": ("accelerate", "bitsandbytes"),
+    "ray": ("ray",),
     "inspect": ("inspect_ai",),
 }
 """What an extra brings, as it is imported. Names are those of pyproject.toml."""

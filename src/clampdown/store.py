@@ -299,7 +299,7 @@ def claim(manifest: Path, key: Any) -> None:
         found = read_object(manifest)
         if found.get("schema") != SCHEMA or found.get("resume_key") != digest:
             raise StoreError(
-                f"{manifest.parent} holds another run: {_what_differs(found.get('key'), to_jsonable(key))}",
+                f"{manifest.parent} holds another run: {what_differs(found.get('key'), to_jsonable(key))}",
                 hint="choose an empty --out directory, or repeat the exact command to resume",
             )
     else:
@@ -319,7 +319,7 @@ def locked(directory: Path) -> FileIO:
     return handle
 
 
-def _what_differs(found: Any, wanted: Any) -> str:
+def what_differs(found: Any, wanted: Any) -> str:
     """The parts of two resume keys that are not equal, for a message."""
     if not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
         return "made with other settings"

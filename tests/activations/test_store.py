@@ -125,7 +125,7 @@ def test_shards_merge_into_the_bytes_of_one_pass(job, whole, tmp_path_factory, d
             assert contents(part) == whole
             return
     merged = tmp_path_factory.mktemp("merged")
-    merge_shards(job, data.draw(st.permutations(parts)), merged)
+    merge_shards(data.draw(st.permutations(parts)), merged, n)
     assert contents(merged) == whole
 
 
@@ -205,7 +205,7 @@ def test_damage_is_named(job, tmp_path):
     with pytest.raises(StoreError, match=path.name):
         collect_to(job, tmp_path)
     with pytest.raises(StoreError, match=path.name):
-        merge_shards(job, [tmp_path], tmp_path / "merged")
+        merge_shards([tmp_path], tmp_path / "merged", len(job.batches))
     collect_to(job, tmp_path / "part", only=[0])
     with pytest.raises(StoreError, match="batch 1 of"):
-        merge_shards(job, [tmp_path / "part"], tmp_path / "incomplete")
+        merge_shards([tmp_path / "part"], tmp_path / "incomplete", len(job.batches))

@@ -16,7 +16,6 @@ from clampdown.activations import files
 from clampdown.activations.store import ActivationStore
 from clampdown.activations.stream import Pass, Series, Shard, read_batch
 from clampdown.errors import StoreError
-from clampdown.store import content_hash, write_atomic
 
 Progress = Callable[[int, int], None]
 
@@ -52,32 +51,39 @@ def collect_to(
     `only` names some of the batches, for a pass that is split over machines; the result is None unless all are there.
     Raises `StoreError` when the directory holds another pass or cannot be written.
     """
-    files.claim(job, directory)
+    read_into(job, directory, on_progress, only=only)
     if not files.is_finished(directory):
-        tally, missing = _Tally(job, on_progress), set(files.missing_shards(job, directory))
-        for number in range(len(job.batches)) if only is None else only:
-            if number in missing:
-                files.write_shard(job, directory, number, read_batch(job, number))
-            tally.finished(number)
-        if files.missing_shards(job, directory):
+        if files.missing_shards(directory, len(job.batches)):
             return None
-        files.finish(job, directory)
+        files.finish(directory, len(job.batches))
     return ActivationStore.open(directory)
 
 
-def merge_shards(job: Pass, parts: Sequence[Path], directory: Path) -> ActivationStore:
-    """One store from the directories in which a pass's batches were run. Raises `StoreError` when one is missing."""
+def read_into(
+    job: Pass, directory: Path, on_progress: Progress | None = None, *, only: Iterable[int] | None = None
+) -> None:
+    """Run batches into a directory (all, or `only` some) that are not there yet, and leave them as they are."""
     files.claim(job, directory)
+    if files.is_finished(directory):
+        return
+    tally, missing = _Tally(job, on_progress), set(files.missing_shards(directory, len(job.batches)))
+    for number in range(len(job.batches)) if only is None else only:
+        if number in missing:
+            files.write_shard(job, directory, number, read_batch(job, number))
+        tally.finished(number)
+
+
+def merge_shards(parts: Sequence[Path], directory: Path, batches: int) -> ActivationStore:
+    """One store from the directories in which a pass's batches were run; no model is needed. Raises `StoreError` for a
+    part of another pass, and when a batch is missing."""
+    if files.is_finished(directory):
+        return ActivationStore.open(directory)
     for part in parts:
-        if files.read_manifest(part)["resume_key"] != content_hash(job.key):
-            raise StoreError(f"{part} holds another pass (other model, SAE, prompts, template or poolings)")
-        for number in files.missing_shards(job, directory):
-            if files.shard_path(part, number).exists():
-                write_atomic(files.shard_path(directory, number), files.shard_path(part, number).read_bytes())
-    missing = files.missing_shards(job, directory)
+        files.take_over(part, directory, files.missing_shards(directory, batches))
+    missing = files.missing_shards(directory, batches)
     if missing:
-        raise StoreError(f"batch {missing[0]} of {len(job.batches)} was not run in any of the parts")
-    files.finish(job, directory)
+        raise StoreError(f"batch {missing[0]} of {batches} was not run in any of the parts")
+    files.finish(directory, batches)
     return ActivationStore.open(directory)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from scipy.sparse import csr_array
 from clampdown.activations.stream import Pass, Series, Shard
 from clampdown.documents import parse_rows, read_json, read_lines, row_of
 from clampdown.errors import StoreError
-from clampdown.store import content_hash, to_jsonable, write_atomic, write_json
+from clampdown.store import content_hash, to_jsonable, what_differs, write_atomic, write_json
 from clampdown.types import Prompt
 
 SCHEMA, KIND = 1, "activations"
@@ -61,9 +61,9 @@ def shard_path(directory: Path, number: int) -> Path:
     return directory / "shards" / f"{number:06d}.safetensors"
 
 
-def missing_shards(job: Pass, directory: Path) -> list[int]:
-    """Batches that are not on disk yet."""
-    return [number for number in range(len(job.batches)) if not shard_path(directory, number).exists()]
+def missing_shards(directory: Path, batches: int) -> list[int]:
+    """Which of so many batches are not on disk yet."""
+    return [number for number in range(batches) if not shard_path(directory, number).exists()]
 
 
 def write_shard(job: Pass, directory: Path, number: int, shard: Shard) -> None:
@@ -78,16 +78,18 @@ def write_shard(job: Pass, directory: Path, number: int, shard: Shard) -> None:
     write_atomic(shard_path(directory, number), save(tensors))
 
 
-def finish(job: Pass, directory: Path) -> None:
-    """Put the rows of all shards into prompt order, as arrays that can be mapped, and delete the shards."""
+def finish(directory: Path, batches: int) -> None:
+    """Put the rows of all shards into prompt order, as arrays that can be mapped, and delete the shards. The manifest
+    says what they hold: no model is needed."""
+    manifest = read_manifest(directory)
     partial = directory / "matrices.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        shards = [shard_path(directory, number) for number in range(len(job.batches))]
-        for i, series in enumerate(job.series):
-            gather = _gather_dense if series.kind == "dense" else _gather_sparse
-            gather(shards, partial, i, len(job.prompts))
+        shards = [shard_path(directory, number) for number in range(batches)]
+        for i, row in enumerate(manifest["series"]):
+            gather = _gather_dense if row["series"]["kind"] == "dense" else _gather_sparse
+            gather(shards, partial, i, manifest["n_prompts"])
         os.replace(partial, directory / "matrices")
     except OSError as error:
         raise StoreError(f"cannot write {partial}: {error.strerror or error}") from error
@@ -149,6 +151,31 @@ def open_series(directory: Path, i: int, series: Series, d_sae: int) -> csr_arra
     stop = int(starts[-1])
     data, indices = (_map(files / f"{i}.{part}.npy")[:stop] for part in ("data", "indices"))
     return csr_array((data, indices, starts), shape=(len(starts) - 1, d_sae), copy=False)
+
+
+def take_over(part: Path, directory: Path, numbers: Iterable[int]) -> None:
+    """Copy a part's batches into a directory of the same pass, with its manifest and prompts. Raises `StoreError`."""
+    theirs = read_manifest(part)
+    if (directory / "manifest.json").exists():
+        ours = read_manifest(directory)
+        if ours["resume_key"] != theirs["resume_key"]:
+            raise StoreError(
+                f"{part} holds another pass than {directory}: {what_differs(ours['key'], theirs['key'])}",
+                hint="parts of one pass come from one command on one kind of device",
+            )
+    for name in ("prompts.jsonl", "manifest.json"):
+        if not (directory / name).exists():
+            write_atomic(directory / name, _bytes(part / name))
+    for number in numbers:
+        if shard_path(part, number).exists():
+            write_atomic(shard_path(directory, number), _bytes(shard_path(part, number)))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

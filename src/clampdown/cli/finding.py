@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from clampdown.cli.app import ModelOption, OutOption, SaeOption, SeedOption, app, console, features_app, stages
-from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
+from clampdown.cli.options import JudgeOption, MachineOptions, PlacingOptions, PromptOptions, asks, command_of
 from clampdown.config import ORGANISM
 
 
 @app.command()
-@asks_prompts
+@asks(prompts=PromptOptions, machines=MachineOptions, placing=PlacingOptions)
 def discover(
+    context: Any,
     prompts: PromptOptions,
+    machines: MachineOptions,
+    placing: PlacingOptions,
     out: OutOption = Path("runs/discover"),
     finder: Annotated[str, typer.Option("--finder", help="Finders by name, comma-separated; 'both' or 'all'.")] = "",
     prompt: Annotated[str | None, typer.Option("--prompt", help="Single-prompt finder: the prompt to refuse.")] = None,
@@ -27,6 +31,7 @@ def discover(
     refine: Annotated[bool, typer.Option("--refine", help="Refine what was found into plan.toml.")] = False,
     set_size: Annotated[int, typer.Option("--set-size", min=1, help="Refine to at most this many features.")] = 1,
     scan: Annotated[bool, typer.Option("--scan", help="Scan every layer and SAE instead of ranking features.")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Discovery prompts of each suite.")] = 160,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     model: ModelOption = ORGANISM,
     sae: SaeOption = ORGANISM,
@@ -49,16 +54,30 @@ def discover(
         refine=refine,
         set_size=set_size,
         seed=seed,
+        limit=limit,
+        placing=placing.value(),
     )
-    progress = stages()
+    progress, shard, pool = stages(), machines.parsed(), machines.pool()
     if dry_run:
         job.dry_run(model, sae, request, progress)
         return
     if scan:
+        _refuse_machines(machines)
         console.print(job.scan_table(job.run_scan(model, sae, request, out, progress)))
         console.print(f"[bold]layer by layer:[/bold] {out / 'scan.html'}", soft_wrap=True)
         return
-    discovered = job.run_discover(model, sae, request, out, progress)
+    if shard:
+        from clampdown.scale.reading import discover_shard
+
+        directory = discover_shard(model, sae, request, out, shard, progress, command_of(context))
+        console.print(f"written: {directory}", soft_wrap=True)
+        return
+    how = job.in_this_process
+    if pool:
+        from clampdown.scale.on_ray import read_on_ray
+
+        how = partial(read_on_ray, request=pool)
+    discovered = job.run_discover(model, sae, request, out, progress, how)
     if discovered.sinks:
         console.print(discovered.sinks, soft_wrap=True, highlight=False)
     for path, found in discovered.written:
@@ -67,6 +86,14 @@ def discover(
     if discovered.refinement is not None:
         console.print(refinement_table(discovered.refinement))
         console.print(f"written: {discovered.refinement.path}")
+
+
+def _refuse_machines(machines: MachineOptions) -> None:
+    """The layer scan is one short pass. Raises `ShardError`."""
+    from clampdown.errors import ShardError
+
+    if machines.shard or machines.ray:
+        raise ShardError("--scan is done by one process", hint="leave --shard and --ray away")
 
 
 @features_app.command("list")

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from clampdown.cli.app import OutOption, app, console, names_in, show_run, stages
-from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
+from clampdown.cli.options import (
+    JudgeOption,
+    MachineOptions,
+    PlacingOptions,
+    PromptOptions,
+    UntilTestOption,
+    asks,
+    command_of,
+)
 from clampdown.config import ORGANISM
+
+if TYPE_CHECKING:
+    from clampdown.scale.pool import PoolRequest
+    from clampdown.scale.shards import Shard
+    from clampdown.study.progress import Stages
+    from clampdown.study.spec import StudySpec
+    from clampdown.study.study import Study
 
 LIST = "list"
 
@@ -20,9 +35,12 @@ SizeOption = Annotated[
 
 
 @app.command()
-@asks_prompts
+@asks(prompts=PromptOptions, machines=MachineOptions, placing=PlacingOptions)
 def study(
+    context: Any,
     prompts: PromptOptions,
+    machines: MachineOptions,
+    placing: PlacingOptions,
     file: Annotated[
         Path | None, typer.Argument(help="A study or a recipe as a TOML file; options win over it.")
     ] = None,
@@ -35,7 +53,6 @@ def study(
         str | None, typer.Option("--methods", help="all, none, or names: clamp,refine,dense,cast,gated-set,two-sided.")
     ] = None,
     kl: Annotated[float | None, typer.Option("--kl", help="Benign KL at which methods are matched.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = None,
     folder: Annotated[
         Path | None, typer.Option("--folder", help="Local copies of public sets, by the names that they have.")
     ] = None,
@@ -43,6 +60,7 @@ def study(
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = None,
     batch_rows: Annotated[int | None, typer.Option("--batch-rows", min=1, help="Replies generated together.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and take, and stop.")] = False,
+    until_test: UntilTestOption = False,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of prompts, controls and probes.")] = None,
     out: OutOption = Path("runs/study"),
 ) -> None:
@@ -55,7 +73,6 @@ def study(
         "minutes": minutes,
         "methods": _methods(methods),
         "kl": kl,
-        "dtype": dtype,
         "n_random": n_random,
         "max_new_tokens": max_new_tokens,
         "batch_rows": batch_rows,
@@ -63,8 +80,13 @@ def study(
     }
     if prompts.given:
         asked["prompts"] = prompts.part()
-    found = {name: value for name, value in asked.items() if value is not None}
-    _study(file, found, out, dry_run=dry_run, folder=folder)
+    if placing.given:
+        asked["placing"] = placing.value()
+    given = {name: value for name, value in asked.items() if value is not None}
+    if (shard := machines.parsed()) is not None:
+        _study_shard(file, given, out, shard, folder, command_of(context))
+        return
+    _study(file, given, out, dry_run=dry_run, until_test=until_test, pool=machines.pool(), folder=folder)
 
 
 @app.command()
@@ -147,26 +169,66 @@ def _methods(text: str | None) -> tuple[str, ...] | None:
 
 
 def _study(
-    file: Path | None, asked: dict[str, Any], out: Path, *, dry_run: bool = False, folder: Path | None = None
+    file: Path | None,
+    asked: dict[str, Any],
+    out: Path,
+    *,
+    dry_run: bool = False,
+    until_test: bool = False,
+    pool: PoolRequest | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Run a study of a file, with what was asked for over it; a recipe goes its own way."""
     from clampdown.study.recipes.schema import is_recipe, read_toml
-    from clampdown.study.spec import parse_spec
 
-    raw = read_toml(file) if file else {}
-    if file and is_recipe(raw):
-        _refuse_options(file, asked)
+    if file and is_recipe(read_toml(file)):
+        _refuse_options(file, asked | ({"until_test": True} if until_test else {}) | ({"ray": pool} if pool else {}))
         _recipe(file, [], out, dry_run=dry_run)
         return
-    spec = parse_spec({**raw, **asked}, str(file) if file else "the study").in_folder(folder)
     progress = stages()
-    with progress.stage("Loading"):
-        found = spec.load()
-    from clampdown.study.planned import planned_study
+    spec, found = _loaded(file, asked, folder, progress)
+    from clampdown.study.planned import kept_request, planned_study
 
-    if planned_study(found, spec, out, progress, dry_run=dry_run) is not None:
+    ran = planned_study(found, spec, out, progress, dry_run=dry_run, until_test=until_test or pool is not None)
+    if pool and not until_test and not dry_run:
+        from clampdown.scale.answering import study_on_ray
+
+        ran = study_on_ray(found, kept_request(spec, out), out, pool, progress)
+    if ran is not None:
         show_run(out, progress)
         console.print(f"[bold]plan:[/bold] {out / 'plan.toml'}   serve it: clampdown serve {out}", soft_wrap=True)
+    elif until_test:
+        console.print(f"ready for its shards: {out}", soft_wrap=True)
+
+
+def _loaded(
+    file: Path | None, asked: dict[str, Any], folder: Path | None, progress: Stages
+) -> tuple[StudySpec, Study]:
+    """A study's settings, and what they name. Raises `RecipeError` and whatever does not fit together."""
+    from clampdown.study.recipes.schema import read_toml
+    from clampdown.study.spec import parse_spec
+
+    raw = {**(read_toml(file) if file else {}), **asked}
+    spec = parse_spec(raw, str(file) if file else "the study").in_folder(folder)
+    with progress.stage("Loading"):
+        return spec, spec.load()
+
+
+def _study_shard(
+    file: Path | None, asked: dict[str, Any], out: Path, shard: Shard, folder: Path | None, command: tuple[str, ...]
+) -> None:
+    """One shard of a study's test."""
+    from clampdown.scale.answering import study_shard
+    from clampdown.study.planned import kept_request
+    from clampdown.study.recipes.schema import is_recipe, read_toml
+
+    if file and is_recipe(read_toml(file)):
+        _refuse_options(file, {"shard": str(shard)})
+    progress = stages()
+    spec, found = _loaded(file, asked, folder, progress)
+    console.print(
+        f"written: {study_shard(found, kept_request(spec, out), out, shard, progress, command)}", soft_wrap=True
+    )
 
 
 def _refuse_options(file: Path, asked: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from clampdown.cli import (
     organism,
     plans,
     saes,
+    scaling,
     serving,
     studio,
     tuning,
@@ -23,14 +24,14 @@ from clampdown.cli import (
 from clampdown.cli.app import app, errors, escaped
 from clampdown.errors import ClampdownError, SaeFitWarning
 
-FAMILIES = (jobs, tuning, finding, measuring, attacking, judging, plans, serving, studio, models, saes, organism)
+FAMILIES = (jobs, tuning, finding, measuring, attacking, scaling, judging, plans, serving, studio, models, saes, organism)
 """Imported because importing registers their commands."""
 
 PANELS = {
     "The main job": ("demo", "study", "chat", "serve", "studio", "report"),
     "Its steps, one by one": (
-        "discover", "features", "plan", "sweep", "screen", "gate", "tune", "evaluate", "compare", "explain",
-        "multiturn", "attack", "check",
+        "discover", "features", "plan", "sweep", "screen", "gate", "tune", "evaluate", "merge", "compare",
+        "explain", "multiturn", "attack", "check",
     ),
     "Published pipelines and methods": ("recipe", "compare-methods"),
     "Looking after it": ("monitor", "judge-agreement", "judge", "label", "suites", "models", "sae", "organism"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,16 @@ from clampdown.cli.app import (
     stages,
     suites_app,
 )
-from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
+from clampdown.cli.options import (
+    JudgeOption,
+    MachineOptions,
+    PlacingOptions,
+    PromptOptions,
+    UntilTestOption,
+    asks,
+    asks_prompts,
+    command_of,
+)
 from clampdown.config import ORGANISM
 
 
@@ -124,9 +133,12 @@ def screen(
 
 
 @app.command()
-@asks_prompts
+@asks(prompts=PromptOptions, machines=MachineOptions, placing=PlacingOptions)
 def evaluate(
+    context: Any,
     prompts: PromptOptions,
+    machines: MachineOptions,
+    placing: PlacingOptions,
     plans: Annotated[
         list[Path] | None, typer.Argument(help="One or more plan.toml of one model; none: the baseline alone.")
     ] = None,
@@ -151,6 +163,7 @@ def evaluate(
         str | None, typer.Option("--engine", help="Who writes replies: vllm, or vllm:{...}. Default: this process.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
+    until_test: UntilTestOption = False,
     out: OutOption = Path("runs/evaluate"),
     model: Annotated[str | None, typer.Option("--model", help="Default: the model that the plan names.")] = None,
     seed: SeedOption = 0,
@@ -174,12 +187,29 @@ def evaluate(
         batch_rows=batch_rows,
         seed=seed,
         data=prompts.load(),
+        placing=placing.value(),
     )
-    progress = stages()
-    with job.with_engine(job.prepare(request, progress), None if dry_run else engine) as evaluation:
+    progress, shard, pool = stages(), machines.parsed(), machines.pool()
+    answers = not (dry_run or until_test)
+    with job.with_engine(job.prepare(request, progress, out), engine if answers else None) as evaluation:
+        if until_test:
+            job.freeze(evaluation, out)
+            console.print(f"ready for its shards: {out}", soft_wrap=True)
+            return
+        if shard:
+            from clampdown.scale.answering import evaluate_shard
+
+            directory = evaluate_shard(evaluation, out, shard, progress, command_of(context))
+            console.print(f"written: {directory}", soft_wrap=True)
+            return
         console.print(f"to do: {job.preview(evaluation, out)}", highlight=False)
         if dry_run:
             return
+        if pool:
+            from clampdown.scale.on_ray import answer_on_ray
+
+            job.freeze(evaluation, out)
+            answer_on_ray(evaluation, evaluation.arms, evaluation.asked, evaluation.answering, out, pool, progress)
         run = job.run_evaluate(evaluation, out, request, progress)
     show_run(out, progress)
     if evaluation.controls:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from clampdown.errors import NotEnoughDataError
 from clampdown.models.chat import encode
@@ -52,17 +53,38 @@ def condition_sae(site: Site, vector: Sequence[float]) -> Sae:
     if not bool(raw.norm() > 0):
         raise NotEnoughDataError("the condition vector is zero: the two sides have the same mean")
     unit = raw / raw.norm() / math.sqrt(len(raw))  # inputs are rescaled to length sqrt(d_in)
+    return _of_unit(site, unit, content_hash(list(vector)))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCondition:
+    """A condition's SAE as plain numbers, for a file: no checkpoint holds it."""
+
+    site: str
+    revision: str
+    unit: tuple[float, ...]
+
+    @classmethod
+    def of(cls, sae: Sae) -> StoredCondition:
+        return cls(sae.cfg.site.name, sae.revision, tuple(sae.W_dec[0].tolist()))
+
+    def sae(self) -> Sae:
+        """The SAE that was stored, to the last bit."""
+        return _of_unit(Site.parse(self.site), torch.tensor(self.unit, dtype=torch.float32), self.revision)
+
+
+def _of_unit(site: Site, unit: Float[Tensor, " d_in"], revision: str) -> Sae:
     pair = torch.stack([unit, -unit])
-    zeros = {"b_enc": torch.zeros(2), "b_dec": torch.zeros(len(raw))}
+    zeros = {"b_enc": torch.zeros(2), "b_dec": torch.zeros(len(unit))}
     cfg = SaeConfig(
         architecture="relu",
-        d_in=len(raw),
+        d_in=len(unit),
         d_sae=2,
         site=site,
         apply_b_dec_to_input=False,
         normalize_activations="constant_norm_rescale",
     )
-    return Sae(cfg, {"W_enc": pair.T.contiguous(), "W_dec": pair, **zeros}, NAME, content_hash(list(vector)))
+    return Sae(cfg, {"W_enc": pair.T.contiguous(), "W_dec": pair, **zeros}, NAME, revision)
 
 
 def condition(

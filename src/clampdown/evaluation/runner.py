@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,9 @@ from clampdown.evaluation.utility import BATCH_ROWS, option_choices, refuse_gene
 from clampdown.models.fingerprint import weights_fingerprint
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
-from clampdown.steering.arms import Arm, Reply, batches, generate_batch
+from clampdown.steering.arms import Arm, EncodedRow, Reply, batches, generate_batch
 from clampdown.steering.plan import Edit, Plan
-from clampdown.store import SCHEMA, RecordLog, content_hash, key_of, prompts_hash
+from clampdown.store import SCHEMA, Key, RecordLog, content_hash, key_of, prompts_hash
 from clampdown.types import Judge, OptionChoice, Prompt, Receipt, Record, StoredReply, Suite
 
 Progress = Callable[[int, int], None]
@@ -134,30 +134,57 @@ def run(
     plan did nothing, and at the end `JudgeError` when replies still wait for a judge that failed: nothing is lost, and
     running again judges only those.
     """
-    rows, done = job.rows, 0
-    judging = Judging(job.judge, job.judge_name, job.suites, log)
-    judging.catch_up()
-    engine = job.settings.engine
-    at_once = engine.rows if engine else job.settings.batch_rows
-    for batch in batches(lm, rows, at_once, job.settings.max_new_tokens):
-        fresh = {key for arm, prompt, _ in batch if (key := _key(arm, prompt)) not in log and key not in log.replies}
-        if fresh:
-            replies = (
-                engine.replies(batch, job.settings.max_new_tokens)
-                if engine
-                else generate_batch(lm, saes, batch, job.settings.max_new_tokens)
-            )
-            check_acted(replies)
-            log.replies.append([_stored(reply) for reply in replies if _key(reply.arm, reply.prompt) in fresh])
-        judging.catch_up()
-        done += len(batch)
-        if progress:
-            progress(done, len(rows))
-    _refuse_unjudged(judging, log)
+    answer(lm, saes, job, log, progress)
+    rows = job.rows
     found = {key_of(record): record for record in log.records}
     records = tuple(found[_key(arm, prompt)] for arm, prompt in rows)
     check_arms_acted(job.arms, records)
     return records
+
+
+def answer(
+    lm: LanguageModel,
+    saes: Sequence[Sae],
+    job: Job,
+    log: RecordLog,
+    progress: Progress | None = None,
+    only: Container[int] | None = None,
+) -> None:
+    """Generate and judge what the log does not hold yet: all batches, or `only` those of these numbers, for a job that
+    is split over machines. Raises as `run`."""
+    judging = Judging(job.judge, job.judge_name, job.suites, log)
+    judging.catch_up()
+    cut = [batch for number, batch in enumerate(cut_batches(lm, job)) if only is None or number in only]
+    done, total = 0, sum(map(len, cut))
+    for batch in cut:
+        if any(key not in log and key not in log.replies for key in keys_of(batch)):
+            replies = answer_batch(lm, saes, job, batch)
+            log.replies.append([reply for reply in replies if key_of(reply) not in log])
+        judging.catch_up()
+        done += len(batch)
+        if progress:
+            progress(done, total)
+    refuse_unjudged(judging, log)
+
+
+def cut_batches(lm: LanguageModel, job: Job) -> list[list[EncodedRow]]:
+    """The job's batches, which depend on the job and on `batch_rows` alone: their numbers mean the same everywhere."""
+    engine = job.settings.engine
+    at_once = engine.rows if engine else job.settings.batch_rows
+    return list(batches(lm, job.rows, at_once, job.settings.max_new_tokens))
+
+
+def keys_of(batch: Sequence[EncodedRow]) -> list[Key]:
+    """What the records of a batch are told apart by."""
+    return [_key(arm, prompt) for arm, prompt, _ in batch]
+
+
+def answer_batch(lm: LanguageModel, saes: Sequence[Sae], job: Job, batch: Sequence[EncodedRow]) -> list[StoredReply]:
+    """One batch's replies, as the log keeps them. Raises `SteeringNotAppliedError`."""
+    engine, longest = job.settings.engine, job.settings.max_new_tokens
+    replies = engine.replies(batch, longest) if engine else generate_batch(lm, saes, batch, longest)
+    check_acted(replies)
+    return [_stored(reply) for reply in replies]
 
 
 def score_options(
@@ -168,21 +195,47 @@ def score_options(
     Raises `ScopeError` for a plan that steers generated tokens only: it could not act, and its score would be the
     baseline's under another name.
     """
-    prompts = [prompt for suite in job.suites for prompt in suite.prompts if prompt.options]
     refuse_generated_scope(job.arms)
-    batch_rows = job.settings.batch_rows or BATCH_ROWS
-    rows_per_prompt = len(job.arms) * max((len(prompt.options) for prompt in prompts), default=1)
-    per_chunk = max(1, batch_rows // rows_per_prompt)
-    for start in range(0, len(prompts), per_chunk):
-        chunk = prompts[start : start + per_chunk]
+    score_chunks(lm, saes, job, log, progress)
+    return tuple(log.choices[_key(arm, prompt)] for arm in job.arms for prompt in _with_options(job))
+
+
+def score_chunks(
+    lm: LanguageModel,
+    saes: Sequence[Sae],
+    job: Job,
+    log: RecordLog,
+    progress: Progress | None = None,
+    only: Container[int] | None = None,
+) -> None:
+    """Score the chunks that the log does not hold yet: all, or `only` those of these numbers."""
+    chunks = [chunk for number, chunk in enumerate(option_chunks(job)) if only is None or number in only]
+    for done, chunk in enumerate(chunks, 1):
         if any(_key(arm, prompt) not in log.choices for arm in job.arms for prompt in chunk):
-            log.choices.append(option_choices(lm, saes, job.arms, chunk, batch_rows=batch_rows))
+            log.choices.append(score_chunk(lm, saes, job, chunk))
         if progress:
-            progress(start + len(chunk), len(prompts))
-    return tuple(log.choices[_key(arm, prompt)] for arm in job.arms for prompt in prompts)
+            progress(done, len(chunks))
 
 
-def _refuse_unjudged(judging: Judging, log: RecordLog) -> None:
+def option_chunks(job: Job) -> list[list[Prompt]]:
+    """The multiple-choice prompts in the pieces that are scored together. They depend on the job alone."""
+    prompts, batch_rows = _with_options(job), job.settings.batch_rows or BATCH_ROWS
+    rows_per_prompt = len(job.arms) * max((len(prompt.options) for prompt in prompts), default=1)
+    size = max(1, batch_rows // max(1, rows_per_prompt))
+    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+
+def score_chunk(lm: LanguageModel, saes: Sequence[Sae], job: Job, chunk: Sequence[Prompt]) -> Sequence[OptionChoice]:
+    """All arms on one piece."""
+    return option_choices(lm, saes, job.arms, chunk, batch_rows=job.settings.batch_rows or BATCH_ROWS)
+
+
+def _with_options(job: Job) -> list[Prompt]:
+    return [prompt for suite in job.suites for prompt in suite.prompts if prompt.options]
+
+
+def refuse_unjudged(judging: Judging, log: RecordLog) -> None:
+    """Raises `JudgeError` when the judge failed: replies may wait."""
     if judging.failure is None:
         return
     raise JudgeError(

@@ -19,10 +19,20 @@ def weights_fingerprint(model: nn.Module) -> str:
     """Hash of the names, shapes and (sampled) values of all parameters and saved buffers, the same on every device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = _fetched(model, name, tensor)
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
         if tensor.device.type != "meta":
             digest.update(_sampled(tensor).cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _fetched(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, read from disk where a spread model left it there."""
+    if tensor.device.type != "meta":
+        return tensor
+    owner, _, leaf = name.rpartition(".")
+    kept = getattr(getattr(model.get_submodule(owner), "_hf_hook", None), "weights_map", None)
+    return tensor if kept is None else kept[leaf]
 
 
 def _sampled(tensor: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from clampdown.errors import SiteError, UnknownArchitectureError
+from clampdown.models.placing import home_of
 from clampdown.types import Point, Site
 
 HiddenFn = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"] | None]
@@ -61,17 +63,28 @@ _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.m
 
 @dataclass(frozen=True, slots=True)
 class HookPoint:
-    """A site of one model, ready to be hooked. `before` is True when the site is the module's input."""
+    """A site of one model, ready to be hooked. `before` is True when the site is the module's input. Of a model that is
+    spread over devices, `home` is where the function sees the hidden states; what it returns goes back to theirs."""
 
     module: nn.Module
     before: bool
+    home: torch.device | None = None
 
     def register(self, fn: HiddenFn, *, first: bool = False) -> RemovableHandle:
         """Call `fn` with the hidden states at every forward; a tensor that it returns takes their place. With `first`
         it runs before the module's other hooks, also those that are there already."""
+        fn = fn if self.home is None else _at_home(fn, self.home)
         if self.before:
             return self.module.register_forward_pre_hook(_on_input(fn), with_kwargs=True, prepend=first)
         return self.module.register_forward_hook(_on_output(fn), prepend=first)
+
+
+def _at_home(fn: HiddenFn, home: torch.device) -> HiddenFn:
+    def at_home(hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"] | None:
+        replaced = fn(hidden.to(home))
+        return None if replaced is None else replaced.to(hidden.device)
+
+    return at_home
 
 
 def _on_output(fn: HiddenFn) -> Callable[[nn.Module, Any, Any], Any]:
@@ -104,6 +117,7 @@ class Layout:
     blocks: Sequence[nn.Module]
     d_model: int
     row: Family
+    home: torch.device | None = None
 
     @property
     def n_layers(self) -> int:
@@ -129,13 +143,13 @@ class Layout:
         block = self.blocks[site.layer]
         match site.point:
             case Point.RESID_PRE:
-                return HookPoint(block, before=True)
+                return HookPoint(block, before=True, home=self.home)
             case Point.RESID_POST:
-                return HookPoint(block, before=False)
+                return HookPoint(block, before=False, home=self.home)
             case Point.ATTN_OUT:
-                return HookPoint(_submodule(block, self.row.attn_out, site), before=False)
+                return HookPoint(_submodule(block, self.row.attn_out, site), before=False, home=self.home)
             case Point.MLP_OUT:
-                return HookPoint(_submodule(block, self.row.mlp_out, site), before=False)
+                return HookPoint(_submodule(block, self.row.mlp_out, site), before=False, home=self.home)
 
 
 def _submodule(block: nn.Module, path: str, site: Site) -> nn.Module:
@@ -166,4 +180,5 @@ def find_layout(model: nn.Module) -> Layout:
         blocks=tuple(blocks),
         d_model=config.hidden_size,
         row=family,
+        home=home_of(model),
     )

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from clampdown.models.generation_config import end_tokens
 from clampdown.models.gguf import directory_of, is_gguf
 from clampdown.models.known import KnownModel, fetched, known_model
 from clampdown.models.layout import Layout, find_layout
+from clampdown.models.placing import Placing, input_device
 from clampdown.store import files_revision
 
 _WANTED: tuple[str, ...] = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -46,6 +47,8 @@ class LanguageModel:
     layout: Layout
     name: str
     revision: str
+    placing: Placing = field(default_factory=Placing)
+    """How it was loaded: another process loads the same with it."""
 
     @property
     def d_model(self) -> int:
@@ -57,7 +60,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where its inputs go, and where SAEs and plans live."""
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,19 +84,26 @@ class LanguageModel:
 
 
 def load_model(
-    name: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto", revision: str | None = None
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    placing: Placing | None = None,
 ) -> LanguageModel:
     """Load "organism", a directory, a `.gguf` file, a short name or a hub id. `dtype="auto"`: fp32 on CPU, else the
-    checkpoint's own.
+    checkpoint's own. `placing` says all of it at once, and where a model goes that one device does not hold.
 
     Raises `ModelError` when it is absent or broken, `PickleCheckpointError` when only pickled weights are on offer,
-    `UnknownArchitectureError` when its family has no row in the layout table.
+    `UnknownArchitectureError` when its family has no row in the layout table, `MissingPackageError` when the placing
+    needs a package that is not there.
     """
+    placing = placing or Placing(device, str(dtype).removeprefix("torch."))
+    placing.check()
     directory, commit = _resolve(str(name), revision)
     refuse_adapters(directory, str(name))
     _refuse_pickle(directory, str(name))
-    where = _device(device)
-    model = _read_weights(directory, str(name), _dtype(dtype, where), where)
+    model = _read_weights(directory, str(name), placing)
     model.eval().requires_grad_(False)
     _feed_head_whole(model)
     tokenizer = _read_tokenizer(directory, str(name))
@@ -102,7 +113,8 @@ def load_model(
         tokenizer=tokenizer,
         layout=find_layout(model),
         name=str(name),
-        revision=commit or directory_revision(directory),
+        revision=placing.marked(commit or directory_revision(directory)),
+        placing=placing,
     )
 
 
@@ -194,9 +206,7 @@ def _device(device: str) -> torch.device:
     return found
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
+def _dtype(dtype: str, device: torch.device) -> str | torch.dtype:
     if dtype == "auto":
         # CPUs without bf16 arithmetic run 16-bit weights many times slower than fp32.
         return torch.float32 if device.type == "cpu" else "auto"
@@ -206,12 +216,16 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
     return resolved
 
 
-def _read_weights(directory: Path, name: str, dtype: str | torch.dtype, where: torch.device) -> Any:
+def _read_weights(directory: Path, name: str, placing: Placing) -> Any:
     from transformers import AutoModelForCausalLM  # importing it takes seconds: only when a model is loaded
     from transformers.utils import logging
 
-    # A quantised model is put in its place by the library that quantised it, and may not be moved afterwards.
-    placed = {"device_map": {"": where}} if quantisation(directory, name) else {}
+    where = _device(placing.device)
+    quantised = quantisation(directory, name)
+    if quantised and placing.quantise:
+        raise ModelError(f"'{name}' is quantised with {quantised} already", hint="load it without --quantise")
+    placed = placing.options(where, quantised=quantised is not None)
+    dtype = _dtype(placing.dtype, where)
     # Commands show their own progress; the library's bar would break into it.
     logging.disable_progress_bar()
     try:
@@ -220,7 +234,7 @@ def _read_weights(directory: Path, name: str, dtype: str | torch.dtype, where: t
                 directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **placed
             )
             model, info = loaded
-            model = model if placed else model.to(where)
+            model = model if "device_map" in placed else model.to(where)
     finally:
         logging.enable_progress_bar()
     check_loaded(info, name)

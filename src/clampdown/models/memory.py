@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from clampdown.models.loading import LanguageModel
+from clampdown.models.placing import places_of
 
 SHARE = 0.5
 MOST_ROWS = {"cpu": 256, "cuda": 1024}
@@ -22,8 +23,14 @@ MOST_ROWS = {"cpu": 256, "cuda": 1024}
 
 def rows_that_fit(lm: LanguageModel, columns: int) -> int:
     """Rows of `columns` tokens (prompt and reply) that a batch may have on the model's device now; at least 1."""
-    budget = SHARE * free_bytes(lm.device)
+    budget = SHARE * min(map(free_bytes, devices_of(lm)))
     return max(1, min(int(budget / row_bytes(lm, columns)), MOST_ROWS.get(lm.device.type, 256)))
+
+
+def devices_of(lm: LanguageModel) -> set[torch.device]:
+    """The devices that a model computes on. What is left on disk is computed where its inputs go."""
+    placed = {place for place in places_of(lm.model).values() if place not in ("disk", "meta")}
+    return {lm.device, *(torch.device(place) for place in placed if lm.device.type == "cpu" or place != "cpu")}
 
 
 def row_bytes(lm: LanguageModel, columns: int) -> int:

@@ -125,7 +125,7 @@ def widen_arguments(value: Any, n_prompts: int, prompt_of: Int[Tensor, " rows"])
     """
     if isinstance(value, Tensor):
         batched = value.ndim >= 2 and value.shape[0] == n_prompts
-        return value[prompt_of] if batched else value
+        return value[prompt_of.to(value.device)] if batched else value
     if isinstance(value, tuple | list):
         return type(value)(widen_arguments(item, n_prompts, prompt_of) for item in value)
     if isinstance(value, dict):
@@ -136,7 +136,7 @@ def widen_arguments(value: Any, n_prompts: int, prompt_of: Int[Tensor, " rows"])
 def widen_cache(cache: Any, blocks: int, prompt_of: Int[Tensor, " rows"]) -> None:
     """Widen the cached keys and values of the first `blocks` blocks in place. The others hold rows already."""
     for layer in cache.layers[:blocks]:
-        layer.batch_select_indices(prompt_of)
+        layer.batch_select_indices(prompt_of if layer.keys is None else prompt_of.to(layer.keys.device))
 
 
 def as_index(values: Sequence[int], device: torch.device) -> Int[Tensor, " n"]:

@@ -73,14 +73,21 @@ class Comparison:
         picked = self.chosen.get(two_sided.NAME) or self.chosen.get(gated_set.NAME)
         return plan_of(picked.arm) if picked else None
 
-    def claims(self, run: Run) -> tuple[Claim, ...]:
-        """Both papers' claims on a run's test records; none when one of the papers' methods is not there."""
+    @property
+    def claimed(self) -> Arms | None:
+        """The arms that both papers' claims are about; None when one of the papers' methods is not there."""
         if clamp.NAME not in self.chosen or refine.NAME not in self.chosen:
-            return ()
+            return None
         matched = next(line.matched for line in self.lines if line.method == clamp.NAME)
-        arms = Arms(clamp.NAME, matched, refine.NAME, f"{refine.NAME}, {refine.TURNED}", self.random)
-        summary = run.to_json()
-        return claims(summary["arms"], summary["harmful_suites"], arms)
+        return Arms(clamp.NAME, matched, refine.NAME, f"{refine.NAME}, {refine.TURNED}", self.random)
+
+
+def claims_on(run: Run, arms: Arms | None) -> tuple[Claim, ...]:
+    """Both papers' claims on a run's test records; none without their arms."""
+    if arms is None:
+        return ()
+    summary = run.to_json()
+    return claims(summary["arms"], summary["harmful_suites"], arms)
 
 
 def compare_methods(

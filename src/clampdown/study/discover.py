@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from clampdown.discovery.layers import LayerScore, scan_layers
 from clampdown.discovery.pairs import Pair
 from clampdown.errors import PromptSetError
 from clampdown.models.loading import LanguageModel, has_weights, load_shape
+from clampdown.models.placing import Placing
 from clampdown.reports.scan_page import build_scan_page
 from clampdown.saes.checkpoints import load_sae, open_sae
 from clampdown.saes.sae import Sae, check_fits, shape_only
@@ -41,6 +42,7 @@ from clampdown.study.study import DEFAULT_JUDGE, knows_corpus, load_pair
 from clampdown.types import ATTACKS, SAFE, FeatureSet, Judge, Message, Prompt, PromptRole, Split
 
 DISCOVERY_PROMPTS, CHECK_PROMPTS, CHECKED = 160, 16, 24
+"""Prompts of each suite to find features on (unless said otherwise) and to refine on; features that are clamped."""
 BOTH = ("contrast", "single-prompt")
 ORGANISM_SAES = ("organism", "organism:x8")
 
@@ -60,6 +62,8 @@ class Request:
     refine: bool = False
     set_size: int = 1
     seed: int = 0
+    limit: int = DISCOVERY_PROMPTS
+    placing: Placing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +99,27 @@ def finder_names(asked: str) -> tuple[str, ...]:
     return names
 
 
-def run_discover(model: str, sae: str, request: Request, out: Path, stages: Stages) -> Discovered:
+RunPass = Callable[[Pass, Path, Tick], ActivationStore]
+"""How a pass is run into a directory."""
+
+
+def in_this_process(job: Pass, directory: Path, tick: Tick) -> ActivationStore:
+    """All batches here; what an interrupted run left is taken up."""
+    found = collect_to(job, directory, tick)
+    assert found is not None, "all batches were asked for"
+    return found
+
+
+def run_discover(
+    model: str, sae: str, request: Request, out: Path, stages: Stages, how: RunPass = in_this_process
+) -> Discovered:
     """Write one file per finder under `out`, and with `refine` a plan made from the first finder's features."""
     with stages.stage("Loading"):
-        lm, loaded = load_pair(model, sae)
+        lm, loaded = load_pair(model, sae, placing=request.placing)
     prompts = _prompts(model, request)
     relay = _Relay()
     given = dataclasses.replace(
-        _material(lm, loaded, prompts, request, relay), run=lambda job: run_pass(job, out, relay, stages)
+        _material(lm, loaded, prompts, request, relay), run=lambda job: run_pass(job, out, relay, stages, how)
     )
     found = [_find(given, name, request, stages, relay) for name in request.finders]
     written = []
@@ -121,7 +138,7 @@ def run_discover(model: str, sae: str, request: Request, out: Path, stages: Stag
 def run_scan(model: str, sae: str, request: Request, out: Path, stages: Stages) -> tuple[LayerScore, ...]:
     """The layer scan, into `out/scan.json` and `scan.html`. On the embedded model both its SAEs are scanned."""
     with stages.stage("Loading"):
-        lm, loaded = load_pair(model, sae)
+        lm, loaded = load_pair(model, sae, placing=request.placing)
         names = ORGANISM_SAES if (model, sae) == (ORGANISM, ORGANISM) else ()
         saes = [loaded, *(load_sae(name).to(lm.device) for name in names[1:])]
     for one in saes:
@@ -197,9 +214,9 @@ def _prompts(model: str, request: Request) -> Prompts:
     data = data or embedded_prompts(request.seed)
     held_out = data.prompts(Split.VALIDATION, CHECK_PROMPTS, PromptRole.JAILBROKEN, PromptRole.MULTI_TURN)
     return Prompts(
-        _first_of(data, Split.DISCOVERY, DISCOVERY_PROMPTS, (PromptRole.HARMFUL,), ATTACKS),
-        _first_of(data, Split.DISCOVERY, DISCOVERY_PROMPTS, (PromptRole.BENIGN,), SAFE),
-        data.pairs(DISCOVERY_PROMPTS),
+        _first_of(data, Split.DISCOVERY, request.limit, (PromptRole.HARMFUL,), ATTACKS),
+        _first_of(data, Split.DISCOVERY, request.limit, (PromptRole.BENIGN,), SAFE),
+        data.pairs(request.limit),
         tuple(held_out) or _first_of(data, Split.VALIDATION, CHECK_PROMPTS, ATTACKS),
         _first_of(data, Split.VALIDATION, CHECK_PROMPTS, (PromptRole.BENIGN,), SAFE),
         judge_named(request.judge or ("exact" if data.name == ORGANISM else DEFAULT_JUDGE)),
@@ -212,19 +229,23 @@ def _first_of(data: StudyPrompts, split: Split, n: int, *choices: Sequence[Promp
     return tuple(next((prompts for prompts in found if prompts), ()))
 
 
-def run_pass(job: Pass, out: Path, tick: Tick, stages: Stages) -> ActivationStore:
+def run_pass(job: Pass, out: Path, tick: Tick, stages: Stages, how: RunPass = in_this_process) -> ActivationStore:
     """Say what the pass will take, then run it in a directory of its own under `out`: a repeated command resumes it."""
     stages.console.print(describe(estimate_pass(job)), highlight=False)
-    found = collect_to(job, out / "activations" / content_hash(job.key), tick)
-    assert found is not None, "all batches were asked for"
-    return found
+    return how(job, out / "activations" / content_hash(job.key), tick)
+
+
+def pass_of(model: str, sae: str, request: Request) -> Pass:
+    """The pass that the finders' contrast reads, on a loaded model."""
+    lm, loaded = load_pair(model, sae, placing=request.placing)
+    return _material(lm, loaded, _prompts(model, request), request, _Relay()).planned
 
 
 def dry_run(model: str, sae: str, request: Request, stages: Stages) -> Estimate:
     """What the contrast's pass would take. A model or SAE of which only the shape is there is enough."""
     with stages.stage("Loading"):
         if has_weights(model):
-            lm, loaded = load_pair(model, sae)
+            lm, loaded = load_pair(model, sae, placing=request.placing)
         else:
             lm, loaded = load_shape(Path(model)), shape_only(open_sae(sae).cfg)
     prompts = _prompts(model, request)

@@ -2,7 +2,8 @@
 
 1. The model and SAEs are the ones that the plans name; plans for different models are different runs.
 2. The cost is said before anything long begins; `--dry-run` says it and stops.
-3. Replies, judgements and option likelihoods go to append-only logs (`evaluation.runner`), then `summary.json`.
+3. Controls are matched once and kept (`frozen.py`).
+4. Replies, judgements and option likelihoods go to append-only logs (`evaluation.runner`), then `summary.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clampdown.config import ORGANISM
+from clampdown.config import CODE_VERSION, ORGANISM
 from clampdown.discovery.contrast import ContrastSettings, collect_contrast, contrast_scores
 from clampdown.discovery.directions import difference_of_means, direction_between
 from clampdown.errors import PlanError, PromptSetError
@@ -25,14 +26,18 @@ from clampdown.evaluation.controls import FeatureTable
 from clampdown.evaluation.engines import opened
 from clampdown.evaluation.judges.interface import NamedJudge
 from clampdown.models.chat import encode
+from clampdown.evaluation.runner import model_key
 from clampdown.models.loading import LanguageModel
+from clampdown.models.placing import Placing
 from clampdown.results.run import Run
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, read_plan, write_plan
-from clampdown.store import key_of
+from clampdown.store import content_hash, key_of, prompts_hash
 from clampdown.study.control_table import against_random
 from clampdown.study.estimate import Estimate, estimate
+from clampdown.study.frozen import FILE as FROZEN
+from clampdown.study.frozen import FrozenTest, frozen_test
 from clampdown.study.loading import load_for
 from clampdown.study.measure import (
     Asked,
@@ -78,35 +83,49 @@ class Request:
     batch_rows: int | None = None
     seed: int = 0
     data: StudyPrompts | None = None
+    placing: Placing | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A job on loaded things: everything that a run needs, and the controls' table. It is a `measure.Subject`."""
+    """A job on loaded things: everything that a run needs, the controls among them. It is a `measure.Subject`."""
 
     lm: LanguageModel
     saes: tuple[Sae, ...]
     judge: Judge
     judge_name: str
-    arms: tuple[Arm, ...]
-    asked: Asked
-    answering: Answering
-    controls: tuple[Control, ...]
+    suites: tuple[Suite, ...]
+    split: Split
+    test: FrozenTest
     plans: tuple[Plan, ...]
     seed: int
+    controls: bool = False
+    """Whether the first plan's controls are among the arms."""
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return self.test.arms
+
+    @property
+    def answering(self) -> Answering:
+        return self.test.answering
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.suites, self.split, by_likelihood=self.test.by_likelihood)
 
     def provenance(self, prompts: Sequence[Prompt]) -> Provenance:
         sae = self.saes[0] if self.saes else None
         return provenance_of(self.lm, sae, prompts, self.seed, self.judge_name)
 
 
-def prepare(request: Request, stages: Stages) -> Evaluation:
+def prepare(request: Request, stages: Stages, out: Path | None = None) -> Evaluation:
     """Load the model, SAEs, suites and judge, and build the arms. Raises for whatever does not fit together."""
     plans = _plans(request.plans)
     with stages.stage("Loading"):
-        lm, saes = load_for(plans, request.model)
+        lm, saes = load_for(plans, request.model, request.placing)
     judge = judge_for(request.judge, lm, _data(request, lm.name))
-    return prepared(request, plans, lm, saes, judge, stages)
+    return prepared(request, plans, lm, saes, judge, stages, out)
 
 
 def prepared(
@@ -116,16 +135,70 @@ def prepared(
     saes: Sequence[Sae],
     judge: NamedJudge,
     stages: Stages,
+    out: Path | None = None,
 ) -> Evaluation:
-    """As `prepare`, on loaded things."""
+    """As `prepare`, on loaded things. Controls that were matched for `out` before are taken as they are there."""
     suites = suites_of(request, lm.name)
+    asked = _key(request, plans, lm, saes, judge, suites)
     answering = Answering(request.limit, request.limit, request.batch_rows, request.max_new_tokens)
-    with stages.stage("Benign replies"):
-        benign = benign_replies(lm, suites, answering)
-    rows, more = _controls(request, plans, lm, tuple(saes), benign, stages)
+    test = frozen_test(out, asked) if out and request.controls else None
+    if test is None:
+        test = _test(request, plans, lm, tuple(saes), suites, FrozenTest(asked, (), answering), stages)
+    test = replace(test, answering=answering)
+    more = tuple(sae.to(lm.device) for sae in test.conditions)
+    split = split_to_measure(request.split)
+    controls = request.controls and bool(plans)
+    return Evaluation(lm, (*saes, *more), judge, judge.name, suites, split, test, tuple(plans), request.seed, controls)
+
+
+def _key(
+    request: Request,
+    plans: Sequence[Plan],
+    lm: LanguageModel,
+    saes: Sequence[Sae],
+    judge: NamedJudge,
+    suites: Sequence[Suite],
+) -> str:
+    """Hash of everything that the arms and their prompts depend on."""
+    return content_hash(
+        {
+            "code": CODE_VERSION,
+            "model": model_key(lm),
+            "saes": [[sae.name, sae.revision, sae.cfg.site.name] for sae in saes],
+            "plans": [[plan.name, plan.digest] for plan in plans],
+            "suites": {suite.name: prompts_hash(suite.prompts) for suite in suites},
+            "controls": request.controls and [request.match, request.n_random, _material_prompts(request, lm.name)],
+            "asked": [judge.name, request.split, request.likelihood, request.max_new_tokens, request.seed],
+        }
+    )
+
+
+def _test(
+    request: Request,
+    plans: Sequence[Plan],
+    lm: LanguageModel,
+    saes: tuple[Sae, ...],
+    suites: tuple[Suite, ...],
+    asked: FrozenTest,
+    stages: Stages,
+) -> FrozenTest:
+    """The arms, controls among them if they were asked for, and what the summary says of those."""
+    rows, conditions = _controls(request, plans, lm, saes, suites, asked.answering, stages)
     arms = (BASELINE, *(arm_of(plan, "plan") for plan in plans), *(row.arm for row in rows if row.arm))
-    asked = Asked(suites, split_to_measure(request.split), benign, BY_LIKELIHOOD[request.likelihood])
-    return Evaluation(lm, (*saes, *more), judge, judge.name, arms, asked, answering, rows, tuple(plans), request.seed)
+    by_likelihood = BY_LIKELIHOOD[request.likelihood]
+    return replace(
+        asked,
+        arms=arms,
+        likelihood=tuple(arm.name for arm in arms if by_likelihood(arm)),
+        conditions=conditions,
+        facts=_facts(plans, request, rows),
+    )
+
+
+def freeze(evaluation: Evaluation, out: Path) -> None:
+    """Keep what was matched, so that it is matched once."""
+    if evaluation.controls and not (out / FROZEN).exists():
+        evaluation.test.write(out)
 
 
 @contextmanager
@@ -136,7 +209,8 @@ def with_engine(evaluation: Evaluation, engine: str | None) -> Iterator[Evaluati
     longest = max((len(encode(evaluation.lm, messages)) for messages in asked), default=0)
     longest += evaluation.answering.max_new_tokens
     with opened(engine, evaluation.lm, evaluation.saes, evaluation.arms, longest) as found:
-        yield replace(evaluation, answering=replace(evaluation.answering, engine=found))
+        answering = replace(evaluation.answering, engine=found)
+        yield replace(evaluation, test=replace(evaluation.test, answering=answering))
 
 
 def preview(evaluation: Evaluation, out: Path) -> Estimate:
@@ -151,11 +225,12 @@ def preview(evaluation: Evaluation, out: Path) -> Estimate:
 
 def run_evaluate(evaluation: Evaluation, out: Path, request: Request, stages: Stages) -> Run:
     """Write the run directory."""
+    freeze(evaluation, out)
     for plan in evaluation.plans:
         write_plan(out / (f"{plan.name}.toml" if len(evaluation.plans) > 1 else "plan.toml"), plan)
 
     def extra(_records: Sequence[Record]) -> dict[str, Any]:
-        return _extra(evaluation, request)
+        return dict(evaluation.test.facts)
 
     run = measure_arms(evaluation, evaluation.arms, evaluation.asked, out, evaluation.answering, stages, extra)
     if not evaluation.controls:
@@ -221,7 +296,8 @@ def _controls(
     plans: Sequence[Plan],
     lm: LanguageModel,
     saes: tuple[Sae, ...],
-    benign: Sequence[utility.Forced],
+    suites: Sequence[Suite],
+    answering: Answering,
     stages: Stages,
 ) -> tuple[tuple[Control, ...], tuple[Sae, ...]]:
     """The controls of the first plan, with which others are compared too, and the SAEs that no plan names."""
@@ -229,6 +305,8 @@ def _controls(
         return (), ()
     if request.match not in QUANTITIES:
         raise PlanError(f"controls cannot be matched on '{request.match}'", hint=f"one of: {', '.join(QUANTITIES)}")
+    with stages.stage("Benign replies"):
+        benign = benign_replies(lm, suites, answering)
     if not benign:
         raise PromptSetError("controls are matched on benign text", hint="add a suite of harmless prompts to --suites")
     texts = benign[:: max(1, len(benign) // MATCHING_TEXTS)][:MATCHING_TEXTS]
@@ -281,12 +359,12 @@ def _material_prompts(request: Request, model: str) -> tuple[Sequence[Prompt], S
     return (harmful, harmless) if harmful and harmless else None
 
 
-def _extra(evaluation: Evaluation, request: Request) -> dict[str, Any]:
+def _facts(plans: Sequence[Plan], request: Request, controls: tuple[Control, ...]) -> dict[str, Any]:
     """Further parts of the run: the split, and the controls' table."""
-    extra: dict[str, Any] = {"split": request.split, "strength_unit": "raw activation"}
-    if evaluation.plans:
-        first = evaluation.plans[0]
-        extra["chosen"] = {"gated_arm" if first.gate else "arm": first.name}
-        if evaluation.controls:
-            extra["controls"] = control_rows(first.name, QUANTITIES[request.match], evaluation.controls)
-    return extra
+    facts: dict[str, Any] = {"split": request.split, "strength_unit": "raw activation"}
+    if plans:
+        first = plans[0]
+        facts["chosen"] = {"gated_arm" if first.gate else "arm": first.name}
+        if controls:
+            facts["controls"] = control_rows(first.name, QUANTITIES[request.match], controls)
+    return facts

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from clampdown.activations.fit import warn_unless_fitting
 from clampdown.config import ORGANISM
 from clampdown.models.loading import LanguageModel, load_model
+from clampdown.models.placing import Placing
 from clampdown.models.threads import choose_threads
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
@@ -15,12 +16,14 @@ from clampdown.steering.program import check_plan
 from clampdown.types import Site
 
 
-def load_for(plans: Sequence[Plan], model: str | None = None) -> tuple[LanguageModel, tuple[Sae, ...]]:
+def load_for(
+    plans: Sequence[Plan], model: str | None = None, placing: Placing | None = None
+) -> tuple[LanguageModel, tuple[Sae, ...]]:
     """The model (by default the one that the first plan names, else the embedded one) and the plans' SAEs.
 
     Raises `PlanMismatchError` and its kin for a plan that was made for something else.
     """
-    lm = load_model(model or (plans[0].model.name if plans else ORGANISM))
+    lm = load_model(model or (plans[0].model.name if plans else ORGANISM), placing=placing)
     choose_threads(lm)
     return lm, saes_of(plans, lm)
 

@@ -12,9 +12,11 @@ import tomli_w
 from clampdown.documents import read_json
 from clampdown.results.run import Run
 from clampdown.store import write_atomic, write_json
+from clampdown.study.frozen import FILE as FROZEN
+from clampdown.study.frozen import FrozenTest
 from clampdown.study.planning import Speed, fitted, measured_speed, outline
 from clampdown.study.progress import Stages
-from clampdown.study.run import StudyRequest, run_study
+from clampdown.study.run import StudyRequest, choose, take_test
 from clampdown.study.sizes import Answering, Sizes
 from clampdown.study.spec import StudySpec
 from clampdown.study.study import Study
@@ -26,23 +28,47 @@ SLOW = 60.0
 """Seconds from which on a study says what it will do even when no time was given."""
 
 
-def planned_study(study: Study, spec: StudySpec, out: Path, stages: Stages, *, dry_run: bool = False) -> Run | None:
-    """Say what will be done, then do it; None after a dry run."""
+def planned_study(
+    study: Study, spec: StudySpec, out: Path, stages: Stages, *, dry_run: bool = False, until_test: bool = False
+) -> Run | None:
+    """Say what will be done, then do it; None after a dry run, and when it stops before the test."""
     if dry_run:
         _said(study, spec.request, out, stages, spec.minutes, always=True)
         return None
     write_atomic(out / SPEC, tomli_w.dumps(spec.model_dump(mode="json", by_alias=True, exclude_none=True)))
+    if until_test:
+        _chosen(study, spec.request, out, stages, spec.minutes)
+        return None
     return run_sized(study, spec.request, out, stages, minutes=spec.minutes)
 
 
 def run_sized(study: Study, request: StudyRequest, out: Path, stages: Stages, *, minutes: float | None = None) -> Run:
     """Run a study, its sizes fitted to the minutes if they are given."""
+    return take_test(study, _chosen(study, request, out, stages, minutes), out, stages)
+
+
+def _chosen(study: Study, request: StudyRequest, out: Path, stages: Stages, minutes: float | None) -> FrozenTest:
+    """Everything up to the test, with what was said about it first."""
+    if (out / FROZEN).exists():  # nothing is to be said or timed
+        return choose(study, out, _at_kept_sizes(request, out, minutes), stages)
     request, speed = _said(study, request, out, stages, minutes)
     if minutes is None:
-        return run_study(study, out, request, stages)
+        return choose(study, out, request, stages)
     write_json(out / SIZES_FILE, request.sizes)
-    shorten = _within(study, speed, 60 * minutes, out / TEST_FILE)
-    return run_study(study, out, request, stages, shorten=shorten)
+    return choose(study, out, request, stages, shorten=_within(study, speed, 60 * minutes, out / TEST_FILE))
+
+
+def kept_request(spec: StudySpec, out: Path) -> StudyRequest:
+    """What was asked for, at the sizes that its minutes were fitted to before."""
+    return _at_kept_sizes(spec.request, out, spec.minutes)
+
+
+def _at_kept_sizes(request: StudyRequest, out: Path, minutes: float | None) -> StudyRequest:
+    kept = _kept(out / SIZES_FILE) if minutes is not None else None
+    if kept is None:
+        return request
+    batch_rows = request.sizes.answering.batch_rows or kept.answering.batch_rows
+    return replace(request, sizes=replace(kept, answering=replace(kept.answering, batch_rows=batch_rows)))
 
 
 def _said(

@@ -39,7 +39,7 @@ class ControlsRequest:
 @dataclass(frozen=True, slots=True)
 class PublishedRequest:
     """The method, the gate for its choice and its controls (None leaves them out), and what its finder reads: one
-    prompt, contrast settings, who tells refusals."""
+    prompt, contrast settings, who tells refusals. `pipeline` is a hash of all settings, `make`'s own among them."""
 
     make: Callable[[Groundwork], Method]
     gate: GateChoice | None = None
@@ -47,6 +47,7 @@ class PublishedRequest:
     only: Prompt | None = None
     settings: ContrastSettings | None = None
     refusal_judge: Judge | None = None
+    pipeline: str = ""
 
     def prepared(self, ground: Groundwork) -> Groundwork:
         """The groundwork as this method reads it."""

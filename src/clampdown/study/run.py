@@ -5,7 +5,8 @@
 3. Or one published method is run as its paper runs it (`published.py`): a recipe.
 4. All arms answer the test prompts together, once. `plan.toml` is the best plan that the validation prompts chose: the
    gated set's, else the choice behind its gate, else the choice.
-5. What too few prompts cannot show is left out, said, and kept in the summary (`left_out`); the rest goes on.
+5. What came of 1 to 3 is kept in `test.json` (`frozen.py`) before 4 begins: other machines can take part in the test.
+6. What too few prompts cannot show is left out, said, and kept in the summary (`left_out`); the rest goes on.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clampdown.evaluation import controls
+from clampdown.config import CODE_VERSION
+from clampdown.evaluation import controls, runner
 from clampdown.evaluation.control_arms import SYSTEM_PROMPT
 from clampdown.results.run import Run
+from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan, write_plan
-from clampdown.store import to_jsonable, write_feature_set, write_json
-from clampdown.study.comparing import Comparison, MatchingRequest, compare_methods
+from clampdown.store import content_hash, prompts_hash, to_jsonable, write_feature_set, write_json
+from clampdown.study.comparing import Comparison, MatchingRequest, claims_on, compare_methods
+from clampdown.study.frozen import FrozenTest, frozen_test
 from clampdown.study.gating import GateChoice, gate_facts
 from clampdown.study.groundwork import Groundwork
-from clampdown.study.measure import Asked, measure_arms, methods_where_it_acts, never
+from clampdown.study.measure import Asked, measure_arms, methods_where_it_acts
 from clampdown.study.methods import clamp
 from clampdown.study.methods.method import plan_of
 from clampdown.study.methods.table import ALL, check_methods, make_methods
@@ -68,6 +72,13 @@ class Parts:
     swept: Sweep | None = None
     compared: Comparison | None = None
     published: Published | None = None
+    conditions: tuple[Sae, ...] = ()
+    """What arms read beside the study's SAE."""
+
+    @property
+    def gated(self) -> Arm | None:
+        """The arm whose gate the summary tells of."""
+        return (self.swept.gated if self.swept else None) or (self.published.gated if self.published else None)
 
     @property
     def columns(self) -> list[Arm]:
@@ -112,24 +123,92 @@ def run_study(
 
     Raises `PromptSetError` for an unknown method, and what the stages raise when nothing at all can be shown.
     """
+    return take_test(study, choose(study, out, request, stages, shorten=shorten), out, stages, **more)
+
+
+def choose(
+    study: Study, out: Path, request: StudyRequest, stages: Stages, *, shorten: Shorten | None = None
+) -> FrozenTest:
+    """Everything up to the test, once: what lies in `out` is taken up as it is."""
     check_methods(request.compared)
-    ground = _groundwork(study, request, stages)
-    parts, reading = _parts(ground, out, request)
+    asked = key_of_choice(study, request)
+    if (found := frozen_test(out, asked)) is not None:
+        stages.timings |= found.timings
+        return found
+    parts = _parts(_groundwork(study, request, stages), out, request)
     write_plan(out / PLAN, parts.plan)
     for feature_set in parts.feature_sets:
         write_feature_set(out / "features" / f"{feature_set.finder}.json", feature_set)
-    columns = parts.columns
+    columns = tuple(parts.columns)
     answering = request.sizes.answering if shorten is None else shorten(request.sizes.answering, len(columns))
     likelihood = parts.compared is not None if request.likelihood is None else request.likelihood
-    suites = study.suites(Split.TEST, answering.per_suite)
-    asked = Asked(suites, by_likelihood=methods_where_it_acts if likelihood else never)
+    return FrozenTest(
+        asked,
+        columns,
+        answering,
+        tuple(arm.name for arm in columns if likelihood and methods_where_it_acts(arm)),
+        parts.conditions,
+        _facts(parts, stages),
+        parts.gated.name if parts.gated else None,
+        parts.compared.claimed if parts.compared else None,
+        dict(stages.timings),
+    ).write(out)
+
+
+def key_of_choice(study: Study, request: StudyRequest) -> str:
+    """Hash of everything that a study's arms and their test depend on. How many rows are decided on at once is left
+    out, as in the key of records."""
+    sizes = request.sizes
+    read = {
+        split: prompts_hash(study.prompts(split, n))
+        for split, n in (
+            (Split.DISCOVERY, sizes.discovery),
+            (Split.VALIDATION, sizes.validation),
+            (Split.CALIBRATION, sizes.calibration),
+        )
+    }
+    published = request.published
+    return content_hash(
+        {
+            "code": CODE_VERSION,
+            "model": runner.model_key(study.lm),
+            "sae": [study.sae.name, study.sae.revision, study.site.name],
+            "prompts": read,
+            "judge": study.judge_name,
+            "seed": study.seed,
+            "sizes": replace(sizes, answering=replace(sizes.answering, batch_rows=None)),
+            "methods": request.compared,
+            "asked": [request.sweep, request.gate, request.matching, request.likelihood],
+            "published": published and [published.gate, published.controls, published.only, published.settings],
+            "pipeline": published and published.pipeline,
+        }
+    )
+
+
+def reading_of(study: Study, test: FrozenTest) -> Study:
+    """The study with every SAE that an arm of its test reads."""
+    if not test.conditions:
+        return study
+    return replace(study, more_saes=tuple(sae.to(study.lm.device) for sae in test.conditions))
+
+
+def asked_of(study: Study, test: FrozenTest) -> Asked:
+    """What the test asks."""
+    suites = study.suites(Split.TEST, test.answering.per_suite)
+    return Asked(suites, by_likelihood=test.by_likelihood)
+
+
+def take_test(study: Study, test: FrozenTest, out: Path, stages: Stages, **more: Any) -> Run:
+    """All arms answer the test prompts, once, and are summarised."""
 
     def extra(records: Sequence[Record]) -> Mapping[str, Any]:
-        return more | _extra(parts, stages, records)
+        gate = {"gate": gate_facts(plan_of(test.arm(test.gated)), records)} if test.gated else {}
+        return more | test.facts | gate
 
-    run = measure_arms(reading, columns, asked, out, answering, stages, extra)
-    if parts.compared:
-        run = run.with_parts(claims=parts.compared.claims(run)).write(out)
+    reading = reading_of(study, test)
+    run = measure_arms(reading, test.arms, asked_of(study, test), out, test.answering, stages, extra)
+    if "methods" in test.facts:
+        run = run.with_parts(claims=claims_on(run, test.claimed)).write(out)
     return run
 
 
@@ -138,28 +217,28 @@ def _groundwork(study: Study, request: StudyRequest, stages: Stages) -> Groundwo
     return request.published.prepared(ground) if request.published else ground
 
 
-def _parts(ground: Groundwork, out: Path, request: StudyRequest) -> tuple[Parts, Study]:
-    """Everything up to the test, and the study with every SAE that an arm reads."""
+def _parts(ground: Groundwork, out: Path, request: StudyRequest) -> Parts:
+    """Everything up to the test."""
     if request.published:
         published = run_published(ground, request.published, out / "validation")
         facts = {"schema": 1, "method": published.method.name, **to_jsonable(published.facts)}
         write_json(out / PIPELINE, facts)
         if published.gated:
             write_plan(out / UNGATED, plan_of(published.chosen))
-        return Parts(published=published), ground.study
+        return Parts(published=published)
     swept = sweep_found_clamp(ground, out / "validation", request.gate) if request.sweep else None
     if not request.compared:
-        return Parts(swept), ground.study
+        return Parts(swept)
     found = make_methods(ground, request.compared)
     reading = ground.study
     if "cast" in request.compared:  # its gate reads a condition vector put as an SAE
         reading = replace(reading, more_saes=(ground.condition.sae,))
     directory = out / ("validation-methods" if request.sweep else "validation")
-    return Parts(swept, compare_methods(ground, reading, found, directory, request.matching)), reading
+    return Parts(swept, compare_methods(ground, reading, found, directory, request.matching), None, reading.more_saes)
 
 
-def _extra(parts: Parts, stages: Stages, records: Sequence[Record]) -> dict[str, Any]:
-    """Further top-level keys of the summary."""
+def _facts(parts: Parts, stages: Stages) -> dict[str, Any]:
+    """Further top-level keys of the summary, as far as no record changes them."""
     found: dict[str, Any] = {"split": Split.TEST.value, "strength_unit": "raw activation"}
     swept, compared, published = parts.swept, parts.compared, parts.published
     if swept:
@@ -171,9 +250,6 @@ def _extra(parts: Parts, stages: Stages, records: Sequence[Record]) -> dict[str,
             found["controls"] = control_rows(published.chosen.name, published.matched_on, published.controls)
     elif compared and clamp.NAME in compared.chosen:
         found["chosen"] = {"arm": clamp.NAME}
-    gated = (swept.gated if swept else None) or (published.gated if published else None)
-    if gated:
-        found["gate"] = gate_facts(plan_of(gated), records)
     if compared:
         found |= {"methods": compared.lines, "matched_kl": compared.kl, "n_random": len(compared.random)}
     if stages.left_out:

@@ -11,6 +11,9 @@
     harmful = ["advbench=harmful.csv"]
     benign = "benign.jsonl"
 
+    [placing]               # optional: device, device_map, quantise, offload
+    device_map = "auto"
+
 A file with a `method` table is a recipe: a published pipeline with everything its numbers depend on (docs/recipes.md).
 """
 
@@ -24,6 +27,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator
 
 from clampdown.config import ORGANISM
+from clampdown.models.placing import Placing
 from clampdown.study.comparing import MatchingRequest
 from clampdown.study.gating import GateChoice
 from clampdown.study.methods.table import METHODS
@@ -119,6 +123,7 @@ class StudySpec(_Part):
     match_texts: int = Field(MatchingRequest().texts, ge=1)
     matched: tuple[str, ...] | None = None
     prompts: PromptsPart = Field(default_factory=lambda: PromptsPart.model_validate({}))
+    placing: Placing = Placing()
     gate: GatePart = Field(default_factory=lambda: GatePart.model_validate({}))
 
     @field_validator("size")
@@ -146,7 +151,8 @@ class StudySpec(_Part):
     def load(self) -> Study:
         """The study: model, SAE, prompts, judge. Raises whatever does not fit together."""
         data = self.prompts.load(self.name)
-        return make_study(self.model, self.sae, data, judge=self.judge, seed=self.seed, dtype=self.dtype)
+        placing = replace(self.placing, dtype=self.dtype) if self.placing.dtype == "auto" else self.placing
+        return make_study(self.model, self.sae, data, judge=self.judge, seed=self.seed, placing=placing)
 
     @property
     def request(self) -> StudyRequest:

@@ -12,6 +12,7 @@ from clampdown.errors import PromptSetError
 from clampdown.evaluation.judges.interface import NamedJudge, check_not_under_test
 from clampdown.evaluation.judges.table import DEFAULT as DEFAULT_JUDGE
 from clampdown.models.loading import LanguageModel, load_model
+from clampdown.models.placing import Placing
 from clampdown.models.threads import choose_threads
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae, check_fits
@@ -74,9 +75,11 @@ def provenance_of(
     )
 
 
-def load_pair(model: str, sae: str, site: str | None = None, dtype: str = "auto") -> tuple[LanguageModel, Sae]:
+def load_pair(
+    model: str, sae: str, site: str | None = None, placing: Placing | None = None
+) -> tuple[LanguageModel, Sae]:
     """A model and an SAE that fits it. Raises `ModelError`, `SaeError` and their kin."""
-    lm = load_model(model, dtype=dtype)
+    lm = load_model(model, placing=placing)
     choose_threads(lm)
     loaded = load_sae(sae, device=str(lm.device), site=Site.parse(site) if site else None)
     check_fits(loaded, lm.d_model, lm.n_layers)
@@ -107,7 +110,7 @@ def make_study(
     *,
     judge: str | None = None,
     seed: int = 0,
-    dtype: str = "auto",
+    placing: Placing | None = None,
 ) -> Study:
     """Load a study by names. Without prompts of one's own the model must know the embedded corpus.
 
@@ -118,7 +121,7 @@ def make_study(
             f"there are no prompts of our own for '{model}'",
             hint="give --harmful FILE and --benign FILE (CSV, JSONL or txt), or public sets by name",
         )
-    lm, loaded = load_pair(model, sae, dtype=dtype)
+    lm, loaded = load_pair(model, sae, placing=placing)
     data = data or embedded_prompts(seed)
     found = judge_for(judge, lm, data)
     return Study(lm, loaded, data, found, found.name, seed)

@@ -21,7 +21,7 @@ from clampdown.models.loading import LanguageModel
 from clampdown.results.run import Run
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE
-from clampdown.store import write_atomic, write_json
+from clampdown.store import content_hash, write_atomic, write_json
 from clampdown.study import multiturn as attacks
 from clampdown.study.compare import run_compare
 from clampdown.study.gating import GateChoice
@@ -137,6 +137,7 @@ def published_of(recipe: Recipe) -> PublishedRequest:
         Prompt("asked", (Message("user", method.prompt),), "asked") if single and method.prompt else None,
         None if single else _contrast(method),
         judge_named(recipe.judges.refusals),
+        content_hash(recipe.model_dump(mode="json")),
     )
 
 
