@@ -37,10 +37,16 @@ from clampdown.models.chat import encode
 from clampdown.models.generation import Generation
 from clampdown.models.generation import generate as generate_ids
 from clampdown.models.loading import LanguageModel, load_model
+from clampdown.models.placing import Placing
 from clampdown.models.threads import choose_threads
 from clampdown.results.run import Run
 from clampdown.saes import checkpoints
 from clampdown.saes.sae import Sae, check_fits
+from clampdown.scale import answering as scaled
+from clampdown.scale import merging
+from clampdown.scale.on_ray import answer_on_ray
+from clampdown.scale.pool import PoolRequest
+from clampdown.scale.shards import Shard
 from clampdown.steering import hooks
 from clampdown.steering.gate_fitting import FittedGate
 from clampdown.steering.hooks import Steering
@@ -64,17 +70,20 @@ from clampdown.types import FeatureScore, FeatureSet, Message, Prompt, PromptRol
 
 __all__ = [
     "Budgets",
+    "Placing",
     "add",
     "attack",
     "card",
     "clamp",
     "data",
     "evaluate",
+    "evaluate_shard",
     "find",
     "gate",
     "generate",
     "load",
     "load_sae",
+    "merge",
     "plan",
     "run",
     "run_study",
@@ -98,11 +107,12 @@ _SAES: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
 # ---- loading -----------------------------------------------------------------------------------------------------
 
 
-def load(model: Model) -> LanguageModel:
-    """A model: 'organism', a directory, a .gguf file, or a hub id. Raises `ModelError`."""
+def load(model: Model, placing: Placing | None = None) -> LanguageModel:
+    """A model: 'organism', a directory, a .gguf file, or a hub id; `cd.Placing(device_map="auto")` and the like say where
+    it goes, and in which precision. Raises `ModelError`."""
     if isinstance(model, LanguageModel):
         return model
-    found = load_model(str(model))
+    found = load_model(str(model), placing=placing)
     choose_threads(found)
     return found
 
@@ -315,23 +325,72 @@ def evaluate(
     controls: int = 0,
     limit: int = 60,
     split: str = "test",
+    batch_rows: int | None = None,
+    ray: str | None = None,
+    actors: int | None = None,
     out: str | Path | None = None,
     seed: int = 0,
 ) -> Run:
     """Measure plans beside the baseline on a split's prompts, at most `limit` of each suite; with `controls`, beside
     that many random features of the first plan's own size and the other controls.
 
-    The run lies in `out` and goes on there when it was interrupted; by default in a temporary directory.
+    The run lies in `out` and goes on there when it was interrupted; by default in a temporary directory. With `ray`
+    ("local", "auto" or an address) Ray's actors answer.
     """
+    request = evaluating.Request(
+        (), split=split, limit=limit, controls=controls > 0, n_random=controls, batch_rows=batch_rows, seed=seed,
+        data=data,
+    )  # fmt: skip
+    directory, stages = _directory(out, "evaluate"), _stages()
+    ready = _evaluation(lm, plans, request, judge, directory, stages)
+    if ray is not None:
+        evaluating.freeze(ready, directory)
+        pool = PoolRequest(ray, actors)
+        answer_on_ray(ready, ready.arms, ready.asked, ready.answering, directory, pool, stages)
+    return evaluating.run_evaluate(ready, directory, request, stages)
+
+
+def evaluate_shard(
+    lm: Model,
+    plans: AnyPlan | Sequence[AnyPlan],
+    data: StudyPrompts,
+    shard: str,
+    out: str | Path,
+    *,
+    batch_rows: int,
+    judge: Judged = None,
+    limit: int = 60,
+    split: str = "test",
+    seed: int = 0,
+) -> Path:
+    """One part of an evaluation, INDEX/COUNT such as "0/16", into `out/shards`. When all are there, `merge(out)` joins
+    them and `evaluate` with the same arguments and `out` finishes the run."""
+    request = evaluating.Request((), split=split, limit=limit, batch_rows=batch_rows, seed=seed, data=data)
+    stages = _stages()
+    ready = _evaluation(lm, plans, request, judge, Path(out), stages)
+    return scaled.evaluate_shard(ready, Path(out), Shard.parse(shard), stages)
+
+
+def merge(out: str | Path, shards: Sequence[str | Path] = ()) -> None:
+    """Join shards (by default those under `out`) into `out`. Raises `ShardError` for one that is missing, doubled,
+    unfinished or of another run."""
+    merging.merge([Path(one) for one in shards] or merging.shards_under(Path(out)), Path(out))
+
+
+def _evaluation(
+    lm: Model,
+    plans: AnyPlan | Sequence[AnyPlan],
+    request: evaluating.Request,
+    judge: Judged,
+    out: Path,
+    stages: Stages,
+) -> evaluating.Evaluation:
     model = load(lm)
     given = [plans] if isinstance(plans, Plan | str | Path) else list(plans)
-    request = evaluating.Request(
-        plans=(), split=split, limit=limit, controls=controls > 0, n_random=controls, seed=seed, data=data
-    )
-    found, stages = [_plan(one) for one in given], _stages()
-    judged = _judge(judge, model, data)
-    evaluation = evaluating.prepared(request, found, model, _saes(found, model), judged, stages)
-    return evaluating.run_evaluate(evaluation, _directory(out, "evaluate"), request, stages)
+    found = [_plan(one) for one in given]
+    assert request.data is not None
+    judged = _judge(judge, model, request.data)
+    return evaluating.prepared(request, found, model, _saes(found, model), judged, stages, out)
 
 
 def attack(

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import clampdown as cd
 from clampdown.config import ORGANISM
 from clampdown.errors import ShardError, StoreError
 from clampdown.scale.answering import study_shard
@@ -197,6 +198,17 @@ def test_merged_shards_of_a_study_are_the_study(tmp_path: Path) -> None:
     changed = replace(request, sizes=replace(request.sizes, n_random=2))
     with pytest.raises(StoreError, match="another command"):
         run_study(study, many, changed, quiet())
+
+
+def test_shards_from_python(tmp_path: Path) -> None:
+    data = cd.data("organism").only(["harmful"])
+    for index in range(2):
+        cd.evaluate_shard("organism", plan(), data, f"{index}/2", tmp_path, batch_rows=2, limit=3)
+    cd.merge(tmp_path)
+    before = (tmp_path / "replies.jsonl").read_bytes()
+    run = cd.evaluate("organism", plan(), data, limit=3, batch_rows=2, out=tmp_path)
+    assert [arm.name for arm in run.arms] == ["baseline", "clamped"] and len(run.records) == 6
+    assert (tmp_path / "replies.jsonl").read_bytes() == before
 
 
 @pytest.fixture(scope="module")
