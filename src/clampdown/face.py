@@ -108,8 +108,8 @@ _SAES: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
 
 
 def load(model: Model, placing: Placing | None = None) -> LanguageModel:
-    """A model: 'organism', a directory, a .gguf file, or a hub id; `cd.Placing(device_map="auto")` and the like say where
-    it goes, and in which precision. Raises `ModelError`."""
+    """A model: 'organism', a directory, a .gguf file, or a hub id; `cd.Placing(device_map="auto")` and its like say
+    where it goes, and in which precision. Raises `ModelError`."""
     if isinstance(model, LanguageModel):
         return model
     found = load_model(str(model), placing=placing)
