@@ -16,7 +16,7 @@ from clampdown.activations.stream import plan_pass, read_sae
 from clampdown.errors import MissingPackageError, ModelError
 from clampdown.models.chat import encode
 from clampdown.models.fingerprint import weights_fingerprint
-from clampdown.models.generation import GrowingLayer, generate
+from clampdown.models.generation import generate
 from clampdown.models.layout import HookPoint
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.models.memory import devices_of
@@ -26,7 +26,6 @@ from clampdown.saes.checkpoints import load_sae
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Edit, Plan
 from clampdown.steering.program import check_plan
-from clampdown.steering.prompt_sharing import widen_arguments
 from clampdown.types import Split
 
 PROMPTS = one_suite("harmful", Split.TEST, 6).prompts
@@ -65,9 +64,10 @@ def test_a_spread_model_is_read_and_steered_like_a_whole_one(whole: LanguageMode
     for lm in (whole, spread):
         check_plan(plan, lm, {sae.cfg.site.name: sae})
         ids = [encode(lm, prompt.messages) for prompt in PROMPTS]
-        with steer(lm, [plan, None, plan, None, plan, None], sae) as steering:
+        plans = [None if i % 2 else plan for i in range(len(ids))]
+        with steer(lm, plans, sae) as steering:
             said.append([reply.text for reply in generate(lm, ids, max_new_tokens=10, on_keep=steering.keep_rows)])
-            assert [bool(r and r.tokens_touched) for r in steering.receipts()] == [True, False] * 3
+            assert [bool(r and r.tokens_touched) for r in steering.receipts()] == [one is not None for one in plans]
         read.append(collect(plan_pass(lm, [read_sae(sae)], PROMPTS)))
     assert said[0] == said[1]
     for pooling in ("max", "assistant_start"):
@@ -78,7 +78,7 @@ def test_a_site_is_brought_home_and_taken_back() -> None:
     """Two accelerators that are not there: the tensors know their device, and nothing may mix them."""
     with FakeTensorMode():
         here, there = torch.device("cuda:0"), torch.device("cuda:1")
-        block = nn.Linear(4, 4, device=there)
+        block = nn.Identity()
         own = torch.ones(4, device=here)
         seen: list[torch.device] = []
 
@@ -91,13 +91,6 @@ def test_a_site_is_brought_home_and_taken_back() -> None:
             assert block(torch.ones(1, 2, 4, device=there)).device == there
             handle.remove()
         assert seen == [here, here]
-        rows = torch.tensor([0, 0, 1], device=here)
-        assert widen_arguments(torch.ones(2, 3, device=there), 2, rows).device == there
-        layer = GrowingLayer()
-        layer.update(torch.ones(2, 1, 3, 4, device=there), torch.ones(2, 1, 3, 4, device=there))
-        layer._buffers = None  # whose buffer it is cannot be asked of tensors without memory
-        layer.batch_select_indices(rows)
-        assert layer.keys is not None and layer.keys.device == there and len(layer.keys) == 3
 
 
 @pytest.mark.parametrize(
@@ -117,7 +110,7 @@ def test_placings_that_are_none(placing: Placing, message: str) -> None:
         load_model("organism", placing=placing)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"model": true}', '{"model": [1]}', "[]", '{"model.nothing": "cpu"}'])
+@pytest.mark.parametrize("text", ["{}", '{"model": true}', '{"model": [1]}', "[]"])
 def test_maps_that_are_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text(text)
     with pytest.raises(ModelError):

@@ -69,7 +69,8 @@ def sinks_at(lm: LanguageModel, sites: Sequence[Site]) -> dict[Site, Sinks]:
 
 def _of_residual(lm: LanguageModel, sites: Sequence[Site]) -> dict[Site, Sinks]:
     known = _FOUND.setdefault(lm.model, {})
-    changed = sum(parameter._version for parameter in lm.model.parameters())
+    # Weights that a spread model keeps on disk come and go with every pass, and nobody edits them there.
+    changed = sum(parameter._version for parameter in lm.model.parameters() if parameter.device.type != "meta")
     new = [site for site in dict.fromkeys(sites) if (site, changed) not in known]
     if new:
         prompts = [neutral_ids(lm, text) for text in NEUTRAL]

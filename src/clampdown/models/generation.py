@@ -83,7 +83,8 @@ class GrowingLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Row i becomes what row indices[i] was. Only rows that move are copied."""
-        indices = indices if self.keys is None else indices.to(self.keys.device)
+        if self.is_initialized:  # on a spread model, on its block's device
+            indices = indices.to(self.device)
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().flatten()
         if self._buffers is None or not self._owns(self.keys) or len(indices) > self.keys.shape[0]:
             super().batch_select_indices(indices)

@@ -104,7 +104,8 @@ def needed(package: str, what: str) -> None:
 def _bits(name: str) -> Any:
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(**{BITS[name]: True})
+    chosen: Any = {BITS[name]: True}
+    return BitsAndBytesConfig(**chosen)
 
 
 def places_of(model: nn.Module) -> Mapping[str, Any]:

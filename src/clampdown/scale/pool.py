@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections import deque
@@ -89,10 +90,9 @@ def _ray() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of what it will do one day
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
+        return importlib.import_module("ray")
     except ImportError as error:
         raise MissingPackageError("--ray needs the package 'ray'", hint="pip install 'clampdown[ray]'") from error
-    return ray
 
 
 @dataclass

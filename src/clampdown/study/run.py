@@ -203,7 +203,7 @@ def take_test(study: Study, test: FrozenTest, out: Path, stages: Stages, **more:
 
     def extra(records: Sequence[Record]) -> Mapping[str, Any]:
         gate = {"gate": gate_facts(plan_of(test.arm(test.gated)), records)} if test.gated else {}
-        return more | test.facts | gate
+        return {**more, **test.facts, **gate}
 
     reading = reading_of(study, test)
     run = measure_arms(reading, test.arms, asked_of(study, test), out, test.answering, stages, extra)
