@@ -121,7 +121,7 @@ class RunFolder:
         if found is None or row is None or row.plan is None or not found.loadable(row):
             raise PlanError(f"there is no plan to load for '{arm}'", hint="runs made before plans were kept have none")
         plan = read_plan(_stored(self.folder / run)[row.plan])
-        named = plan.model_copy(update={"name": arm})
+        named = plan.named(arm)
         check_plan(named, self.lm, self.saes.of(named))
         return named
 

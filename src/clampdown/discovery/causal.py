@@ -16,7 +16,7 @@ from typing import Literal
 from clampdown.errors import NotEnoughDataError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
-from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef
+from clampdown.steering.plan import Edit, Plan
 from clampdown.types import FeatureScore, FeatureSet, ScoreSource
 
 REFUSAL_LOG_ODDS = "clamp_refusal_log_odds"
@@ -28,13 +28,8 @@ MakePlan = Callable[[FeatureScore], Plan]
 
 def clamp_plan(lm: LanguageModel, sae: Sae, feature: int, value: float, scope: str = "all") -> Plan:
     """The first paper's edit: one feature set to `value` (raw activation units), error term kept."""
-    site = sae.cfg.site.name
-    return Plan(
-        name=f"clamp-{feature}",
-        model=ModelRef(name=lm.name, revision=lm.revision),
-        saes=(SaeRef(site=site, name=sae.name, revision=sae.revision),),
-        edits=(Edit(site=site, operator="clamp", features=(feature,), strengths=(value,), scope=scope),),
-    )
+    edit = Edit(site=sae.cfg.site.name, operator="clamp", features=(feature,), strengths=(value,), scope=scope)
+    return Plan.of(lm, [sae], [edit], f"clamp-{feature}")
 
 
 def clamp_at_multiple(lm: LanguageModel, sae: Sae, multiple: float, scope: str = "all") -> MakePlan:

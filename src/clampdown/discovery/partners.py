@@ -47,7 +47,7 @@ def with_partners(plan: Plan, clamps: Mapping[int, float]) -> Plan:
         scope=first.scope,
         error_term=first.error_term,
     )
-    return plan.model_copy(update={"edits": (grown, *plan.edits[1:])})
+    return plan.changed(edits=(grown, *plan.edits[1:]))
 
 
 def partners(plan: Plan, units: Mapping[int, float], measure: Measure, n: int) -> tuple[Partner, ...]:

@@ -36,7 +36,7 @@ def held(plan: Plan, features: Sequence[int]) -> Plan:
         strengths=(0.0,) * len(features),
         scope="assistant",
     )
-    return plan.model_copy(update={"edits": (*plan.edits, hold)})
+    return plan.changed(edits=(*plan.edits, hold))
 
 
 def failing(

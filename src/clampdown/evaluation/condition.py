@@ -25,7 +25,7 @@ from clampdown.models.generation import next_token_logits
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae, SaeConfig
 from clampdown.steering.hooks import steer
-from clampdown.steering.plan import Edit, Gate, ModelRef, Plan, SaeRef
+from clampdown.steering.plan import Edit, Gate, Plan, SaeRef
 from clampdown.store import content_hash
 from clampdown.types import Prompt, Site
 
@@ -43,7 +43,7 @@ class Condition:
 
     @property
     def ref(self) -> SaeRef:
-        return SaeRef(site=self.gate.site, name=self.sae.name, revision=self.sae.revision)
+        return SaeRef.of(self.sae)
 
 
 def condition_sae(site: Site, vector: Sequence[float]) -> Sae:
@@ -98,15 +98,14 @@ def condition(
                   poolings=("mean", "mean"))  # fmt: skip
     found = Condition(sae, opened, 0.0)
     threshold, f1 = best_f1_threshold(scores(lm, found, harmful), scores(lm, found, harmless))
-    return replace(found, gate=opened.model_copy(update={"threshold": threshold}), f1=f1)
+    return replace(found, gate=opened.changed(threshold=threshold), f1=f1)
 
 
 def scores(lm: LanguageModel, found: Condition, prompts: Sequence[Prompt]) -> Float[np.ndarray, " prompts"]:
     """Each prompt's score, as the gate itself reads it when it steers."""
     site = found.gate.site
     nothing = Edit(site=site, operator="scale", features=(0,), strengths=(1.0,))
-    model = ModelRef(name=lm.name, revision=lm.revision)
-    plan = Plan(name=NAME, model=model, saes=(found.ref,), edits=(nothing,), gate=found.gate)
+    plan = Plan.of(lm, [found.sae], [nothing], NAME, gate=found.gate)
     values: list[float] = []
     ids = [encode(lm, prompt.messages) for prompt in prompts]
     for start in range(0, len(ids), BATCH):

@@ -83,7 +83,7 @@ class Control:
 
 def control_arms(plan: Plan, material: Material, matching: Matching) -> tuple[Control, ...]:
     """Every control of the plan. Raises `StrengthError` when the plan itself measures nothing."""
-    open_plan = plan.model_copy(update={"gate": None, "otherwise": None})
+    open_plan = plan.ungated()
     goal = matching.measure(open_plan)
     if not goal > 0:
         raise StrengthError(f"plan '{plan.name}' has a {matching.quantity} of {goal:g}: nothing to match controls to")

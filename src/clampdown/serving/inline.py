@@ -95,12 +95,12 @@ class InlineEdits:
     def _plan(self, edit: Edit, asked: str, gate: Plan | None) -> Plan:
         sae = self.saes[edit.site]
         refs = {ref.site: ref for ref in gate.saes} if gate else {}
-        refs[edit.site] = SaeRef(site=edit.site, name=sae.name, revision=sae.revision)
+        refs[edit.site] = SaeRef.of(sae)
         if gate is not None and gate.gate is None:
             raise RequestError(f"plan '{gate.name}' has no gate to borrow", param="steering.gate", code="no_gate")
         return Plan(
             name=INLINE,
-            model=ModelRef(name=self.lm.name, revision=self.lm.revision),
+            model=ModelRef.of(self.lm),
             saes=tuple(refs.values()),
             edits=(edit,),
             gate=gate.gate if gate else None,

@@ -95,7 +95,7 @@ class FittedGate:
         """With other names for its vectors, for a second gate of the kind in one plan."""
         names = tuple(f"{prefix} {name}" for name in self.gate.vectors)
         vectors = {new: self.vectors[old] for new, old in zip(names, self.gate.vectors, strict=True)}
-        return FittedGate(self.gate.model_copy(update={"vectors": names}), vectors)
+        return FittedGate(self.gate.changed(vectors=names), vectors)
 
     def changed(self, **fields: object) -> FittedGate:
         """With other values for some of the gate's fields, checked as a plan's are."""
@@ -142,7 +142,7 @@ def fit_probe_of(
     _needs_sae(pooled)
     probe = fit_probe(pooled.features, positive, max_features=max_features, inverse_penalty=inverse_penalty, seed=seed)
     gate = _gate("probe", pooled, features=probe.features, weights=probe.weights, poolings=probe.poolings)
-    return FittedGate(gate.model_copy(update={"bias": probe.bias}), {})
+    return FittedGate(gate.changed(bias=probe.bias), {})
 
 
 def _fit_dense(pooled: Pooled, positive: Labels, seed: int) -> FittedGate:
@@ -156,7 +156,7 @@ def _fit_dense(pooled: Pooled, positive: Labels, seed: int) -> FittedGate:
     gate = _gate("dense", pooled, vectors=names, weights=(1.0,) * len(names), poolings=RESIDUAL_POOLINGS)
     bias = float(model.intercept_[0] - mean @ weights)
     vectors = {name: tuple(part.tolist()) for name, part in zip(names, parts, strict=True)}
-    return FittedGate(gate.model_copy(update={"bias": bias}), vectors)
+    return FittedGate(gate.changed(bias=bias), vectors)
 
 
 def _fit_cosine(pooled: Pooled, positive: Labels, seed: int) -> FittedGate:

@@ -71,6 +71,10 @@ Vector = Annotated[tuple[float, ...], BeforeValidator(_unpack), PlainSerializer(
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
+    def changed(self, **changes: Any) -> Self:
+        """A copy with other values, checked like a new one."""
+        return type(self).model_validate({**dict(self), **changes})
+
 
 @runtime_checkable
 class Named(Protocol):
@@ -335,10 +339,6 @@ class Plan(_Part):
         """A plan for a loaded model and SAEs."""
         refs = tuple(SaeRef.of(sae) for sae in saes)
         return cls(name=name, model=ModelRef.of(lm), saes=refs, edits=tuple(edits), **more)
-
-    def changed(self, **changes: Any) -> Self:
-        """A copy with other values, checked like a new plan."""
-        return type(self).model_validate({**dict(self), **changes})
 
     def named(self, name: str) -> Self:
         """The same under another name."""

@@ -62,15 +62,13 @@ def self_test(
     """Try the plan on the model. Raises `PlanMismatchError` and its kin when the plan is for something else."""
     sources = resolve_saes([plan], saes, lm.device)
     ids = torch.tensor([encode(lm, [Message("user", PROMPT)])], device=lm.device)
-    bare = plan.model_copy(update={"gate": None, "otherwise": None, "edits": _everywhere(plan.edits)})
-    zero = bare.model_copy(update={"edits": _everywhere([_zero(edit) for edit in plan.edits])})
+    bare = plan.ungated().changed(edits=_everywhere(plan.edits))
+    zero = bare.changed(edits=_everywhere([_zero(edit) for edit in plan.edits]))
     try:
         plain = _run(lm, None, plan, sources, ids)
         identity = _run(lm, zero, plan, sources, ids)
         steered = _run(lm, bare, plan, sources, ids)
-        gated = (
-            None if plan.gate is None else _run(lm, plan.model_copy(update={"edits": bare.edits}), plan, sources, ids)
-        )
+        gated = None if plan.gate is None else _run(lm, plan.changed(edits=bare.edits), plan, sources, ids)
     except SteeringNotAppliedError as error:
         return (Check("the hook fires at its site", False, error.message),)
     sinks = sinks_at(lm, [Site.parse(name) for name in steered.before])
@@ -109,7 +107,7 @@ def _everywhere(edits: Iterable[Edit]) -> tuple[Edit, ...]:
     for edit in edits:
         channels = {(edit.site, edit.operator, channel) for channel in edit.features or (edit.vector,)}
         if not channels & seen and not any(contradict(edit, other) for other in kept):
-            kept.append(edit.model_copy(update={"scope": "all"}))
+            kept.append(edit.changed(scope="all"))
             seen |= channels
     return tuple(kept)
 
@@ -117,9 +115,7 @@ def _everywhere(edits: Iterable[Edit]) -> tuple[Edit, ...]:
 def _zero(edit: Edit) -> Edit:
     """The same channels with an operator and strength that add exactly nothing."""
     operator = "add_direction" if OPERATORS[edit.operator].dense else "add"
-    return edit.model_copy(
-        update={"operator": operator, "strengths": (0.0,) * len(edit.strengths), "error_term": "keep"}
-    )
+    return edit.changed(operator=operator, strengths=(0.0,) * len(edit.strengths), error_term="keep")
 
 
 @torch.no_grad()

@@ -160,7 +160,7 @@ def parts(plan: Plan) -> dict[str, Plan]:
         if not edit.features:
             found[f"{edit.operator} {edit.vector}"] = _with_edits(plan, [edit])
         for feature, strength in zip(edit.features, edit.strengths, strict=False):
-            one = edit.model_copy(update={"features": (feature,), "strengths": (strength,), "p99": None})
+            one = edit.changed(features=(feature,), strengths=(strength,), p99=None)
             found[f"{feature} at {edit.site}"] = _with_edits(plan, [one])
     return found
 

@@ -243,7 +243,7 @@ def _plans(paths: Sequence[Path]) -> tuple[Plan, ...]:
     plans = [read_plan(path) for path in paths]
     names = [plan.name for plan in plans]
     plans = [
-        plan if names.count(plan.name) == 1 else plan.model_copy(update={"name": f"{plan.name} ({path.stem})"})
+        plan if names.count(plan.name) == 1 else plan.named(f"{plan.name} ({path.stem})")
         for plan, path in zip(plans, paths, strict=True)
     ]
     if len({plan.model.revision for plan in plans}) > 1:

@@ -14,7 +14,7 @@ from clampdown.models.loading import LanguageModel, load_model
 from clampdown.saes.checkpoints import open_sae
 from clampdown.saes.sae import FeatureSource, check_fits
 from clampdown.steering.operators import OPERATORS
-from clampdown.steering.plan import Edit, Gate, ModelRef, Plan, SaeRef, read_plan, write_plan
+from clampdown.steering.plan import Edit, Gate, Plan, read_plan, write_plan
 from clampdown.steering.program import check_plan
 from clampdown.steering.units import Strength, Unit, calibrate, in_words, measured, resolve
 from clampdown.store import prompts_hash
@@ -77,13 +77,9 @@ def plan_of(lm: LanguageModel, sae: FeatureSource, request: Request, prompts: Se
     )
     asked = " ".join(map(str, request.strengths))
     made_from = {"strengths": asked, "calibration": prompts_hash(prompts) if prompts else "none", "code": CODE_VERSION}
-    return Plan(
-        name=request.name or f"{request.operator} {'+'.join(map(str, request.features))}",
-        model=ModelRef(name=lm.name, revision=lm.revision),
-        saes=(SaeRef(site=site.name, name=sae.name, revision=sae.revision),),
-        edits=(measured(edit, calibration) if calibration else edit,),
-        provenance=made_from,
-    )
+    name = request.name or f"{request.operator} {'+'.join(map(str, request.features))}"
+    edits = (measured(edit, calibration) if calibration else edit,)
+    return Plan.of(lm, [sae], edits, name, provenance=made_from)
 
 
 def calibration_prompts(model: str, path: Path | None) -> tuple[Prompt, ...]:

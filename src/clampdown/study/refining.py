@@ -15,7 +15,7 @@ from clampdown.discovery.screening import BenignKl, PrefillRefusal
 from clampdown.errors import NotEnoughDataError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
-from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, write_plan
+from clampdown.steering.plan import Edit, Plan, write_plan
 from clampdown.store import write_json
 from clampdown.study.progress import Stages
 from clampdown.types import FeatureSet, Prompt
@@ -59,13 +59,9 @@ def refine_found(
 
 def plan_of(lm: LanguageModel, sae: Sae, clamps: Clamps, scope: str) -> Plan:
     """One edit that clamps all features together."""
-    site = sae.cfg.site.name
-    return Plan(
-        name="clamp " + " + ".join(map(str, clamps.features)),
-        model=ModelRef(name=lm.name, revision=lm.revision),
-        saes=(SaeRef(site=site, name=sae.name, revision=sae.revision),),
-        edits=(Edit(site=site, operator="clamp", features=clamps.features, strengths=clamps.strengths, scope=scope),),
-    )
+    site, features = sae.cfg.site.name, clamps.features
+    edit = Edit(site=site, operator="clamp", features=features, strengths=clamps.strengths, scope=scope)
+    return Plan.of(lm, [sae], [edit], "clamp " + " + ".join(map(str, features)))
 
 
 def make_measure(given: Material, tempting: Sequence[Prompt], benign: Sequence[Prompt]) -> Measure:

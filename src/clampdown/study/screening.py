@@ -83,8 +83,8 @@ class Prefills:
 
 def _at_prefill(plan: Plan) -> Plan:
     """The plan as a prefill sees it."""
-    edits = (edit.model_copy(update={"scope": "prompt"}) if edit.scope == "all" else edit for edit in plan.edits)
-    return plan.model_copy(update={"edits": tuple(edits)})
+    edits = (edit.changed(scope="prompt") if edit.scope == "all" else edit for edit in plan.edits)
+    return plan.changed(edits=tuple(edits))
 
 
 class _Sample:

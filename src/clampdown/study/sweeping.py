@@ -139,7 +139,7 @@ def _curve_arms(plan: Plan, unit: float, chosen: Arm) -> list[Arm]:
 
 def _curve(plan: Plan, unit: float, scope: str, multiples: Sequence[float]) -> list[Arm]:
     """The plan's clamp at multiples of the feature's largest activation, in one scope."""
-    scoped = plan.changed(edits=tuple(edit.model_copy(update={"scope": scope}) for edit in plan.edits))
+    scoped = plan.changed(edits=tuple(edit.changed(scope=scope) for edit in plan.edits))
     feature = plan.edits[0].features[0]
     arms = sweep_arms(scoped, [unit], multiples)
     names = [f"clamp {feature} x{multiple:g}, {WHERE[scope]}" for multiple in multiples]

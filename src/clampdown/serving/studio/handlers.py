@@ -207,7 +207,7 @@ class Handlers:
     def save(self, name: str, plan: Plan, controls: Controls) -> tuple[Plan, str]:
         """Keep what the controls make under a name; returns it, and what to say."""
         steering = self.steering(plan, controls)
-        kept = steering.model_copy(update={"name": checked_name(name)})
+        kept = steering.named(checked_name(name))
         where = self.bench.plans.save(kept.name, kept)
         return kept, f"Saved as {where}."
 

@@ -54,7 +54,7 @@ def adjusted(plan: Plan, settings: Settings) -> Plan:
         fields |= {"gate": None, "otherwise": None}
     elif plan.gate is not None and settings.threshold is not None:
         moved = {"threshold": settings.threshold, "guarantee": settings.guarantee}
-        fields["gate"] = plan.gate.model_copy(update=moved)
+        fields["gate"] = plan.gate.changed(**moved)
     fields["name"] = f"{plan.name}, {', '.join(said)}"
     fields["provenance"] = {**plan.provenance, "adjusted_from": plan.digest, "adjusted": ", ".join(said)}
     return Plan.model_validate(fields)

@@ -94,7 +94,7 @@ def clamper(ground: Groundwork, settings: ClampSettings) -> Callable[[FeatureSco
         value = strength.value * (1.0 if unit is None else score.scores[unit])
         plan = causal.clamp_plan(study.lm, study.sae, score.feature, value, settings.scope)
         asked = {"operator": settings.operator, "error_term": settings.error_term}
-        return plan.changed(edits=tuple(edit.model_copy(update=asked) for edit in plan.edits))
+        return plan.changed(edits=tuple(edit.changed(**asked) for edit in plan.edits))
 
     return plan_at
 

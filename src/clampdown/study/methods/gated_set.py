@@ -206,7 +206,7 @@ def at_strengths(plan: Plan, up: Plan, name: str) -> Plan:
     """The plan with the edits of an opened one where it steers up."""
     if plan.otherwise is None:
         return plan.changed(edits=up.edits, name=name)
-    branch = plan.otherwise.model_copy(update={"edits": up.edits})
+    branch = plan.otherwise.changed(edits=up.edits)
     return plan.changed(otherwise=branch, name=name)
 
 
