@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ import torch
 from torch import nn
 
 from clampdown.documents import read_object
-from clampdown.errors import MissingPackageError, ModelError
+from clampdown.errors import ModelError
+from clampdown.extras import require
 
 PLANNED = ("auto", "balanced", "balanced_low_0", "sequential")
 BITS = {"8bit": "load_in_8bit", "4bit": "load_in_4bit"}
@@ -53,10 +53,9 @@ class Placing:
         if self.quantise is not None and self.quantise not in BITS:
             raise ModelError(f"'{self.quantise}' is not a quantisation", hint=f"one of: {', '.join(BITS)}")
         if self.spread:
-            needed("accelerate", "a device map")
+            require("spread", "a device map")
         if self.quantise:
-            needed("bitsandbytes", f"quantising to {self.quantise}")
-            needed("accelerate", f"quantising to {self.quantise}")
+            require("quantise", f"quantising to {self.quantise}")
 
     def options(self, where: torch.device, *, quantised: bool) -> dict[str, Any]:
         """What the library's loader is told beside the precision; none for a model that is moved whole afterwards."""
@@ -93,12 +92,6 @@ class Placing:
     def marked(self, revision: str) -> str:
         """A revision of what this makes of the weights."""
         return f"{revision}+{self.quantise}" if self.quantise else revision
-
-
-def needed(package: str, what: str) -> None:
-    """Raises `MissingPackageError` unless the package is installed."""
-    if importlib.util.find_spec(package) is None:
-        raise MissingPackageError(f"{what} needs the package '{package}'", hint=f"pip install {package}")
 
 
 def _bits(name: str) -> Any:

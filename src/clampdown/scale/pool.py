@@ -21,7 +21,8 @@ from typing import Any
 
 from clampdown import errors as tree
 from clampdown.documents import parse_json
-from clampdown.errors import ClampdownError, MissingPackageError, ShardError
+from clampdown.errors import ClampdownError, ShardError
+from clampdown.extras import extra
 from clampdown.scale.tasks import Task, Unit, task_of
 
 DEPTH = 2
@@ -89,10 +90,8 @@ def _value(text: str) -> Any:
 def _ray() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of what it will do one day
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
+    with extra("ray", "--ray"):
         return importlib.import_module("ray")
-    except ImportError as error:
-        raise MissingPackageError("--ray needs the package 'ray'", hint="pip install 'clampdown[ray]'") from error
 
 
 @dataclass
