@@ -37,7 +37,7 @@ from clampdown.study.published import Published, PublishedRequest, control_rows,
 from clampdown.study.sizes import SMALL, Answering, Sizes
 from clampdown.study.study import Study
 from clampdown.study.sweeping import Sweep, sweep_found_clamp
-from clampdown.types import FeatureSet, Record, Split
+from clampdown.types import SAFE, FeatureSet, Record, Split
 
 PLAN, UNGATED, PIPELINE = "plan.toml", "ungated.toml", "pipeline.json"
 """The best plan; a published method's choice without its gate; how that method came to it."""
@@ -160,11 +160,11 @@ def key_of_choice(study: Study, request: StudyRequest) -> str:
     out, as in the key of records."""
     sizes = request.sizes
     read = {
-        split: prompts_hash(study.prompts(split, n))
-        for split, n in (
-            (Split.DISCOVERY, sizes.discovery),
-            (Split.VALIDATION, sizes.validation),
-            (Split.CALIBRATION, sizes.calibration),
+        split: prompts_hash(study.prompts(split, n, *roles))
+        for split, n, roles in (
+            (Split.DISCOVERY, sizes.discovery, ()),
+            (Split.VALIDATION, sizes.validation, ()),
+            (Split.CALIBRATION, sizes.calibration, SAFE),
         )
     }
     published = request.published
