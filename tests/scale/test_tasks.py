@@ -15,7 +15,7 @@ from clampdown.activations.stream import Pass
 from clampdown.errors import MissingPackageError, ShardError
 from clampdown.evaluation import runner
 from clampdown.evaluation.condition import StoredCondition, condition_sae
-from clampdown.scale.pool import PoolRequest, pool
+from clampdown.scale.pool import PoolRequest, pool, shares
 from clampdown.scale.tasks import ANSWER, CHOOSE, READ, AnswerMessage, PassMessage, by_likelihood, packed, task_of
 from clampdown.store import content_hash, to_jsonable
 from clampdown.study.evaluate import Evaluation
@@ -71,6 +71,30 @@ def test_a_condition_is_stored_to_the_last_bit() -> None:
     found = StoredCondition.of(sae).sae()
     assert (found.name, found.revision, found.cfg) == (sae.name, sae.revision, sae.cfg)
     assert all((found.tensors[name] == sae.tensors[name]).all() for name in sae.tensors)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "request_", "expected"),
+    [
+        ([8, 8], [0, 0], PoolRequest(), (2, 8, 0)),
+        ([8, 8], [0, 0], PoolRequest(actors=3), (3, 4, 0)),  # five each would leave the third without a machine
+        ([2], [0], PoolRequest(actors=2), (2, 1, 0)),
+        ([16, 16], [4, 4], PoolRequest(), (8, 1, 1)),
+        ([16, 16], [4, 4], PoolRequest(gpus_per_actor=3), (2, 1, 3)),
+        ([16, 16], [4, 4], PoolRequest(actors=4, gpus_per_actor=0), (4, 8, 0)),
+    ],
+)
+def test_actors_get_what_one_machine_has(
+    cpus: list[float], gpus: list[float], request_: PoolRequest, expected: tuple[int, float, float]
+) -> None:
+    actors, held = shares(cpus, gpus, request_)
+    assert (actors, held["num_cpus"], held["num_gpus"]) == expected
+
+
+@pytest.mark.parametrize("request_", [PoolRequest(actors=9), PoolRequest(gpus_per_actor=5), PoolRequest(actors=40)])
+def test_actors_that_would_wait_for_ever_are_refused(request_: PoolRequest) -> None:
+    with pytest.raises(ShardError, match="do not fit"):
+        shares([16, 16], [4, 4], request_)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed here")

@@ -29,6 +29,8 @@ DEPTH = 2
 """Units that an actor has at a time."""
 RETRIES = 3
 """How often Ray does a unit again whose actor died."""
+RESTARTS = 20
+"""How often an actor is started again: one that can never load its model must not be for ever."""
 PATIENCE = 60.0
 """Seconds without any result after which units of busy actors are given to idle ones too."""
 OBJECT_STORE = 100_000_000
@@ -176,7 +178,7 @@ def pool(request: PoolRequest, message: str) -> Iterator[Pool]:
         _connect(ray, request)
     try:
         options = _options(ray, request)
-        made = ray.remote(Actor).options(**options[1], max_restarts=-1, max_task_retries=RETRIES)
+        made = ray.remote(Actor).options(**options[1], max_restarts=RESTARTS, max_task_retries=RETRIES)
         actors = [made.remote(message) for _ in range(options[0])]
         try:
             yield Pool(ray, actors)
@@ -202,17 +204,36 @@ def _connect(ray: Any, request: PoolRequest) -> None:
 
 
 def _options(ray: Any, request: PoolRequest) -> tuple[int, dict[str, float]]:
-    """How many actors, and what each holds."""
-    total = ray.cluster_resources()
-    gpus = request.gpus_per_actor
-    if gpus is None:
-        gpus = 1.0 if total.get("GPU", 0) else 0.0
-    machines = sum(bool(node["Alive"]) for node in ray.nodes())
-    actors = request.actors or (int(total.get("GPU", 0) / gpus) if gpus else machines)
-    if actors < 1 or gpus * actors > total.get("GPU", 0):
+    """How many actors, and what each holds. Raises `ShardError` when they would wait for room for ever."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = ([float(each.get(name, 0)) for each in machines] for name in ("CPU", "GPU"))
+    return shares(cpus, gpus, request)
+
+
+def shares(cpus: Sequence[float], gpus: Sequence[float], request: PoolRequest) -> tuple[int, dict[str, float]]:
+    """As `_options`, from the machines' processors and accelerators. An actor is on one machine: what two machines have
+    left of each cannot be put together."""
+    held = request.gpus_per_actor
+    if held is None:
+        held = 1.0 if any(gpus) else 0.0
+    actors = request.actors or (_places(gpus, held) if held else len(cpus))
+    if held and _places(gpus, held) < max(actors, 1):
         raise ShardError(
-            f"{actors} actors with {gpus:g} accelerators each do not fit: Ray has {total.get('GPU', 0):g}",
+            f"{actors} actors with {held:g} accelerators each do not fit: the machines have {_listed(gpus)}",
             hint="fewer --actors, or --gpus-per-actor 0",
         )
-    cpus = 1.0 if gpus else max(1.0, total.get("CPU", 1) // actors)
-    return actors, {"num_cpus": cpus, "num_gpus": gpus}
+    if held:
+        return actors, {"num_cpus": 1.0, "num_gpus": held}
+    each = next((n for n in range(int(max(cpus)), 0, -1) if _places(cpus, n) >= actors), None)
+    if each is None:
+        raise ShardError(f"{actors} actors do not fit: the machines have {_listed(cpus)} processors", hint="--actors")
+    return actors, {"num_cpus": float(each), "num_gpus": 0.0}
+
+
+def _places(machines: Sequence[float], held: float) -> int:
+    """How many actors find room that hold so much each."""
+    return sum(int(there / held) for there in machines)
+
+
+def _listed(machines: Sequence[float]) -> str:
+    return " + ".join(f"{there:g}" for there in machines)
