@@ -189,6 +189,8 @@ def test_merged_shards_of_a_study_are_the_study(tmp_path: Path) -> None:
     choose(study, many, request, quiet())
     for index in range(2):
         study_shard(study, request, many, Shard(index, 2), quiet())
+    with pytest.raises(ShardError, match="not where these shards' arms were chosen"):
+        merge(shards_under(many), tmp_path / "elsewhere")
     assert merge(shards_under(many), many).shards == 2
     (many / "validation" / "records.jsonl").unlink()
     merged = run_study(study, many, request, quiet())

@@ -17,7 +17,7 @@ from clampdown.scale.on_ray import answer_on_ray
 from clampdown.scale.pool import PoolRequest
 from clampdown.scale.shards import Shard, ShardFile, begin
 from clampdown.steering.arms import Arm
-from clampdown.store import RecordLog
+from clampdown.store import RecordLog, write_atomic
 from clampdown.study import evaluate as evaluating
 from clampdown.study.frozen import FILE as FROZEN
 from clampdown.study.frozen import FrozenTest, frozen_test
@@ -104,6 +104,8 @@ def answer_shard(
     directory.mkdir(parents=True, exist_ok=True)
     with RecordLog(directory, key) as log:
         begin(directory, file)
+        if (out / FROZEN).exists():
+            write_atomic(directory / FROZEN, (out / FROZEN).read_bytes())
         _choose_options(subject, by_likelihood, log, shard.of(len(chunks)), stages)
         try:
             with stages.stage(f"Answering shard {shard}") as tick:

@@ -18,6 +18,7 @@ from clampdown.scale import answering, reading
 from clampdown.scale.reading import pass_directory
 from clampdown.scale.shards import PARTS, ShardFile, checked
 from clampdown.store import AppendLog, Key, RecordLog, Row, key_of
+from clampdown.study.frozen import FILE as FROZEN
 from clampdown.types import OptionChoice, Record, StoredReply
 
 
@@ -62,6 +63,11 @@ def _merge_pass(found: Sequence[tuple[Path, ShardFile]], out: Path) -> str:
 def _merge_records(found: Sequence[tuple[Path, ShardFile]], out: Path) -> str:
     file = found[0][1]
     parts = [(directory, _Logs.of(directory)) for directory, _ in found]
+    if (found[0][0] / FROZEN).exists() and not (out / FROZEN).exists():
+        raise ShardError(
+            f"{out} is not where these shards' arms were chosen: it holds no {FROZEN}",
+            hint="merge into the directory that --until-test wrote, or a copy of it",
+        )
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.callback(lambda: [logs.close() for _, logs in parts])
