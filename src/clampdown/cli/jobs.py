@@ -201,9 +201,7 @@ def _study(
         console.print(f"ready for its shards: {out}", soft_wrap=True)
 
 
-def _loaded(
-    file: Path | None, asked: dict[str, Any], folder: Path | None, progress: Stages
-) -> tuple[StudySpec, Study]:
+def _loaded(file: Path | None, asked: dict[str, Any], folder: Path | None, progress: Stages) -> tuple[StudySpec, Study]:
     """A study's settings, and what they name. Raises `RecipeError` and whatever does not fit together."""
     from clampdown.study.recipes.schema import read_toml
     from clampdown.study.spec import parse_spec

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -144,6 +144,7 @@ class AnswerMessage:
     likelihood: tuple[str, ...]
     judge: str
     settings: runner.Settings
+    fewer: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, subject: Subject, job: runner.Job, likelihood: Sequence[str]) -> AnswerMessage:
@@ -151,8 +152,8 @@ class AnswerMessage:
         stored = tuple(StoredCondition.of(sae) for sae in subject.saes if sae.name == CONDITION)
         arms = tuple(StoredArm.of(arm) for arm in job.arms)
         lm, here = subject.lm, str(Path.cwd())
-        judge, settings = job.judge_name, job.settings
-        return cls(lm.name, lm.placing, here, named, stored, arms, job.suites, tuple(likelihood), judge, settings)
+        asked = (job.suites, tuple(likelihood), job.judge_name, job.settings, job.fewer)
+        return cls(lm.name, lm.placing, here, named, stored, arms, *asked)
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class AnswerTask:
             *(sae.sae().to(lm.device) for sae in message.conditions),
         )
         arms = tuple(arm.arm() for arm in message.arms)
-        job = runner.Job(arms, message.suites, _no_judge, message.judge, message.settings)
+        job = runner.Job(arms, message.suites, _no_judge, message.judge, message.settings, message.fewer)
         return cls(lm, saes, job, message.likelihood)
 
     @cached_property
@@ -202,9 +203,7 @@ class AnswerTask:
 
 def by_likelihood(job: runner.Job, names: Sequence[str]) -> runner.Job:
     """The part of a job that answers multiple choice by likelihood."""
-    return runner.Job(
-        tuple(arm for arm in job.arms if arm.name in names), job.suites, job.judge, job.judge_name, job.settings
-    )
+    return replace(job, arms=tuple(arm for arm in job.arms if arm.name in names))
 
 
 def _no_judge(prompt: Prompt, reply: str) -> Judgement:
