@@ -91,7 +91,7 @@ def test_the_error_names_the_command_and_other_errors_pass(monkeypatch: pytest.M
         import no_such  # pyright: ignore[reportMissingImports] # noqa: F401
 
 
-LIBRARIES_LOOK_FOR = {"pandas", "datasets", "pyarrow"}
+LIBRARIES_LOOK_FOR = {"pandas", "datasets", "pyarrow", "accelerate", "bitsandbytes"}
 """What transformers finds in the list of what is installed, whatever an import says: their absence is not played."""
 
 WITHOUT = f"""
