@@ -24,7 +24,21 @@ from clampdown.cli import (
 from clampdown.cli.app import app, errors, escaped
 from clampdown.errors import ClampdownError, SaeFitWarning
 
-FAMILIES = (jobs, tuning, finding, measuring, attacking, scaling, judging, plans, serving, studio, models, saes, organism)
+FAMILIES = (
+    jobs,
+    tuning,
+    finding,
+    measuring,
+    attacking,
+    scaling,
+    judging,
+    plans,
+    serving,
+    studio,
+    models,
+    saes,
+    organism,
+)
 """Imported because importing registers their commands."""
 
 PANELS = {
