@@ -145,7 +145,7 @@ def data(
 
     Prompts without a split are dealt out by a hash of their text, the same way every time. Raises `PromptSetError`.
     """
-    given = {
+    given: dict[str, Any] = {
         "harmful": harmful,
         "jailbroken": jailbroken,
         "multi_turn": multi_turn,
