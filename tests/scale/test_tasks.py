@@ -56,7 +56,7 @@ def test_an_evaluations_task_answers_as_the_sender_does(small_evaluation: Evalua
 def test_another_job_has_another_digest(small_evaluation: Evaluation) -> None:
     job, names = job_and_names(small_evaluation)
     message = AnswerMessage.of(small_evaluation, job, names)
-    longer = replace(message, settings=replace(message.settings, max_new_tokens=13))
+    longer = replace(message, max_new_tokens=13)
     assert task_of(packed(longer)).digest != task_of(packed(message)).digest
 
 

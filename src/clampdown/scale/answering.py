@@ -88,7 +88,8 @@ def answer_shard(
     Raises `ShardError` when the size of batches is left to each machine's memory, and `JudgeError` when replies wait
     for a judge that failed: the shard counts as finished then, and whoever merges judges them.
     """
-    if answering.batch_rows is None:
+    at_once = answering.engine.rows if answering.engine else answering.batch_rows
+    if at_once is None:
         raise ShardError(
             "shards must cut the same batches, and how many rows fit differs between machines",
             hint="say how many replies are generated together, the same for every shard: --batch-rows 32",
@@ -98,7 +99,7 @@ def answer_shard(
     by_likelihood = replace(job, arms=tuple(arm for arm in job.arms if asked.by_likelihood(arm)))
     chunks = runner.option_chunks(by_likelihood) if by_likelihood.arms else []
     batches = runner.cut_batches(subject.lm, job)
-    units = {"batch_rows": answering.batch_rows, "batches": len(batches), "rows": len(job.rows), "chunks": len(chunks)}
+    units = {"batch_rows": at_once, "batches": len(batches), "rows": len(job.rows), "chunks": len(chunks)}
     key, directory = runner.resume_key(subject.lm, subject.saes, job), shard.directory(out)
     file = ShardFile(KIND, shard, key, units, tuple(command))
     directory.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,8 @@ def answer_on_ray(
 ) -> None:
     """Answer and judge into `out` what its log does not hold yet. Raises as `runner.run`."""
     job = _sized(subject, job_of(subject, arms, tuple(suite for suite in asked.suites if suite.prompts), answering))
+    if answering.engine is not None:
+        raise ShardError("Ray's actors write replies themselves", hint="give one of --ray and --engine")
     names = tuple(arm.name for arm in arms if asked.by_likelihood(arm))
     out.mkdir(parents=True, exist_ok=True)
     with RecordLog(out, runner.resume_key(subject.lm, subject.saes, job)) as log:

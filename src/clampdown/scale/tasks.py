@@ -143,7 +143,8 @@ class AnswerMessage:
     suites: tuple[Suite, ...]
     likelihood: tuple[str, ...]
     judge: str
-    settings: runner.Settings
+    max_new_tokens: int
+    batch_rows: int | None
     fewer: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -152,8 +153,9 @@ class AnswerMessage:
         stored = tuple(StoredCondition.of(sae) for sae in subject.saes if sae.name == CONDITION)
         arms = tuple(StoredArm.of(arm) for arm in job.arms)
         lm, here = subject.lm, str(Path.cwd())
-        asked = (job.suites, tuple(likelihood), job.judge_name, job.settings, job.fewer)
-        return cls(lm.name, lm.placing, here, named, stored, arms, *asked)
+        asked = (job.suites, tuple(likelihood), job.judge_name)
+        sizes = (job.settings.max_new_tokens, job.settings.batch_rows, job.fewer)
+        return cls(lm.name, lm.placing, here, named, stored, arms, *asked, *sizes)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ class AnswerTask:
             *(sae.sae().to(lm.device) for sae in message.conditions),
         )
         arms = tuple(arm.arm() for arm in message.arms)
-        job = runner.Job(arms, message.suites, _no_judge, message.judge, message.settings, message.fewer)
+        settings = runner.Settings(message.max_new_tokens, message.batch_rows)
+        job = runner.Job(arms, message.suites, _no_judge, message.judge, settings, message.fewer)
         return cls(lm, saes, job, message.likelihood)
 
     @cached_property

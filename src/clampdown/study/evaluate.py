@@ -25,8 +25,8 @@ from clampdown.evaluation.control_arms import Control, Matching, Material, contr
 from clampdown.evaluation.controls import FeatureTable
 from clampdown.evaluation.engines import opened
 from clampdown.evaluation.judges.interface import NamedJudge
-from clampdown.models.chat import encode
 from clampdown.evaluation.runner import model_key
+from clampdown.models.chat import encode
 from clampdown.models.loading import LanguageModel
 from clampdown.models.placing import Placing
 from clampdown.results.run import Run

@@ -52,6 +52,24 @@ class StoredArm:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredAnswering:
+    """An `Answering` as plain values: which engine writes the replies is said by the command each time."""
+
+    per_suite: int
+    kl_prompts: int
+    batch_rows: int | None
+    max_new_tokens: int
+    control_prompts: int | None
+
+    @classmethod
+    def of(cls, found: Answering) -> StoredAnswering:
+        return cls(found.per_suite, found.kl_prompts, found.batch_rows, found.max_new_tokens, found.control_prompts)
+
+    def answering(self) -> Answering:
+        return Answering(self.per_suite, self.kl_prompts, self.batch_rows, self.max_new_tokens, self.control_prompts)
+
+
+@dataclass(frozen=True, slots=True)
 class FrozenTest:
     """What will be asked, of which arms. `likelihood` names the arms that answer multiple choice by likelihood too,
     `facts` are parts of the summary that no record changes, `gated` is the arm whose gate the summary tells of,
@@ -79,7 +97,7 @@ class FrozenTest:
         stored = {
             "asked": self.asked,
             "arms": [StoredArm.of(arm) for arm in self.arms],
-            "answering": self.answering,
+            "answering": StoredAnswering.of(self.answering),
             "likelihood": self.likelihood,
             "conditions": conditions_of(self.conditions),
             "facts": self.facts,
@@ -105,7 +123,7 @@ class FrozenTest:
         return cls(
             stored.asked,
             arms,
-            stored.answering,
+            stored.answering.answering(),
             stored.likelihood,
             tuple(one.sae() for one in stored.conditions),
             stored.facts,
@@ -121,7 +139,7 @@ class _Stored:
 
     asked: str
     arms: tuple[StoredArm, ...]
-    answering: Answering
+    answering: StoredAnswering
     likelihood: tuple[str, ...]
     conditions: tuple[StoredCondition, ...]
     facts: dict[str, Any]
