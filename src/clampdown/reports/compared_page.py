@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from clampdown.reports.page import asset, environment
 from clampdown.reports.tables import Cell, Column, Row, Table
-from clampdown.reports.wording import percent, span, suite_title
+from clampdown.reports.wording import MINUS, percent, span, suite_title
 from clampdown.store import content_hash
 from clampdown.types import Interval, Verdict
 
@@ -84,9 +84,17 @@ def build_compared_page(arms: Sequence[ComparedArms], notes: Sequence[str] = ())
     return template.render(arms=arms, notes=notes, style=asset("report.css"))
 
 
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", MINUS)
+
+
+def _between(moved: Interval) -> str:
+    return "" if moved.low is None or moved.high is None else f"{_points(moved.low)} to {_points(moved.high)}"
+
+
 def _cells(suite: ComparedSuite) -> tuple[Cell, ...]:
     moved = suite.difference
-    points = Cell("") if moved.value is None else Cell(f"{100 * moved.value:+.1f}", moved.value, span(moved, digits=1))
+    points = Cell("") if moved.value is None else Cell(_points(moved.value), moved.value, _between(moved))
     rates = [
         Cell(percent(each.value, unit="", digits=1), each.value, span(each)) for each in (suite.first, suite.second)
     ]
