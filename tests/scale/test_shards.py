@@ -27,6 +27,7 @@ from tests.study.test_evaluate import SUITES, command, plan
 from tests.study.test_golden import TINY
 
 N = 3
+SUITES_OF_A_STUDY = ("harmful", "jailbroken_seen", "benign", "facts")
 OPTIONS = ("--suites", SUITES, "--limit", 4, "--max-new-tokens", 12, "--batch-rows", 5)
 
 
@@ -170,8 +171,9 @@ def test_controls_are_matched_once_and_shared(tmp_path: Path) -> None:
     write_plan(tmp_path / "clamped.toml", plan())
     options = ("--controls", "--random-features", 1, "--max-new-tokens", 8, "--batch-rows", 6, "--no-likelihood")
     evaluate = ("evaluate", tmp_path / "clamped.toml", "--suites", SUITES, "--limit", 2, *options)
-    assert command(*evaluate, "--out", tmp_path / "one") == 0
     assert command(*evaluate, "--until-test", "--out", tmp_path / "many") == 0
+    shutil.copytree(tmp_path / "many", tmp_path / "one")
+    assert command(*evaluate, "--out", tmp_path / "one") == 0
     assert command(*evaluate, "--shard", "0/2", "--out", tmp_path / "many") == 0
     assert command(*evaluate, "--shard", "1/2", "--out", tmp_path / "many") == 0
     assert command("merge", "--out", tmp_path / "many") == 0
@@ -180,13 +182,14 @@ def test_controls_are_matched_once_and_shared(tmp_path: Path) -> None:
 
 
 def test_merged_shards_of_a_study_are_the_study(tmp_path: Path) -> None:
-    """Two studies would find the same here; that the second one finds nothing again is seen by what it may not read."""
+    """That nothing is found again is seen by what is not read again."""
     request = StudyRequest(replace(TINY, answering=replace(TINY.answering, batch_rows=6)), ("cast",), sweep=False)
-    study, many = make_study(ORGANISM, ORGANISM), tmp_path / "many"
+    study, many = make_study(ORGANISM, ORGANISM, cd.data(ORGANISM).only(SUITES_OF_A_STUDY)), tmp_path / "many"
     with pytest.raises(ShardError, match="--until-test"):
         study_shard(study, request, many, Shard(0, 2), quiet())
-    whole = run_study(study, tmp_path / "one", request, quiet())
     choose(study, many, request, quiet())
+    shutil.copytree(many, tmp_path / "one")
+    whole = run_study(study, tmp_path / "one", request, quiet())
     for index in range(2):
         study_shard(study, request, many, Shard(index, 2), quiet())
     with pytest.raises(ShardError, match="not where these shards' arms were chosen"):

@@ -190,6 +190,10 @@ def evaluate(
         placing=placing.value(),
     )
     progress, shard, pool = stages(), machines.parsed(), machines.pool()
+    if shard and not until_test:
+        from clampdown.scale.answering import check_matched
+
+        check_matched(out, controls=controls and bool(plans))
     answers = not (dry_run or until_test)
     with job.with_engine(job.prepare(request, progress, out), engine if answers else None) as evaluation:
         if until_test:

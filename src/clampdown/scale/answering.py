@@ -34,14 +34,19 @@ def evaluate_shard(
     evaluation: evaluating.Evaluation, out: Path, shard: Shard, stages: Stages, command: Sequence[str] = ()
 ) -> Path:
     """One shard of an evaluation, into a directory of its own under `out`. Raises `ShardError`."""
-    if evaluation.controls and not (out / FROZEN).exists():
+    check_matched(out, controls=evaluation.controls)
+    return answer_shard(
+        evaluation, evaluation.arms, evaluation.asked, evaluation.answering, shard, out, stages, command
+    )
+
+
+def check_matched(out: Path, *, controls: bool) -> None:
+    """Before anything is matched: raises `ShardError` when a shard would do that by itself."""
+    if controls and not (out / FROZEN).exists():
         raise ShardError(
             f"{out} holds no matched controls: shards would each match their own",
             hint="run the same command with --until-test in place of --shard once, before the shards",
         )
-    return answer_shard(
-        evaluation, evaluation.arms, evaluation.asked, evaluation.answering, shard, out, stages, command
-    )
 
 
 def study_shard(
