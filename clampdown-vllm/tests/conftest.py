@@ -23,6 +23,7 @@ class Reference:
     """The plans' directory, and what every reply should be."""
 
     plans: Path
+    file: Path
     rows: Sequence[Row]
 
 
@@ -33,4 +34,4 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     plans, out = directory / "plans", directory / "rows.json"
     plans.mkdir()
     subprocess.run([sys.executable, str(HERE / "reference.py"), str(plans), str(out)], check=True, cwd=HERE)
-    return Reference(plans, read_rows(out))
+    return Reference(plans, out, read_rows(out))

@@ -30,7 +30,8 @@ def engine(plans: Path, **setup: Any) -> Iterator[Any]:
     from vllm import LLM
 
     settings = {"plans": str(plans), "scorers": {"length": "reference:length_score"}, **setup.pop("settings", {})}
-    llm = LLM(model=str(embedded_model("organism")), additional_config={"clampdown": settings}, **{**COMMON, **setup})
+    model = setup.pop("model", str(embedded_model("organism")))
+    llm = LLM(model=model, additional_config={"clampdown": settings}, **{**COMMON, **setup})
     try:
         yield llm
     finally:
