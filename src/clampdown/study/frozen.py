@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,14 @@ class StoredAnswering:
     batch_rows: int | None
     max_new_tokens: int
     control_prompts: int | None
+    compared_prompts: int | None
 
     @classmethod
     def of(cls, found: Answering) -> StoredAnswering:
-        return cls(found.per_suite, found.kl_prompts, found.batch_rows, found.max_new_tokens, found.control_prompts)
+        return cls(**{each.name: getattr(found, each.name) for each in fields(cls)})
 
     def answering(self) -> Answering:
-        return Answering(self.per_suite, self.kl_prompts, self.batch_rows, self.max_new_tokens, self.control_prompts)
+        return Answering(**{each.name: getattr(self, each.name) for each in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,9 +101,17 @@ def generate_records(
 def job_of(subject: Subject, arms: Sequence[Arm], suites: Sequence[Suite], answering: Answering) -> runner.Job:
     """The arms on the suites as a job for the runner."""
     settings = runner.Settings(answering.max_new_tokens, answering.batch_rows, answering.engine)
-    n = answering.control_prompts
-    fewer = {} if n is None else {arm.name: n for arm in arms if arm.kind is ArmKind.CONTROL and arm.plan}
+    limits = {arm.name: _limit(arm, answering) for arm in arms}
+    fewer = {name: limit for name, limit in limits.items() if limit is not None}
     return runner.Job(tuple(arms), tuple(suites), subject.judge, subject.judge_name, settings, fewer)
+
+
+def _limit(arm: Arm, answering: Answering) -> int | None:
+    """How many prompts per suite an arm answers, where that is not all."""
+    if arm.kind is ArmKind.CONTROL and arm.plan:
+        return answering.control_prompts
+    own = (ArmKind.BASELINE, ArmKind.GATED, ArmKind.TUNED)
+    return None if arm.kind in own else answering.compared_prompts
 
 
 def log_of(subject: Subject, job: runner.Job, directory: Path) -> RecordLog:

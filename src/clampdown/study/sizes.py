@@ -26,7 +26,9 @@ class Answering:
     batch_rows: int | None = None
     max_new_tokens: int = 40
     control_prompts: int | None = None
-    """Prompts per suite for controls, where they answer fewer than the other arms."""
+    """Prompts per suite for controls that steer, where they answer fewer than the other arms."""
+    compared_prompts: int | None = None
+    """Prompts per suite for what is neither unsteered nor a plan of one's own: published methods, dense baselines."""
     engine: Engine | None = None
 
 

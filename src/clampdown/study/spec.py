@@ -116,6 +116,7 @@ class StudySpec(_Part):
     batch_rows: int | None = Field(None, ge=1)
     test_prompts: int | None = Field(None, ge=1)
     control_prompts: int | None = Field(None, ge=1)
+    compared_prompts: int | None = Field(None, ge=1)
     validation_prompts: int | None = Field(None, ge=1)
     causal_prompts: int | None = Field(None, ge=1)
     discovery_prompts: int | None = Field(None, ge=2)
@@ -163,6 +164,7 @@ class StudySpec(_Part):
             "batch_rows": self.batch_rows,
             "per_suite": self.test_prompts,
             "control_prompts": self.control_prompts,
+            "compared_prompts": self.compared_prompts,
             "kl_prompts": self.kl_prompts,
         }
         stages = {
