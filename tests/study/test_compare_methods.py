@@ -13,7 +13,6 @@ from rich.console import Console
 from clampdown.config import ORGANISM
 from clampdown.discovery import causal
 from clampdown.discovery.refine import Clamps
-from clampdown.errors import StoreError
 from clampdown.reports.methods_terminal import methods_summary
 from clampdown.results.run import Run
 from clampdown.steering.arms import Arm
@@ -22,7 +21,6 @@ from clampdown.study import run as running
 from clampdown.study.comparing import MATCHED, MatchingRequest
 from clampdown.study.frontier import Axes
 from clampdown.study.groundwork import Groundwork
-from clampdown.study.kept import CHOICES, kept_choices
 from clampdown.study.methods import clamp, dense, gated_set, refine
 from clampdown.study.methods.method import Method, arm_of, by_refusals
 from clampdown.study.methods.table import ALL
@@ -89,32 +87,6 @@ def test_a_matched_arm_is_the_same_edit_at_another_strength(summary: dict[str, A
         best, scaled = arms[line["best"]], arms[line["matched"]]
         assert scaled["name"].endswith(MATCHED)
         assert (best["features"], best["operator"]) == (scaled["features"], scaled["operator"])
-
-
-def test_a_run_that_goes_on_searches_nothing_again(run: Path, summary: dict[str, Any]) -> None:
-    """The test's records are gone, the choices are there: the same columns without a single method being made."""
-    (run / "summary.json").unlink()
-    request = StudyRequest(TINY, ALL, sweep=False, matching=MatchingRequest(0.02, 4))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "make_methods", lambda *_: pytest.fail("searched again"))
-        running.run_study(make_study(ORGANISM, ORGANISM), run, request, Stages(Console(file=io.StringIO())))
-    again = json.loads((run / "summary.json").read_text())
-    assert [(arm["name"], arm["plan"]) for arm in again["arms"]] == [
-        (arm["name"], arm["plan"]) for arm in summary["arms"]
-    ]
-    assert again["claims"] == summary["claims"]
-
-
-def test_choices_made_for_something_else_are_not_taken(run: Path) -> None:
-    key = json.loads((run / CHOICES).read_text())["key"]
-    assert kept_choices(run, key) is not None
-    assert kept_choices(run, "other") is None
-
-
-def test_a_choices_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / CHOICES).write_text('{"key": "k", "chosen": 3}')
-    with pytest.raises(StoreError, match="choices"):
-        kept_choices(tmp_path, "k")
 
 
 def test_the_other_sign_is_the_same_plan_turned(summary: dict[str, Any]) -> None:
