@@ -4,7 +4,8 @@ running text, its command and options.
     python -m tests.doc_commands docs/learn/first-hour.md
 
 runs a page's commands in their order in an empty directory, and stops at the first that fails. Commands with a name in
-capitals (`--model DIR`) are for the reader to fill in, and those that serve do not end: both are left out, and said.
+capitals (`--model DIR`) are for the reader to fill in; those that serve do not end, and `monitor` reads what a
+server wrote: they are left out, and said.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ INLINE = re.compile(r"`(clampdown [^`]+)`")
 ANY_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"(?:^|[\s/])clampdown\s")
 STOPS = {"|", ">", ">>", "&&", ";", "&", "||"}
-DOES_NOT_END = {"serve", "studio", "label"}
+NOT_ALONE = {"serve", "studio", "label", "monitor"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def main(pages: list[str]) -> int:
     for page in map(Path, pages):
         with tempfile.TemporaryDirectory() as directory:
             for shown in (shown for shown in commands_of(page.resolve()) if shown.whole):
-                if shown.to_be_filled_in or shown.words[0] in DOES_NOT_END:
+                if shown.to_be_filled_in or shown.words[0] in NOT_ALONE:
                     sys.stdout.write(f"left out: {shown}\n")
                     continue
                 command = [sys.executable, "-m", "clampdown", *shown.words]

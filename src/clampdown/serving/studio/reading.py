@@ -23,6 +23,8 @@ from clampdown.steering.plan import Plan
 from clampdown.types import Message
 
 SHOWN = 8
+LEAST = 0.001
+"""Next tokens that are rarer than this on both sides are not shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,8 @@ def _features(sae: Sae, before: _Seen, after: _Seen) -> tuple[Line, ...]:
 
 def _following(lm: LanguageModel, before: _Seen, after: _Seen) -> tuple[Line, ...]:
     shares = [seen.logits.softmax(-1) for seen in (before, after)]
-    return tuple(Line(lm.tokenizer.decode([i]), shares[0][i].item(), shares[1][i].item()) for i in _leading(*shares))
+    lines = (Line(lm.tokenizer.decode([i]), shares[0][i].item(), shares[1][i].item()) for i in _leading(*shares))
+    return tuple(line for line in lines if max(line.before, line.after) >= LEAST)
 
 
 def _leading(one: Tensor, other: Tensor) -> list[int]:
