@@ -11,7 +11,7 @@ from scipy.stats import binomtest, norm
 from sklearn.metrics import roc_auc_score
 
 from clampdown.errors import NotEnoughDataError
-from clampdown.steering.gates import choose_threshold, fit_probe, prompts_needed, upper_bound
+from clampdown.steering.gates import choose_threshold, fit_probe, prompts_needed, provable_budget, upper_bound
 
 
 @given(n=st.integers(1, 400), share=st.floats(0, 1), confidence=st.sampled_from([0.9, 0.95, 0.99]))
@@ -30,6 +30,15 @@ def test_threshold_is_the_lowest_that_the_bound_allows(scores: list[int], budget
     lower = [s for s in set(scores) if s < threshold]
     if lower:
         assert upper_bound(sum(s > max(lower) for s in scores), len(scores), 0.95) > budget
+
+
+@given(n=st.integers(2, 5000), confidence=st.sampled_from([0.8, 0.9, 0.95, 0.99]))
+def test_what_n_prompts_can_prove_they_prove(n: int, confidence: float) -> None:
+    """Rounding asked for 131 prompts where 130 were said to be enough."""
+    budget = provable_budget(n, confidence)
+    _, guarantee = choose_threshold(np.arange(n, dtype=float), budget=budget, confidence=confidence)
+    assert guarantee.bound <= budget
+    assert prompts_needed(budget * 0.999, confidence) > n
 
 
 def test_too_few_prompts_name_the_number_that_would_do() -> None:

@@ -115,8 +115,9 @@ def prompts_needed(budget: float, confidence: float) -> int:
 
 
 def provable_budget(n: int, confidence: float) -> float:
-    """The smallest budget that n prompts can prove, when none of them triggers."""
-    return 1 - (1 - confidence) ** (1 / n)
+    """The smallest budget that n prompts can prove, when none of them triggers; a hair more, so that rounding in the
+    proof does not ask for one prompt too many."""
+    return (1 - (1 - confidence) ** (1 / n)) * (1 + 1e-9)
 
 
 def choose_threshold(
