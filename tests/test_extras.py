@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OTHER_NAMES = {"sklearn": "scikit-learn"}  # where a package is imported by another name than it is installed by
-OF_CORE = {"anyio", "click", "markupsafe", "tqdm"}  # required by httpx2, typer, jinja2, huggingface-hub
+OF_CORE = {"anyio", "click", "markupsafe", "tqdm", "yaml"}  # required by httpx2, typer, jinja2, huggingface-hub
 NOT_USERS = {"dev", "docs"}
 APART = {"inspect", "spread", "quantise", "ray"}  # an environment of its own; hundreds of megabytes for a few
 

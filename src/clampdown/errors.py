@@ -99,6 +99,14 @@ class ScopeError(PlanError):
     """A plan whose scope cannot act in the requested mode."""
 
 
+class ExportError(PlanError):
+    """What a plan does cannot be said in another tool's format; says what, and why."""
+
+
+class SteeringFileError(PlanError):
+    """A steering file or an address of another tool that cannot be read as a plan."""
+
+
 class SteeringNotAppliedError(ClampdownError):
     """Steering was asked for and did not happen. Never an unsteered answer under a steered label."""
 

@@ -33,6 +33,8 @@ from clampdown.config import ORGANISM
 from clampdown.discovery.finders import DEFAULT, run_finder
 from clampdown.errors import PlanError, PromptSetError, StrengthError
 from clampdown.evaluation.judges.interface import NamedJudge
+from clampdown.interop.exports import exporting
+from clampdown.interop.exports.exporting import Exported, Lossy
 from clampdown.models.chat import encode
 from clampdown.models.generation import Generation
 from clampdown.models.generation import generate as generate_ids
@@ -78,9 +80,11 @@ __all__ = [
     "data",
     "evaluate",
     "evaluate_shard",
+    "export",
     "find",
     "gate",
     "generate",
+    "import_plan",
     "load",
     "load_sae",
     "merge",
@@ -478,6 +482,52 @@ def run_study(
     ran = run_sized(found, request, directory, _stages(), minutes=minutes)
     ran.report()
     return ran
+
+
+# ---- other tools ---------------------------------------------------------------------------------------------
+
+
+def export(
+    plan: AnyPlan,
+    to: str,
+    out: str | Path | None = None,
+    *,
+    lm: Model | None = None,
+    lossy: bool = False,
+    data: StudyPrompts | None = None,
+    judge: str | None = None,
+) -> Exported:
+    """Write a plan in another tool's format (`clampdown export PLAN --to list` names them): exactly, or not at all.
+
+    With `lossy` the nearest that the format can say is written, and measured against the plan on `data`'s prompts.
+    Raises `ExportError`.
+    """
+    found = _plan(plan)
+    model = load(lm or found.model.name)
+    known = [_SAES[ref.site, ref.revision] for ref in found.saes if (ref.site, ref.revision) in _SAES]
+    asked = Lossy(data, judge) if lossy else None
+    return exporting.export(
+        exporting.bind(found, model, known), to, None if out is None else Path(out), _stages(), asked
+    )
+
+
+def import_plan(
+    source: str | Path,
+    lm: Model | None = None,
+    *,
+    sae: str | None = None,
+    strength: str | float | None = None,
+    operator: str | None = None,
+    scope: str = "all",
+    name: str | None = None,
+) -> Plan:
+    """A plan of another tool's file, or of the address of a feature's page on Neuronpedia. Raises `SteeringFileError`.
+
+    `strength` multiplies vectors; a feature's page needs one, and takes an `operator` (add by default).
+    """
+    asked = None if strength is None else str(strength)
+    model = None if lm is None else load(lm)
+    return exporting.import_plan(str(source), model, sae=sae, strength=asked, operator=operator, scope=scope, name=name)
 
 
 # ---- what the functions above share ----------------------------------------------------------------------------

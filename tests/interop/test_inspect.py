@@ -13,10 +13,11 @@ import pytest
 
 from clampdown.errors import ClampdownError, ModelError
 from clampdown.models.loading import LanguageModel
+from clampdown.organism.suites import suites
 from clampdown.saes.sae import Sae
 from clampdown.steering.arms import BASELINE, Arm, generate_arms
 from clampdown.steering.plan import Plan
-from clampdown.types import ArmKind, Prompt
+from clampdown.types import ArmKind, Prompt, Split
 
 pytest.importorskip("inspect_ai", reason="inspect_ai is not installed: see docs/frameworks.md")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("inspect")]
@@ -150,3 +151,26 @@ def test_wrong_arguments_are_named(name: str, arguments: dict[str, Any]) -> None
 
     with pytest.raises(ClampdownError):
         SteeredAPI(name, **arguments)
+
+
+def test_a_refusal_stops_as_one_when_somebody_tells_it(tmp_path: Path) -> None:
+    """Inspect counts it, and with fail_on_refusal the sample fails; without a judge that setting is an error."""
+    from inspect_ai import Task, eval
+    from inspect_ai.dataset import MemoryDataset, Sample
+    from inspect_ai.model import get_model
+    from inspect_ai.solver import generate
+
+    import clampdown.interop.inspect_entry  # noqa: F401
+    from clampdown.interop.inspect import SteeredAPI
+
+    (harmful,) = (suite.prompts[0].text for suite in suites(Split.VALIDATION, 1) if suite.name == "harmful")
+    judged = SteeredAPI("baseline", refusals="rules")
+    assert ask(judged, text=harmful, max_tokens=64).stop_reason == "content_filter"
+    assert ask(judged, max_tokens=64).stop_reason == "stop"
+    assert ask(SteeredAPI("baseline"), text=harmful, max_tokens=64).stop_reason == "stop"
+    with pytest.raises(ModelError, match="fail_on_refusal would do nothing"):
+        ask(SteeredAPI("baseline"), fail_on_refusal=True)
+    task = Task(dataset=MemoryDataset([Sample(input=harmful, target="x")]), solver=generate())
+    model = get_model("clampdown/baseline", refusals="rules")
+    (log,) = eval(task, model=model, max_tokens=64, fail_on_refusal=True, log_dir=str(tmp_path), display="none")
+    assert log.status == "error" and "efus" in str(log.error.message)

@@ -279,3 +279,24 @@ def test_the_command_line_reports_mistakes_without_a_traceback(
     said = capsys.readouterr().err
     assert "cannot read missing.toml" in said
     assert "Traceback" not in said
+
+
+def test_the_entry_point_that_we_declare_is_our_model_and_agrees_with_its_decorator() -> None:
+    """Releases after 0.4.13 record the entry point's target as a placeholder, and load it when it is asked for."""
+    import tomllib
+
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import Registry
+
+    from clampdown.interop.lm_eval import SteeredLM
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    declared = project["entry-points"]["lm_eval.models"]
+    assert set(declared) == {"clampdown"}
+    registry: Any = Registry("model", base_cls=LM)
+    registry.register("clampdown", target=declared["clampdown"])
+    assert registry.get("clampdown") is SteeredLM
+    other: Any = Registry("model", base_cls=LM)
+    other.register("clampdown", target=declared["clampdown"])
+    other.register("clampdown")(SteeredLM)
+    assert other.get("clampdown") is SteeredLM

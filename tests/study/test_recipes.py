@@ -180,6 +180,30 @@ def test_settings_are_toml_or_text() -> None:
             read_recipe(CLAMP, [wrong])
 
 
+def test_an_option_is_its_settings_and_is_kept_with_who_says_so() -> None:
+    phi = PUBLISHED / "obrien2024-phi3.toml"
+    named = ("reported-features", "reported-prompts", "reported-topics")
+    recipe = read_recipe(phi, ["sae.id=org/repo:blocks.6.hook_resid_post", "multiturn.limit=7"], named)
+    assert isinstance(recipe.method, SinglePromptClamp) and recipe.controls is not None
+    assert (recipe.method.feature, recipe.controls.unrelated, recipe.method.clamps) == (22373, 216, ("12",))
+    assert recipe.prompts.validation["harmful"] == "wildguardtrain-harmful-plain[:250]"
+    assert recipe.multiturn is not None and recipe.multiturn.limit == 7
+    assert recipe.chosen == named
+    assert all("third parties" in recipe.options[name].source for name in named)
+    dry_run(recipe).raise_if_wrong()
+    with pytest.raises(RecipeError, match="no option 'magic'"):
+        read_recipe(phi, [], ["magic"])
+    with pytest.raises(RecipeError, match="raw values"):
+        read_recipe(CLAMP, ["method.feature=3"])
+
+
+@pytest.mark.parametrize("name", ["sae-analist", "sae-nev", "sae-coai"])
+def test_public_saes_of_the_paper_s_model_are_options(name: str) -> None:
+    recipe = read_recipe(PUBLISHED / "obrien2024-phi3.toml", [], [name])
+    dry_run(recipe).raise_if_wrong()
+    assert recipe.sae.id is not None and "not seen by us" in recipe.options[name].source
+
+
 def test_a_file_that_is_none_is_a_typed_error(tmp_path: Path) -> None:
     broken = tmp_path / "r.toml"
     broken.write_text("schema = ")
@@ -244,6 +268,21 @@ def test_the_first_papers_pipeline(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="another recipe"):
         run_recipe(recipe.model_copy(update={"seed": 1}), tmp_path, Stages(Console(file=io.StringIO())))
     assert read_recipe(tmp_path / "recipe.toml") == recipe
+
+
+def test_a_named_feature_takes_the_place_of_the_search_and_a_named_control_that_of_the_unrelated_one(
+    tmp_path: Path,
+) -> None:
+    recipe = read_recipe(CLAMP, SMALLER, ["reported-features"])
+    run_recipe(
+        recipe.model_copy(update={"multiturn": None, "gate": None}), tmp_path, Stages(Console(file=io.StringIO()))
+    )
+    summary, pipeline = (json.loads((tmp_path / name).read_text()) for name in ("summary.json", "pipeline.json"))
+    assert pipeline["finalists"] == [352]
+    arms = {arm["name"]: arm for arm in summary["arms"]}
+    assert arms["clamp 352 at 60"]["strength"] == 60 and arms["clamp 352 at 120"]["strength"] == 120
+    (unrelated,) = [arm for name, arm in arms.items() if name.startswith("unrelated feature")]
+    assert unrelated["edits"][0]["features"] == [7]
 
 
 def test_the_second_papers_pipeline(tmp_path: Path) -> None:

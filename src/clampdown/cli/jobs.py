@@ -133,12 +133,15 @@ def recipe(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE over the file, such as sae.id=DIR; repeatable.")
     ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="A variant that the recipe names; --dry-run lists them.")
+    ] = None,
 ) -> None:
     """Run a published pipeline from one file: its model, SAE, prompts, judges and strengths."""
     if str(file) == LIST and not file.exists():
         console.print(_published())
         return
-    _recipe(file, settings or [], out, dry_run=dry_run)
+    _recipe(file, settings or [], out, option or [], dry_run=dry_run)
 
 
 @app.command()
@@ -183,7 +186,7 @@ def _study(
 
     if file and is_recipe(read_toml(file)):
         _refuse_options(file, asked | ({"until_test": True} if until_test else {}) | ({"ray": pool} if pool else {}))
-        _recipe(file, [], out, dry_run=dry_run)
+        _recipe(file, [], out, [], dry_run=dry_run)
         return
     progress = stages()
     spec, found = _loaded(file, asked, folder, progress)
@@ -251,13 +254,13 @@ def _published() -> Table:
     return table
 
 
-def _recipe(file: Path, settings: list[str], out: Path | None, *, dry_run: bool) -> None:
+def _recipe(file: Path, settings: list[str], out: Path | None, options: list[str], *, dry_run: bool) -> None:
     from clampdown.study.multiturn import table as attack_table
     from clampdown.study.recipes import dry_run as checking
     from clampdown.study.recipes.run import run_recipe
     from clampdown.study.recipes.schema import read_recipe
 
-    found = read_recipe(file, settings)
+    found = read_recipe(file, settings, options)
     checked = checking.dry_run(found)
     console.print(checking.shown(checked), highlight=False)
     checked.raise_if_wrong()

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from clampdown.cli import (
     attacking,
+    exporting,
     finding,
     jobs,
     judging,
@@ -33,6 +34,7 @@ FAMILIES = (
     scaling,
     judging,
     plans,
+    exporting,
     serving,
     studio,
     models,
@@ -45,7 +47,7 @@ PANELS = {
     "The main job": ("demo", "study", "chat", "serve", "studio", "report"),
     "Its steps, one by one": (
         "discover", "features", "plan", "sweep", "screen", "gate", "tune", "evaluate", "merge", "compare",
-        "explain", "multiturn", "attack", "check",
+        "explain", "multiturn", "attack", "check", "export", "import",
     ),
     "Published pipelines and methods": ("recipe", "compare-methods"),
     "Looking after it": ("monitor", "judge-agreement", "judge", "label", "suites", "models", "sae", "organism"),

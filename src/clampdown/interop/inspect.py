@@ -3,7 +3,9 @@
 1. Requests wait a moment for one another: those with the same settings are decoded in one batch, by one thread, because
    steering belongs to the thread that runs the model.
 2. Settings that would be ignored, tools, and pictures are errors: a score must be of the task that was asked for.
-3. The receipt is in the output's metadata, with the plan's digest: per sample, in the log.
+3. A refusal is a text like another, unless `-M refusals=JUDGE` says who tells: then it stops with `content_filter`.
+   Inspect counts that as a refusal and, with `--fail-on-refusal`, fails the sample for it.
+4. The receipt is in the output's metadata, with the plan's digest: per sample, in the log.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from clampdown.errors import ModelError
 from clampdown.extras import extra
 from clampdown.interop.steered import Completion, Decoding, SteeredModel, load_steered
 from clampdown.models.chat import encode
-from clampdown.types import Message
+from clampdown.study.judging import judge_named
+from clampdown.types import Message, Prompt, Verdict
 
 with extra("inspect", "the model of Inspect"):
     from inspect_ai.model import (  # pyright: ignore[reportMissingImports]
@@ -106,7 +109,7 @@ class Batcher:
 
 
 class SteeredAPI(ModelAPI):
-    """A model under a plan. `-M` arguments: `model`, `sae`, `device`, `dtype`, `batch_rows`."""
+    """A model under a plan. `-M` arguments: `model`, `sae`, `device`, `dtype`, `batch_rows`, `refusals`."""
 
     def __init__(
         self,
@@ -117,10 +120,13 @@ class SteeredAPI(ModelAPI):
         **model_args: Any,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
+        refusals = model_args.pop("refusals", None)
+        self._refusals = None if refusals is None else judge_named(str(refusals))
         unknown = model_args.keys() - {"model", "sae", "device", "dtype", "batch_rows"}
         if unknown:
             raise ModelError(
-                f"model argument '{min(unknown)}' is not known", hint="-M model, sae, device, dtype, batch_rows"
+                f"model argument '{min(unknown)}' is not known",
+                hint="-M model, sae, device, dtype, batch_rows, refusals",
             )
         self.steered = load_steered(plan=None if model_name == BASELINE else model_name, **model_args)
         self._batcher = Batcher(self.steered)
@@ -142,11 +148,21 @@ class SteeredAPI(ModelAPI):
         """One reply. Raises `ModelError` for what cannot be done, `SteeringNotAppliedError` and its kin."""
         if tools:
             raise ModelError(f"tool '{tools[0].name}' was offered, and this provider calls no tools")
-        prompt = encode(self.steered.lm, [_message(turn) for turn in input])
+        if config.model_dump().get("fail_on_refusal") and self._refusals is None:
+            raise ModelError(
+                "fail_on_refusal would do nothing: nobody tells refusals", hint="-M refusals=rules, or another judge"
+            )
+        turns = tuple(_message(turn) for turn in input)
+        prompt = encode(self.steered.lm, turns)
         decoding = _decoding(config, self._room(len(prompt)))
         future = self._batcher.submit(prompt, decoding)
         completion = await anyio.to_thread.run_sync(future.result, limiter=self._limiter)
-        return self._output(completion, len(prompt))
+        refused = self._refusals is not None and await anyio.to_thread.run_sync(self._refused, turns, completion.text)
+        return self._output(completion, len(prompt), refused=refused)
+
+    def _refused(self, turns: tuple[Message, ...], reply: str) -> bool:
+        assert self._refusals is not None
+        return self._refusals(Prompt("request", turns, "requests"), reply).verdict is Verdict.REFUSED
 
     def _room(self, prompt: int) -> int:
         positions = int(self.steered.lm.model.config.max_position_embeddings)
@@ -154,9 +170,10 @@ class SteeredAPI(ModelAPI):
             raise ModelError(f"a prompt of {prompt} tokens does not fit into {positions} positions")
         return positions - prompt
 
-    def _output(self, completion: Completion, n_prompt: int) -> ModelOutput:
+    def _output(self, completion: Completion, n_prompt: int, *, refused: bool) -> ModelOutput:
         message = ChatMessageAssistant(content=completion.text, model=self.model_name, source="generate")
-        reason = "stop" if completion.why == "stop" else "max_tokens"
+        ended = "stop" if completion.why == "stop" else "max_tokens"
+        reason = "content_filter" if refused else ended
         receipt = None if completion.receipt is None else asdict(completion.receipt)
         return ModelOutput(
             model=self.model_name,

@@ -20,7 +20,7 @@ from clampdown.config import embedded_sae
 from clampdown.errors import CheckpointError
 from clampdown.saes import saelens
 from clampdown.saes.architectures import CENTRED
-from clampdown.saes.catalog import Address, fetch, find_release, lists_own
+from clampdown.saes.catalog import Address, check_usable, fetch, find_release, lists_own
 from clampdown.saes.formats import Raw, detect
 from clampdown.saes.sae import FeatureView, Sae, SaeConfig, check_features, check_finite
 from clampdown.store import content_hash, files_revision
@@ -162,6 +162,7 @@ def _locate(name: str, *, few: bool) -> _Source:
         raise CheckpointError(f"there is no embedded SAE '{name}'", hint=f"there are: {known or 'none installed'}")
     path, address = embedded or Path(name), None
     if not path.exists():
+        check_usable(release)
         if sae_id and not lists_own(release) and saelens.lists_release(release):
             return _Source(saelens.read_release(release, sae_id), (), None, name)
         address = find_release(name)

@@ -8,18 +8,20 @@ from pathlib import Path
 
 from clampdown.activations.fit import warn_unless_fitting
 from clampdown.config import CODE_VERSION, ORGANISM
-from clampdown.errors import PlanError
+from clampdown.errors import CheckpointError, PlanError
 from clampdown.evaluation.suites import read_suites
 from clampdown.models.loading import LanguageModel, load_model
+from clampdown.saes.catalog import PAGES, find_release
 from clampdown.saes.checkpoints import open_sae
 from clampdown.saes.sae import FeatureSource, check_fits
 from clampdown.steering.operators import OPERATORS
-from clampdown.steering.plan import Edit, Gate, Plan, read_plan, write_plan
+from clampdown.steering.plan import Edit, Gate, Plan, SaeRef, read_plan, write_plan
 from clampdown.steering.program import check_plan
 from clampdown.steering.units import Strength, Unit, calibrate, in_words, measured, resolve
 from clampdown.store import prompts_hash
 from clampdown.types import Prompt, Site, Split
 
+_PAGES_SHOWN = 10
 CALIBRATION_SUITES, CALIBRATION_PROMPTS = ("harmful", "jailbroken_seen", "benign"), 120
 
 
@@ -112,6 +114,7 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "model", f"{plan.model.name} at {plan.model.revision}"
     for ref in plan.saes:
         yield "SAE", f"{ref.name} at {ref.revision}, reads {ref.site}"
+        yield from (("page", page) for page in pages(plan, ref))
     for edit in plan.edits:
         yield "edit", in_words(edit)
     yield "gate", "none: every conversation is steered" if plan.gate is None else _gate(plan.gate)
@@ -119,6 +122,18 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
         yield from (("otherwise", in_words(edit)) for edit in plan.otherwise.edits)
         yield "its gate", _gate(plan.otherwise.gate)
     yield from plan.provenance.items()
+
+
+def pages(plan: Plan, ref: SaeRef) -> list[str]:
+    """The addresses of the pages about a plan's features, for SAEs that the catalogue names."""
+    try:
+        address = find_release(ref.name)
+    except CheckpointError:
+        return []
+    if address is None or address.neuronpedia_id is None:
+        return []
+    features = dict.fromkeys(one for edit in plan.all_edits if edit.site == ref.site for one in edit.features)
+    return [f"{PAGES}/{address.neuronpedia_id}/{feature}" for feature in list(features)[:_PAGES_SHOWN]]
 
 
 def _gate(gate: Gate) -> str:

@@ -29,11 +29,13 @@ QUANTITIES = {"edit": "mean ||x'-x|| / ||x|| on benign text", "kl": "KL on benig
 
 @dataclass(frozen=True, slots=True)
 class ControlsRequest:
-    """How many random features, what they are matched on (a key of `QUANTITIES`), on how many benign texts."""
+    """How many random features, what they are matched on (a key of `QUANTITIES`), on how many benign texts, and which
+    feature is the unrelated one (None: one is looked for)."""
 
     random: int = 20
     match: str = "edit"
     texts: int = 16
+    unrelated: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def _controls(ground: Groundwork, plan: Plan, request: ControlsRequest) -> tuple
     with ground.stages.stage("Matching controls"):
         forced = benign_replies(study.lm, suites, answering)
         measure = (utility.mean_edit if request.match == "edit" else utility.benign_kl)(study.lm, study.saes, forced)
-        matching = Matching(QUANTITIES[request.match], measure, request.random, study.seed)
+        matching = Matching(QUANTITIES[request.match], measure, request.random, study.seed, request.unrelated)
         return control_arms(plan, Material(ground.table, ground.dense), matching)
 
 

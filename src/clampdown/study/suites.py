@@ -45,6 +45,7 @@ def _facts(found: SuiteEntry) -> RenderableType:
         "licence": found.licence,
         "source": found.source,
         "hub": f"{place}{' (gated: accept its terms there)' if found.gated else ''}" if found.hub else "no",
+        "package": f"{found.in_package.package}, whose data files are read" if found.in_package else "",
         "note": found.note,
     }
     for name, value in facts.items():

@@ -11,11 +11,12 @@ Strengths are raw values (the paper's 12), or multiples of the feature's own lar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clampdown.discovery import causal
 from clampdown.discovery.screening import PrefillRefusal
 from clampdown.discovery.single_prompt import SinglePromptSettings, find_from_first_refusal
+from clampdown.saes.sae import Sae
 from clampdown.steering.arms import Arm
 from clampdown.steering.plan import Plan
 from clampdown.steering.units import Strength, Unit
@@ -44,6 +45,8 @@ class ClampSettings:
     error_term: str = "keep"
     share: float = 0.9
     """The smallest strength that reaches this share of the best gain is chosen."""
+    feature: int | None = None
+    """A feature that was named beforehand, in the place of those that the refusal shows."""
 
 
 def clamp_of_one_refusal(ground: Groundwork, settings: ClampSettings | None = None, name: str = NAME) -> Method:
@@ -76,12 +79,21 @@ def _ranked(ground: Groundwork, settings: ClampSettings) -> FeatureSet:
         judge=given.judge,
         settings=SinglePromptSettings(min_tokens=settings.min_tokens, top=top),
     )
+    if settings.feature is not None:
+        found = replace(found, features=(_named(study.sae, found, settings.feature),))
     shown = ground.tempting
     source = ScoreSource("clamp", study.site.name, study.provenance(shown), n=len(shown))
     plan_at = clamper(ground, settings)
     with ground.stages.stage("Clamping the features of one refusal") as tick:
         measure = PrefillRefusal(study.lm, study.sae, shown, given.tokens, on_progress=tick)
         return causal.rank_by_effect(found, lambda s: plan_at(s, settings.screened_at), measure, source=source)
+
+
+def _named(sae: Sae, found: FeatureSet, feature: int) -> FeatureScore:
+    """A feature with what the refusal says of it. Raises `FeatureIndexError` for one that the SAE does not have."""
+    sae.select([feature])
+    known = next((score for score in found.features if score.feature == feature), None)
+    return known or FeatureScore(feature, {})
 
 
 def clamper(ground: Groundwork, settings: ClampSettings) -> Callable[[FeatureScore, str], Plan]:

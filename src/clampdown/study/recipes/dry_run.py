@@ -319,6 +319,10 @@ def shown(found: DryRun) -> RenderableType:
         work.add_row(line.stage, "not known" if line.n is None else f"{line.n:,}", line.what)
     weights = 2 * recipe.sae.features * recipe.model.width * 4 / 1e6
     notes = [Text(f"ours, not the paper's: {note}") for note in recipe.ours]
+    notes += [
+        Text(f"option {name}{' (chosen)' if name in recipe.chosen else ''}, by {option.source}: {option.about}")
+        for name, option in recipe.options.items()
+    ]
     tokens = f"replies of at most {recipe.measure.max_new_tokens} tokens; the SAE takes {weights:,.0f} MB in memory"
     head = Text(f"{recipe.name} ({recipe.paper}): {recipe.about}", style="bold")
     return Padding(Group(head, "", checks, "", *notes, *([""] if notes else []), work, Text(tokens)), (1, 0))

@@ -133,7 +133,7 @@ def published_of(recipe: Recipe) -> PublishedRequest:
     return PublishedRequest(
         _clamping(method) if single else _refining(method),
         GateChoice(gate.budget, gate.confidence, gate.max_features) if gate else None,
-        ControlsRequest(controls.random, controls.match, controls.texts) if controls else None,
+        ControlsRequest(controls.random, controls.match, controls.texts, controls.unrelated) if controls else None,
         Prompt("asked", (Message("user", method.prompt),), "asked") if single and method.prompt else None,
         None if single else _contrast(method),
         judge_named(recipe.judges.refusals),
@@ -153,6 +153,7 @@ def _clamping(method: SinglePromptClamp) -> Make:
         operator=method.operator,
         error_term=method.error_term,
         share=1.0,
+        feature=method.feature,
     )
     return lambda ground: clamp_of_one_refusal(ground, settings, "single-prompt clamp")
 

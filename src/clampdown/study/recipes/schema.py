@@ -135,11 +135,13 @@ class _Steering(_Part):
 class SinglePromptClamp(_Steering):
     """2411.11296. A feature is a candidate when it is active on `min_tokens` tokens of one refusal (of `prompt`, or of
     the first discovery prompt that is refused). Each is clamped at `value`; the `finalists` with the largest refusal
-    log-odds answer the validation prompts, and the one that refuses most is kept. Test prompts see `clamps`.
+    log-odds answer the validation prompts, and the one that refuses most is kept. Test prompts see `clamps`. A
+    `feature` that is named takes the candidates' place.
     """
 
     kind: Literal["single-prompt-clamp"]
     prompt: str | None = None
+    feature: int | None = Field(None, ge=0)
     min_tokens: PositiveInt = 2
     candidates: PositiveInt = 100
     operator: str = "clamp"
@@ -168,6 +170,8 @@ class SinglePromptClamp(_Steering):
     def _measured(self) -> Self:
         if self.value not in self.clamps:
             raise ValueError(f"clamps {list(self.clamps)} must hold {self.value}: what was chosen is measured")
+        if self.feature is not None and any(Strength.parse(text).unit is not Unit.RAW for text in self.clamps):
+            raise ValueError("a named `feature` is clamped at raw values: no finder has seen how large it gets")
         return self
 
 
@@ -208,11 +212,13 @@ class ContrastRefine(_Steering):
 
 
 class ControlsPart(_Part):
-    """Controls of the chosen plan, brought to its own edit size or KL on `texts` benign validation replies."""
+    """Controls of the chosen plan, brought to its own edit size or KL on `texts` benign validation replies. `unrelated`
+    names the unrelated feature; by default one is looked for."""
 
     random: int = Field(20, ge=0)
     match: Literal["edit", "kl"] = "edit"
     texts: PositiveInt = 16
+    unrelated: int | None = Field(None, ge=0)
 
 
 class GatePart(_Part):
@@ -257,8 +263,17 @@ class MultiturnPart(_Part):
         return self
 
 
+class OptionPart(_Part):
+    """A variant of the pipeline by name: what it is, who says so (not the paper, or it would be the recipe), and the
+    settings that it stands for."""
+
+    about: str
+    source: str
+    set: tuple[str, ...] = Field(min_length=1)
+
+
 class Recipe(_Part):
-    """One file."""
+    """One file. `chosen` are the options that it was read with."""
 
     schema_version: Literal[1] = Field(alias="schema")
     name: str
@@ -275,6 +290,8 @@ class Recipe(_Part):
     gate: GatePart | None = None
     measure: MeasurePart = MeasurePart()
     multiturn: MultiturnPart | None = None
+    options: dict[str, OptionPart] = Field(default_factory=dict)
+    chosen: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _gate_has_prompts(self) -> Self:
@@ -283,12 +300,29 @@ class Recipe(_Part):
         return self
 
 
-def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
-    """Read a file or a name, with `KEY=VALUE` settings (`sae.id=DIR`) over it. Raises `RecipeError`."""
+def read_recipe(path: Path, settings: Sequence[str] = (), options: Sequence[str] = ()) -> Recipe:
+    """Read a file or a name, with its own `options` by name, then `KEY=VALUE` settings (`sae.id=DIR`) over it.
+
+    Raises `RecipeError` naming file and field.
+    """
     data = read_toml(path)
-    for setting in settings:
+    for setting in (*_settings_of(data, options, path), *settings):
         _put(data, setting)
+    if options:
+        data["chosen"] = list(options)
     return parse_recipe(data, str(path))
+
+
+def _settings_of(data: Mapping[str, Any], options: Sequence[str], path: Path) -> list[str]:
+    """What the options stand for. Raises `RecipeError` for one that the file does not have."""
+    found: list[str] = []
+    known = data.get("options", {})
+    for name in options:
+        if not isinstance(known, dict) or name not in known:
+            hint = f"it has: {', '.join(known)}" if known else "it has none"
+            raise RecipeError(f"{path}: no option '{name}'", hint=hint)
+        found += OptionPart.model_validate(known[name]).set
+    return found
 
 
 def read_toml(path: Path) -> dict[str, Any]:

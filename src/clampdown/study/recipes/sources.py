@@ -123,6 +123,8 @@ def check(source: Source) -> str:
     found = entry_of(source)
     if source.path is not None:
         raise PromptSetError(f"no file {source.path} for '{found.name}'", hint="leave =FILE out to get it from the hub")
+    if found.in_package is not None:
+        return f"data of the package {found.in_package.package}"
     return " ".join(filter(None, (found.hub, found.config, found.split, "(gated)" if found.gated else "")))
 
 
