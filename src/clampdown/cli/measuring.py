@@ -169,7 +169,6 @@ def evaluate(
     seed: SeedOption = 0,
 ) -> None:
     """Measure plans beside the baseline and matched controls; a killed run resumes."""
-    from clampdown.study import control_table
     from clampdown.study import evaluate as job
 
     request = job.Request(
@@ -189,11 +188,28 @@ def evaluate(
         data=prompts.load(),
         placing=placing.value(),
     )
+    _evaluated(request, machines, out, engine, command_of(context), dry_run=dry_run, until_test=until_test)
+
+
+def _evaluated(
+    request: Any,
+    machines: MachineOptions,
+    out: Path,
+    engine: str | None,
+    command: Any,
+    *,
+    dry_run: bool,
+    until_test: bool,
+) -> None:
+    """Run a request, or the part of it that this machine is asked for."""
+    from clampdown.study import control_table
+    from clampdown.study import evaluate as job
+
     progress, shard, pool = stages(), machines.parsed(), machines.pool()
     if shard and not until_test:
         from clampdown.scale.answering import check_matched
 
-        check_matched(out, controls=controls and bool(plans))
+        check_matched(out, controls=request.controls and bool(request.plans))
     answers = not (dry_run or until_test)
     with job.with_engine(job.prepare(request, progress, out), engine if answers else None) as evaluation:
         if until_test:
@@ -203,7 +219,7 @@ def evaluate(
         if shard:
             from clampdown.scale.answering import evaluate_shard
 
-            directory = evaluate_shard(evaluation, out, shard, progress, command_of(context))
+            directory = evaluate_shard(evaluation, out, shard, progress, command)
             console.print(f"written: {directory}", soft_wrap=True)
             return
         console.print(f"to do: {job.preview(evaluation, out)}", highlight=False)
