@@ -71,7 +71,7 @@ def test_a_gate_fires_on_its_side_and_spares_the_other(ground: Groundwork, read:
     down = lowered.scores(read.pooled) > lowered.gate.threshold
     assert up[harmful].mean() > 0.9
     assert up[benign].mean() <= 0.05
-    assert down[borderline].mean() > 0.5
+    assert down[borderline].mean() > 0.3
     assert down[harmful].mean() <= 0.05
     assert raised.gate.guarantee is not None
     assert raised.gate.guarantee.on == "benign"

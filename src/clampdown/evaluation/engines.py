@@ -7,12 +7,12 @@ one reply each, with the receipt of what was done. Extensions bring engines as e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
+from clampdown.documents import parse_json
 from clampdown.errors import ClampdownError, PlanError
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
@@ -78,12 +78,7 @@ def _entry(name: str) -> EntryPoint:
 
 
 def _options(text: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(text or "{}")
-    except ValueError as error:
-        raise PlanError(
-            f"the engine's options are no JSON: {text[:60]}", hint="--engine 'vllm:{\"seed\": 0}'"
-        ) from error
+    found = parse_json(text or "{}", "the engine's options (--engine 'vllm:{\"seed\": 0}')", PlanError)
     if not isinstance(found, dict):
         raise PlanError(f"the engine's options are no JSON object: {text[:60]}")
     return found

@@ -109,6 +109,8 @@ def places_of(model: nn.Module) -> Mapping[str, Any]:
 
 def input_device(model: Any) -> torch.device:
     """Where a model's inputs go: of a spread model, where its embedding is computed."""
+    if not places_of(model):
+        return model.device
     embedding = model.get_input_embeddings()
     where = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return model.device if where is None else torch.device(where)
