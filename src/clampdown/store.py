@@ -194,17 +194,7 @@ class AppendLog(Generic[Row]):
         of the process, a synced one a loss of power."""
         keyed = {key_of(row): row for row in reversed(rows)}
         fresh = {key: keyed[key] for key in reversed(keyed) if key not in self._rows}
-        lines = "".join(json.dumps(to_jsonable(row), ensure_ascii=False) + "\n" for row in fresh.values()).encode()
-        handle = self._handle
-        before = self.path.stat().st_size
-        try:
-            while lines:
-                lines = lines[handle.write(lines) :]
-            if sync:
-                os.fsync(handle.fileno())
-        except OSError as error:
-            os.ftruncate(handle.fileno(), before)
-            raise self._unwritable(error) from error
+        append_rows(self._handle, self.path, list(fresh.values()), sync=sync)
         self._rows.update(fresh)
 
     def sync(self) -> None:
@@ -212,17 +202,33 @@ class AppendLog(Generic[Row]):
         try:
             os.fsync(self._handle.fileno())
         except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> StoreError:
-        return StoreError(
-            f"cannot write {self.path}: {error.strerror or error}",
-            hint="what was written before is kept; make room and repeat the command",
-        )
+            raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         if self._opened is not None:
             self._opened.close()
+
+
+def append_rows(handle: FileIO, path: Path, rows: Sequence[Any], *, sync: bool = True) -> None:
+    """Write rows behind what the file holds, each a line, and with `sync` wait until they are on disk. Raises
+    `StoreError`; then none of them is there."""
+    lines = "".join(json.dumps(to_jsonable(row), ensure_ascii=False) + "\n" for row in rows).encode()
+    before = path.stat().st_size
+    try:
+        while lines:
+            lines = lines[handle.write(lines) :]
+        if sync:
+            os.fsync(handle.fileno())
+    except OSError as error:
+        os.ftruncate(handle.fileno(), before)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"cannot write {path}: {error.strerror or error}",
+        hint="what was written before is kept; make room and repeat the command",
+    )
 
 
 def open_appending(path: Path) -> FileIO:

@@ -6,8 +6,6 @@ directory of a real model is to be kept to oneself.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -15,8 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from clampdown.documents import row_of
-from clampdown.errors import StoreError
-from clampdown.store import claim, locked, open_appending, recover, to_jsonable
+from clampdown.store import append_rows, claim, locked, open_appending, recover
 from clampdown.types import Message, Verdict
 
 
@@ -71,15 +68,7 @@ class Lines(Generic[Row]):
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write rows and wait until they are on disk. Raises `StoreError`; then none of them is there."""
-        lines = "".join(json.dumps(to_jsonable(row), ensure_ascii=False) + "\n" for row in rows).encode()
-        before = self.path.stat().st_size
-        try:
-            while lines:
-                lines = lines[self._handle.write(lines) :]
-            os.fsync(self._handle.fileno())
-        except OSError as error:
-            os.ftruncate(self._handle.fileno(), before)
-            raise StoreError(f"cannot write {self.path}: {error.strerror or error}") from error
+        append_rows(self._handle, self.path, rows)
         self.rows += rows
 
     def close(self) -> None:

@@ -21,9 +21,14 @@ SHARES: Mapping[Split, float] = {
 """Trials and the bounds of budgets both come out of validation, which is why it is large."""
 
 
+def place_of(text: str) -> int:
+    """A number below 2**64 that depends on the text alone: an order, or a choice, that no seed and no company moves."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
 def split_of(text: str) -> Split:
     """The split of a text; case and white space do not count."""
-    place = int.from_bytes(hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()[:8], "big") / 2**64
+    place = place_of(" ".join(text.casefold().split())) / 2**64
     for split, share in SHARES.items():
         place -= share
         if place < 0:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 from clampdown.documents import read_object, row_of
 from clampdown.errors import StoreError
-from clampdown.store import content_hash, locked, open_appending, recover, to_jsonable, write_json
+from clampdown.store import append_rows, content_hash, locked, open_appending, recover, write_json
 from clampdown.types import Receipt, Verdict
 
 SCHEMA = 1
@@ -67,15 +65,7 @@ class TurnLog:
 
     def append(self, turns: Sequence[Turn]) -> None:
         """Write turns and wait until they are on disk. Raises `StoreError`; then none of them is there."""
-        lines = "".join(json.dumps(to_jsonable(turn), ensure_ascii=False) + "\n" for turn in turns).encode()
-        before = self.path.stat().st_size
-        try:
-            while lines:
-                lines = lines[self._handle.write(lines) :]
-            os.fsync(self._handle.fileno())
-        except OSError as error:
-            os.ftruncate(self._handle.fileno(), before)
-            raise StoreError(f"cannot write {self.path}: {error.strerror or error}") from error
+        append_rows(self._handle, self.path, turns)
         self.turns += turns
 
     def close(self) -> None:

@@ -6,13 +6,12 @@ Templates that are held out are filled with test requests only.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clampdown.errors import PromptSetError
-from clampdown.evaluation.dealing import dealt, has_splits
+from clampdown.evaluation.dealing import dealt, has_splits, place_of
 from clampdown.evaluation.rows import Row, read_rows
 from clampdown.evaluation.suites import FAMILY, TARGET
 from clampdown.types import Message, Prompt, PromptRole, Split, Suite, SuiteKind
@@ -82,7 +81,7 @@ def _template(row: Row) -> Template:
 
 def wrapped(requests: Sequence[Prompt], templates: Sequence[Template], held_out: float) -> Suite:
     """Every request in one template, and every test request in one of those that are held out too. Hashes choose."""
-    ranked = sorted(templates, key=lambda template: _place(template.text))
+    ranked = sorted(templates, key=lambda template: place_of(template.text))
     n = min(len(ranked) - 1, max(1, round(held_out * len(ranked))))
     unseen, seen = ranked[:n], ranked[n:]
     prompts = []
@@ -94,7 +93,7 @@ def wrapped(requests: Sequence[Prompt], templates: Sequence[Template], held_out:
 
 
 def _in_template(request: Prompt, templates: Sequence[Template]) -> Prompt:
-    template = templates[_place(request.text) % len(templates)]
+    template = templates[place_of(request.text) % len(templates)]
     return Prompt(
         id=f"{request.id}@{template.name}",
         messages=(Message("user", template.around(request.text)),),
@@ -109,7 +108,7 @@ def escalated(requests: Sequence[Prompt]) -> Suite:
     """Every request at the end of one of `SCRIPTS`."""
     prompts = []
     for request in _with_splits(requests):
-        script = _place(request.text) % len(SCRIPTS)
+        script = place_of(request.text) % len(SCRIPTS)
         said = [Message(role, text) for pair in SCRIPTS[script] for role, text in zip(("user", "assistant"), pair,
                 strict=True)]  # fmt: skip
         prompts.append(
@@ -134,7 +133,7 @@ def pooled(role: PromptRole, suites: Sequence[Suite]) -> Suite:
         for prompt in _with_splits(suite.prompts)
     ]
     # In the order of a hash, so that the first n of a split are of every set, in proportion to what it holds.
-    prompts.sort(key=lambda prompt: _place(f"{prompt.id} {prompt.text}"))
+    prompts.sort(key=lambda prompt: place_of(f"{prompt.id} {prompt.text}"))
     return replace(suites[0], name=name, prompts=tuple(prompts))
 
 
@@ -144,8 +143,3 @@ def _with_splits(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
 
 def _suite(role: PromptRole, prompts: Sequence[Prompt]) -> Suite:
     return Suite(role.value, SuiteKind.SAFETY, True, tuple(prompts))
-
-
-def _place(text: str) -> int:
-    """A number that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -13,7 +13,6 @@ held-out attack families are tested only: no fit, threshold or choice sees a pro
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from clampdown.config import ORGANISM
 from clampdown.discovery.pairs import Pair
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.catalog import is_named, load_suites, local_copy
-from clampdown.evaluation.dealing import dealt, has_splits, split_of
+from clampdown.evaluation.dealing import dealt, has_splits, place_of, split_of
 from clampdown.evaluation.rows import READERS
 from clampdown.evaluation.suites import FAMILY, TARGET, read_suites
 from clampdown.study.composing import escalated, pooled, read_templates, wrapped
@@ -409,7 +408,7 @@ def _held_out_families(suite: Suite, families: set[str], hold_out: Sequence[str]
 
 def _place(family: str) -> tuple[int, str]:
     """An order of families that does not depend on which others there are."""
-    return int.from_bytes(hashlib.sha256(family.encode()).digest()[:8], "big"), family
+    return place_of(family), family
 
 
 def _check_needed(found: StudyPrompts) -> None:

@@ -302,7 +302,7 @@ class Gates:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def up(self) -> FittedGate:
-        """Fires on attacks; see the module's step 3."""
+        """Fires on attacks; see the module's step 4."""
         study, n = self.ground.study, self.ground.sizes.calibration
         fitted = self._best("up", lambda prompt: study.data.roles[prompt.suite] in ATTACKS)
         benign = study.prompts(Split.CALIBRATION, n, PromptRole.BENIGN) or study.prompts(Split.CALIBRATION, n, *SAFE)
@@ -311,7 +311,7 @@ class Gates:
         return self._sparing(found, _over_refused(self.ground, Split.CALIBRATION))
 
     def down(self) -> FittedGate:
-        """Fires on over-refused prompts; see the module's step 3."""
+        """Fires on over-refused prompts; see the module's step 4."""
         study, n = self.ground.study, self.ground.sizes.calibration
         fitted = self._best("down", lambda prompt: prompt.suite in study.data.over_refused)
         harmful = study.prompts(Split.CALIBRATION, n, *ASKED)
