@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
 from importlib import resources
 from typing import Any
 
@@ -17,6 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio whenever it w
 
 from clampdown.extras import extra
 from clampdown.serving.studio.page import build
+from clampdown.serving.studio.streams import Asgi, Receive, Scope, Send, Streams
 from clampdown.serving.studio.workbench import Workbench
 
 with extra("serve", "the server"):
@@ -59,9 +59,6 @@ _PANELS = {
 }
 
 _PLAIN = (str, int, float, bool, type(None))
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Any]]
-Asgi = Callable[[Scope, Receive, Callable[[Any], Awaitable[None]]], Awaitable[None]]
 
 
 def mount(app: FastAPI, bench: Workbench) -> FastAPI:
@@ -95,26 +92,30 @@ class Fence:
 
     def __init__(self, app: Asgi) -> None:
         self.app = app
+        self.streams = Streams()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", ""))
         if scope["type"] != "http" or not path.startswith(PATH):
             await self.app(scope, receive, send)
         elif path.removeprefix(f"{PATH}/gradio_api/").startswith(SHUT):
             await PlainTextResponse("not here", 404)(scope, receive, send)
+        elif path == f"{PATH}/gradio_api/queue/data":
+            await self.streams.results(self.app, scope, receive, _with_policy(send))
         elif scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, _with_policy(send))
         else:
             await self._sent(scope, receive, send)
 
-    async def _sent(self, scope: Scope, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
+    async def _sent(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             body = await _whole(receive)
         except HTTPException as error:
             await PlainTextResponse(error.detail, error.status_code)(scope, receive, send)
             return
         if is_plain(body):
-            await self.app(scope, _again(body, receive), _with_policy(send))
+            answering = self.streams.answering(body, _with_policy(send))
+            await self.app(scope, _again(body, receive), answering)
         else:
             await PlainTextResponse("the page sends words and numbers, and nothing else", 400)(scope, receive, send)
 
@@ -160,7 +161,7 @@ def is_plain(body: bytes) -> bool:
     return isinstance(data, list) and all(isinstance(value, _PLAIN) for value in [*data, *own])
 
 
-def _with_policy(send: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+def _with_policy(send: Send) -> Send:
     async def fenced(message: Any) -> None:
         if message["type"] == "http.response.start":
             headers = [*message.get("headers", ()), (b"content-security-policy", POLICY.encode())]
