@@ -18,7 +18,8 @@ def execute(notebook: nbformat.NotebookNode, directory: Path) -> list[nbformat.N
     """Run a notebook; an error in a cell fails the test with its traceback."""
     source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     os.environ["PYTHONPATH"] = source
-    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(directory)}}).execute()
+    patience = {"timeout": 500, "startup_timeout": 500, "iopub_timeout": 500}  # seconds
+    NotebookClient(notebook, **patience, resources={"metadata": {"path": str(directory)}}).execute()
     return notebook.cells
 
 

@@ -12,18 +12,21 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+_PATIENCE = 240  # seconds
+
 Answer = Callable[[dict[str, Any]], "str | Fault"]
 """What the model says to a request's body, or how the server fails."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A reply that is not a chat completion. `body` None: the connection is cut after `delay` seconds."""
+    """A reply that is not a chat completion. `body` None: the connection is cut. `silent`: nothing comes until the
+    server ends."""
 
     status: int = 200
     body: str | None = ""
     headers: tuple[tuple[str, str], ...] = ()
-    delay: float = 0.0
+    silent: bool = False
 
 
 @dataclass
@@ -37,9 +40,11 @@ class ChatServer:
 
 
 @contextmanager
-def chat_server(answer: Answer, faults: Sequence[Fault] = (), hold: float = 0.0) -> Iterator[ChatServer]:
-    """Serve `answer`; the first requests get the faults instead. Every answer takes `hold` seconds."""
+def chat_server(answer: Answer, faults: Sequence[Fault] = (), together: int = 1) -> Iterator[ChatServer]:
+    """Serve `answer`; the first requests get the faults instead. The first `together` are answered when all of them are
+    there."""
     lock, pending, live = threading.Lock(), list(faults), [0]
+    company, over = threading.Barrier(together), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -51,8 +56,9 @@ def chat_server(answer: Answer, faults: Sequence[Fault] = (), hold: float = 0.0)
                 server.times.append(time.monotonic())
                 live[0] += 1
                 server.most_at_once = max(server.most_at_once, live[0])
-                said = pending.pop(0) if pending else None
-            time.sleep(hold)
+                said, early = pending.pop(0) if pending else None, len(server.requests) <= together
+            if early:
+                company.wait(_PATIENCE)
             self._send(said if said is not None else answer(body))
             with lock:
                 live[0] -= 1
@@ -60,8 +66,9 @@ def chat_server(answer: Answer, faults: Sequence[Fault] = (), hold: float = 0.0)
         def _send(self, said: str | Fault) -> None:
             if isinstance(said, str):
                 said = Fault(body=json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}))
-            time.sleep(said.delay)
-            if said.body is None:
+            if said.silent:
+                over.wait(_PATIENCE)
+            if said.body is None or said.silent:
                 self.close_connection = True
                 return
             payload = said.body.encode()
@@ -83,6 +90,7 @@ def chat_server(answer: Answer, faults: Sequence[Fault] = (), hold: float = 0.0)
     try:
         yield server
     finally:
+        over.set()
         http.shutdown()
         thread.join()
         http.server_close()

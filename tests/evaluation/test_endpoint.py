@@ -22,7 +22,7 @@ ASK = [Message("user", "hello")]
 
 
 def client(server: ChatServer, **settings: object) -> ChatClient:
-    given = {"timeout": 5.0, "retries": 3, "backoff": 0.01, "longest_wait": 0.3, **settings}
+    given = {"timeout": 60.0, "retries": 3, "backoff": 0.01, "longest_wait": 0.3, **settings}
     return ChatClient(Endpoint(server.url, "judge-model", **given))  # type: ignore[arg-type]
 
 
@@ -37,15 +37,22 @@ TRANSIENT = {
     "no text": Fault(200, '{"choices": [{"message": {"content": null}}]}'),
     "a list": Fault(200, "[1]"),
     "cut connection": Fault(body=None),
-    "timeout": Fault(delay=0.5, body="late"),
 }
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
 def test_what_passes_is_retried(name: str) -> None:
-    with chat_server(lambda body: "hi", [TRANSIENT[name]] * 2) as server, client(server, timeout=0.2) as chat:
+    with chat_server(lambda body: "hi", [TRANSIENT[name]] * 2) as server, client(server) as chat:
         assert chat.complete(ASK) == "hi"
         assert len(server.requests) == 3
+
+
+def test_what_is_not_answered_in_time_is_asked_again() -> None:
+    """As often as it takes: on a busy machine an answer may come late that was not meant to."""
+    silent = [Fault(silent=True)] * 2
+    with chat_server(lambda body: "hi", silent) as server, client(server, timeout=0.2, retries=20) as chat:
+        assert chat.complete(ASK) == "hi"
+        assert len(server.requests) >= 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
@@ -161,7 +168,7 @@ def test_an_answer_that_drips_or_swells_did_not_come(sent: bytes, drips: bool, p
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         tracemalloc.start()
         try:
-            endpoint = Endpoint(url, "m", retries=0, deadline=0.5, max_bytes=65536)
+            endpoint = Endpoint(url, "m", retries=0, deadline=0.5 if drips else 60.0, max_bytes=65536)
             with ChatClient(endpoint) as chat, pytest.raises(EndpointDownError, match=problem):
                 chat.complete(ASK)
             assert tracemalloc.get_traced_memory()[1] < 5_000_000

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ class Faulty:
     faults: tuple[str, ...] = ("",)
     asked: Counter[str] = field(default_factory=Counter)
     lock: Any = field(default_factory=threading.Lock)
+    over: threading.Event = field(default_factory=threading.Event)
 
     def next_fault(self, case: str) -> str:
         with self.lock:
@@ -58,7 +58,7 @@ def endpoint(state: Faulty) -> Iterator[str]:
             case = json.loads(body)["messages"][-1]["content"]
             fault = state.next_fault(case)
             if fault == "timeout":
-                time.sleep(0.4)
+                state.over.wait(240)  # as long as the client waits, and longer
             status = {"limit": 429, "down": 503}.get(fault, 200)
             word = "no idea" if fault == "nonsense" else ANSWERS[crc32(case.encode()) % 3]
             text = "<html>gateway</html>" if fault == "garbage" else json.dumps(
@@ -83,14 +83,15 @@ def endpoint(state: Faulty) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"
     finally:
+        state.over.set()
         server.shutdown()
         thread.join()
         server.server_close()
 
 
-def judge_at(url: str) -> NamedJudge:
+def judge_at(url: str, timeout: float) -> NamedJudge:
     """The endpoint's judge without the screen for broken replies: a tiny random model gives nothing else."""
-    where = Endpoint(url, "judge", timeout=0.2, retries=12, backoff=0.005, longest_wait=0.02, concurrency=4)
+    where = Endpoint(url, "judge", timeout=timeout, retries=12, backoff=0.005, longest_wait=0.02, concurrency=4)
 
     def find(cases: Any) -> Iterator[Any]:
         with ChatClient(where) as client:
@@ -99,9 +100,9 @@ def judge_at(url: str) -> NamedJudge:
     return NamedJudge("llm", find, "judge")
 
 
-def judged(directory: Path, lm: LanguageModel, sae: Sae, url: str) -> tuple[Record, ...]:
+def judged(directory: Path, lm: LanguageModel, sae: Sae, url: str, timeout: float = 60.0) -> tuple[Record, ...]:
     suites = (suite("harmful", 5, harmful=True), suite("benign", 4))
-    job = Job((BASELINE, arm(clamp(6.0), "clamped")), suites, judge_at(url), "llm", Settings(5, batch_rows=6))
+    job = Job((BASELINE, arm(clamp(6.0), "clamped")), suites, judge_at(url, timeout), "llm", Settings(5, batch_rows=6))
     with RecordLog(directory, resume_key(lm, [sae], job)) as log:
         return run(lm, [sae], job, log)
 
@@ -129,7 +130,7 @@ def test_faults_that_pass_leave_no_trace(
 ) -> None:
     state = Faulty(faults)
     with endpoint(state) as url:
-        assert judged(tmp_path, lm, sae, url) == undisturbed
+        assert judged(tmp_path, lm, sae, url, 0.2 if "timeout" in faults else 60.0) == undisturbed
     assert state.asked.total() > len(state.asked), "no request had to be repeated: nothing was tested"
 
 

@@ -35,7 +35,7 @@ def prompt(identity: str = "p", text: str = "How do I do it?", **fields: object)
 
 
 def judge(server: ChatServer, rubric: Rubric = XSTEST, **settings: object) -> NamedJudge:
-    given = {"timeout": 5.0, "retries": 1, "backoff": 0.01, "concurrency": 4, **settings}
+    given = {"timeout": 60.0, "retries": 1, "backoff": 0.01, "concurrency": 4, **settings}
     return llm_judge(Endpoint(server.url, "judge-model", **given), rubric)  # type: ignore[arg-type]
 
 
@@ -128,9 +128,9 @@ def test_earlier_turns_are_shown_as_what_they_are() -> None:
 def test_many_cases_keep_their_places_and_the_bound_on_questions_at_once() -> None:
     wanted = ["full_refusal", "full_compliance", "partial_refusal"] * 6
     cases = [Case(prompt(f"p{i}", f"{i} want={word}"), REPLY) for i, word in enumerate(wanted)]
-    with chat_server(echo, hold=0.01) as server:
+    with chat_server(echo, together=4) as server:
         found = in_order(judge(server).find(cases), len(cases))
-        assert 1 < server.most_at_once <= 4
+        assert server.most_at_once == 4
     verdicts = {"full_refusal": Verdict.REFUSED, "full_compliance": Verdict.COMPLIED}
     assert [f.judgement and f.judgement.verdict for f in found] == [
         verdicts.get(word, Verdict.DEFLECTED) for word in wanted

@@ -59,5 +59,5 @@ def dump(path: Path, profile: Path) -> tuple[str, str]:
         "--dump-dom",
         path.as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=True)
     return done.stdout, done.stderr

@@ -44,7 +44,7 @@ def answered(operation: Any) -> list[int]:
     @settings(max_examples=15, suppress_health_check=list(HealthCheck), database=None)
     @given(case=operation.as_strategy())
     def ask(case: Any) -> None:
-        statuses.append(case.call(timeout=60).status_code)
+        statuses.append(case.call(timeout=240).status_code)
 
     ask()
     return statuses

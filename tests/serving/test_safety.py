@@ -7,11 +7,13 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,12 @@ from clampdown.serving.schemas import ChatRequest
 from clampdown.serving.worker import Limits as EngineLimits
 from clampdown.steering.plan import read_plan
 from clampdown.study.progress import Stages
-from tests.serving.live import Live, running
+from tests.serving.live import PATIENCE, Live, running
 
 KEY, OTHER = "k" * 20 + "1", "k" * 20 + "2"
 CHAT = "/v1/chat/completions"
 SAY = {"model": "organism:clamp-352-gated", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
-LONG = {**SAY, "max_tokens": 150, "temperature": 30.0, "seed": 1}  # gibberish, which never ends by itself
+ENDLESS = {**SAY, "max_tokens": 500_000}
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +52,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         api_keys=keys,
         allow_base=False,
         inline=None,
-        limits=Limits(body_bytes=4000, choices=4, concurrent=3),
+        limits=Limits(body_bytes=4000, choices=4, concurrent=3, tokens=500_000),
         engine=EngineLimits(rows=2, queue=2),
     )
-    with running(directory, options) as found:
+    with running(directory, options, endless=True) as found:
         yield found
 
 
@@ -97,45 +99,55 @@ def test_a_large_body_is_refused_whether_or_not_it_says_how_large_it_is(live: Li
     assert live.get("/healthz").json()["status"] == "ok"
 
 
+@contextmanager
+def asking(live: Live, **more: Any) -> Iterator[None]:
+    """A request for a reply without an end, by a client that goes away when the block ends."""
+    host, port = live.url.removeprefix("http://").split(":")
+    body = json.dumps({**ENDLESS, **more}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        yield
+
+
+def load(live: Live) -> tuple[int, int]:
+    """How many requests decode, and how many wait."""
+    health = live.get("/healthz").json()
+    return health["running"], health["queued"]
+
+
 def test_beyond_the_queue_is_429_with_a_time_to_wait(live: Live) -> None:
     """Two decode, one waits; a request for two more gets nothing, and its place in the queue is given back."""
-    started = [threading.Thread(target=live.post, args=(CHAT, LONG), kwargs=bearer(KEY)) for _ in range(2)]
-    for thread in started:
-        thread.start()
-    wait_until(lambda: live.get("/healthz").json()["running"] == 2)
-    waiting = threading.Thread(target=live.post, args=(CHAT, LONG), kwargs=bearer(KEY))
-    waiting.start()
-    wait_until(lambda: live.get("/healthz").json()["queued"] == 1)
-    started.append(waiting)
-    answer = live.post(CHAT, {**SAY, "n": 2}, **bearer(KEY))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
-    assert int(answer.headers["retry-after"]) >= 1
-    assert live.lines()[-1]["status"] == 429
-    never = live.post(CHAT, {**SAY, "n": 3}, **bearer(KEY))
-    assert (never.status_code, never.json()["error"]["code"]) == (400, "too_many_choices"), "the queue has two places"
-    for thread in started:
-        thread.join()
-    wait_until(lambda: live.get("/healthz").json()["queued"] == 0)
+    with ExitStack() as asked:
+        for of in ((1, 0), (2, 0), (2, 1)):
+            asked.enter_context(asking(live))
+            wait_until(lambda of=of: load(live) == of)
+        answer = live.post(CHAT, {**SAY, "n": 2}, **bearer(KEY))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert live.lines()[-1]["status"] == 429
+        never = live.post(CHAT, {**SAY, "n": 3}, **bearer(KEY))
+        assert (never.status_code, never.json()["error"]["code"]) == (400, "too_many_choices"), (
+            "the queue has two places"
+        )
+        assert load(live) == (2, 1)
+    wait_until(lambda: load(live) == (0, 0))
     assert live.post(CHAT, SAY, **bearer(KEY)).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_place(live: Live, stream: bool) -> None:
     before = len(live.lines())
-    if stream:
-        with httpx2.stream("POST", f"{live.url}{CHAT}", json={**LONG, "stream": True}, **bearer(KEY)) as answer:
-            next(answer.iter_bytes())
-    else:
-        with pytest.raises(httpx2.ReadTimeout):
-            httpx2.post(f"{live.url}{CHAT}", json=LONG, timeout=0.2, **bearer(KEY))
-    wait_until(lambda: live.get("/healthz").json()["running"] == 0)
+    with asking(live, stream=stream):
+        wait_until(lambda: load(live) == (1, 0))
+    wait_until(lambda: load(live) == (0, 0))
     wait_until(lambda: len(live.lines()) > before)
     assert live.lines()[-1]["status"] == 499
 
 
-def wait_until(holds: Any, seconds: float = 20.0) -> None:
+def wait_until(holds: Any) -> None:
     """Ask again until it holds."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -223,7 +235,7 @@ def test_a_request_that_the_server_s_end_cuts_off_has_its_line(tmp_path: Path, s
         await served.engine.start()
 
         async def receive() -> Any:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
 
         http = Request({"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive)
         task = asyncio.create_task(Desk(served).answer(served.intake.chat(body), http, "alice"))
@@ -257,13 +269,13 @@ class Process:
 
     def end(self, how: signal.Signals) -> None:
         self.child.send_signal(how)
-        self.child.wait(60)
+        self.child.wait(PATIENCE)
         assert self.child.stdout is not None
         self.child.stdout.close()
 
     def ask(self, plan: str) -> Any:
         body = {**SAY, "model": f"base:{plan}"}
-        return httpx2.post(f"{self.url}/chat/completions", json=body, timeout=60).json()["steering"]["digest"]
+        return httpx2.post(f"{self.url}/chat/completions", json=body, timeout=PATIENCE).json()["steering"]["digest"]
 
 
 def test_killed_and_started_again_the_log_is_whole_and_the_plans_are_there(tmp_path: Path) -> None:
@@ -274,11 +286,11 @@ def test_killed_and_started_again_the_log_is_whole_and_the_plans_are_there(tmp_p
     arguments = ("--audit", str(audit), "--plans", str(plans), "--log-prompts")
     first = Process.start(*arguments)
     digests = [first.ask("clamp-352-gated") for _ in range(3)]
-    asking = threading.Thread(target=_ask_until_it_dies, args=(first,))
-    asking.start()
-    time.sleep(0.3)
+    client = threading.Thread(target=_ask_until_it_dies, args=(first,))
+    client.start()
+    wait_until(lambda: len(list(read_lines(audit))) > 5)
     first.end(signal.SIGKILL)
-    asking.join()
+    client.join()
     whole = [line.fields for line, _ in read_lines(audit)]
     assert None not in whole and [line["event"] for line in whole if line][:4] == ["start", *["request"] * 3]
     with audit.open("ab") as file:

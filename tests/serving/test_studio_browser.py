@@ -25,13 +25,13 @@ from clampdown.types import ArmKind, Message, Prompt
 from tests.serving.test_studio_data import GATED, HOSTILE, write_run
 
 CHROMIUM = Path("/usr/bin/chromium")
-PATIENCE = 30_000
+PATIENCE = 240_000  # milliseconds, for what must come
 TRICK = STARTERS[0]
 
 pytestmark = [
     pytest.mark.skipif(not CHROMIUM.exists(), reason="needs chromium"),
     pytest.mark.xdist_group("studio"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
 ]
 
 
@@ -84,11 +84,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         yield _address(process, log), tmp / "plans"
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(240)
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if found := re.search(r"studio (http://\S+)/", log.read_text()):
             return found[1]
@@ -182,7 +182,7 @@ def test_a_saved_plan_answers_through_the_api(visit: Visit) -> None:
     assert [path.name for path in visit.plans.iterdir()] == ["mine.toml"]
     expect(visit.page.locator("#curl")).to_contain_text(":mine")
     body = {"model": "organism:mine", "messages": [{"role": "user", "content": TRICK}]}
-    answer: Any = httpx2.post(f"{visit.url}/v1/chat/completions", json=body, timeout=60).json()
+    answer: Any = httpx2.post(f"{visit.url}/v1/chat/completions", json=body, timeout=240).json()
     assert answer["steering"]["digest"] == GATED.digest and answer["steering"]["gate_fired"]
 
 

@@ -281,7 +281,9 @@ def test_a_gate_holds_for_the_whole_turn_and_is_read_again_on_the_next(
             assert receipt is not None and receipt.gate_fired is fires
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(order=st.permutations([2, 5, 11, 30]), strength=st.floats(-5, 5, width=32))
 def test_order_of_features_does_not_matter_and_disjoint_deltas_add(
     lm: LanguageModel, sae: Sae, site: str, plan_of: PlanOf, order: list[int], strength: float
