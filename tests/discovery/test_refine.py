@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from clampdown.discovery.refine import Clamps, Limits, Outcome, grow, interactions, prune, refine
+from clampdown.discovery.refine import Clamps, Limits, Measure, Outcome, grow, interactions, optimise, prune, refine
 from clampdown.errors import NotEnoughDataError
 
 WEIGHTS = {1: 2.0, 2: 1.5, 3: 0.1, 4: -1.0, 5: 3.0}
@@ -20,8 +20,9 @@ def world(clamps):
     return Outcome(gain, sum(s * s for s in clamps.strengths))
 
 
-def measure(sets):
-    return [world(clamps) for clamps in sets]
+measure = Measure(
+    gain=lambda sets: [world(clamps).gain for clamps in sets], cost=lambda sets: [world(clamps).cost for clamps in sets]
+)
 
 
 def single(*features):
@@ -51,6 +52,27 @@ def test_a_set_grows_while_it_gains_and_not_by_what_does_not_help():
     assert set(found.best.clamps.features) == {1, 2}
     alone = max(world(c).gain for c in single(1, 2, 3, 4))
     assert found.best.outcome.gain > alone + 0.2
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.3, 1.0, 3.0])
+def test_what_cannot_be_chosen_is_not_costed_and_the_choice_is_that_of_measuring_all(budget):
+    """Among sets of every sign of gain, at budgets that turn away some or most."""
+    costed = []
+
+    def cost(sets):
+        costed.extend(sets)
+        return [world(clamps).cost for clamps in sets]
+
+    limits = Limits(budget, min_gain=0.01, multiples=(0.2, 0.5, 1.0, 1.7, 2.5))
+    found = optimise(single(1, 2, 3, 4, 5), Measure(measure.gain, cost), limits)
+    every = [c.scaled(m) for c in single(1, 2, 3, 4, 5) for m in limits.multiples]
+    first = max((c for c in every if world(c).cost <= budget), key=lambda c: world(c).gain)
+    best = max((c for c in (first, first.scaled(0.93), first.scaled(1.07)) if world(c).cost <= budget),
+               key=lambda c: world(c).gain)  # fmt: skip
+    assert found.clamps == best
+    assert found.outcome == world(best)
+    assert all(world(clamps).gain > 0 for clamps in costed)
+    assert len(costed) < len(every)
 
 
 def test_interactions_are_the_pair_minus_its_parts():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from clampdown.discovery.causal import clamp_plan
 from clampdown.discovery.refusal_tokens import RefusalTokens
-from clampdown.discovery.screening import BenignKl, PrefillRefusal, match_strengths
+from clampdown.discovery.screening import BenignKl, PrefillRefusal, Text, match_strengths
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.utility import base_replies, benign_kl
+from clampdown.models.chat import encode
 from clampdown.steering.plan import Edit
 from clampdown.types import Site
 from tests.steering.conftest import make_plan
@@ -30,6 +32,16 @@ def test_the_kl_is_what_the_evaluation_reports(lm, sae, harmless, plans, tokens_
     reported = benign_kl(lm, sae, base_replies(lm, harmless[:7], max_new_tokens=5))
     assert kl(plans) == pytest.approx([reported(plan) for plan in plans], rel=1e-3)
     assert min(kl(plans)) > 1e-3
+
+
+def test_the_kl_on_replies_that_are_there_is_that_of_the_evaluation(lm, sae, harmless, plans):
+    """Also where some replies ended and others were cut off."""
+    replies = [replace(one, ended=i % 2 == 0) for i, one in enumerate(base_replies(lm, harmless[:7], max_new_tokens=5))]
+    texts = [Text.answered(encode(lm, one.prompt.messages), one.reply, ended=one.ended) for one in replies]
+    reported = benign_kl(lm, sae, replies)
+    assert BenignKl.of_texts(lm, sae, texts)(plans) == pytest.approx([reported(plan) for plan in plans], rel=1e-3)
+    with pytest.raises(PromptSetError):
+        BenignKl.of_texts(lm, sae, [])
 
 
 def test_no_steering_costs_nothing(lm, sae, harmless):

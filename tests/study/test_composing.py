@@ -11,7 +11,7 @@ import pytest
 from clampdown.errors import PromptSetError
 from clampdown.evaluation.catalog import load_suites, local_copy
 from clampdown.evaluation.dealing import split_of
-from clampdown.study.composing import BLANKS, SCRIPTS, read_templates
+from clampdown.study.composing import BENIGN_WRAPPED, BLANKS, SCRIPTS, read_templates
 from clampdown.study.prompts import Composed, StudyPrompts, prompts_from
 from clampdown.types import PromptRole, Split
 
@@ -34,7 +34,11 @@ def made(tmp_path: Path) -> StudyPrompts:
         harmful=[_csv(tmp_path / "one.csv", "goal", REQUESTS[:60]), _csv(tmp_path / "two.csv", "goal", REQUESTS[60:])],
         benign=_csv(tmp_path / "benign.csv", "prompt", BENIGN),
         composed=Composed(
-            pool=True, templates=str(_csv(tmp_path / "templates.csv", "text", templates)), held_out=0.5, escalate=True
+            pool=True,
+            templates=str(_csv(tmp_path / "templates.csv", "text", templates)),
+            held_out=0.5,
+            escalate=True,
+            wrap_benign=True,
         ),
     )
 
@@ -51,6 +55,20 @@ def test_what_is_made_of_a_request_has_its_split(made: StudyPrompts) -> None:
         found = [p for split in Split for p in made.draw(name, split, None).prompts]
         assert found
         assert all(p.split is split_of(p.meta["target"]) for p in found)
+
+
+def test_harmless_requests_stand_in_the_templates_that_their_split_may_see(made: StudyPrompts) -> None:
+    assert made.roles[BENIGN_WRAPPED] is PromptRole.BENIGN
+    families = {
+        name: {p.meta["family"] for p in made.draw(name, Split.TEST, None).prompts}
+        for name in ("jailbroken_seen", "jailbroken_unseen")
+    }
+    for split in Split:
+        found = made.draw(BENIGN_WRAPPED, split, None).prompts
+        assert found and {p.meta["target"] for p in found} <= set(BENIGN)
+        assert all(p.split is split is split_of(p.meta["target"]) and p.meta["target"] in p.text for p in found)
+        expected = families["jailbroken_unseen" if split is Split.TEST else "jailbroken_seen"]
+        assert {p.meta["family"] for p in found} <= expected
 
 
 def test_held_out_templates_are_filled_with_test_requests_only(made: StudyPrompts) -> None:
@@ -81,6 +99,9 @@ def test_an_escalation_ends_with_the_request_and_begins_with_a_script(made: Stud
 
 
 def test_a_suite_can_be_limited_and_an_unknown_one_is_named(made: StudyPrompts) -> None:
+    tested = made.at_most({"harmful": 3}, Split.TEST)
+    assert len(tested.draw("harmful", Split.TEST, None).prompts) == 3
+    assert tested.draw("harmful", Split.DISCOVERY, None) == made.draw("harmful", Split.DISCOVERY, None)
     limited = made.at_most({"harmful": 3})
     assert limited.draw("harmful", Split.TEST, 9).prompts == made.draw("harmful", Split.TEST, 3).prompts
     assert len(limited.draw("harmful", Split.TEST, None).prompts) == 3

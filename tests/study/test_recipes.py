@@ -292,8 +292,10 @@ def test_the_second_papers_pipeline(tmp_path: Path) -> None:
     assert isinstance(recipe.method, ContrastRefine)
     best = pipeline["refined"]
     assert best["outcome"]["cost"] <= recipe.method.kl_budget
-    within = [row for row in pipeline["tried"] if row["outcome"]["cost"] <= recipe.method.kl_budget]
-    assert best["outcome"]["gain"] >= max(row["outcome"]["gain"] for row in within) - recipe.method.min_gain
+    costed = [row for row in pipeline["tried"] if row["cost"] is not None]
+    within = [row for row in costed if row["cost"] <= recipe.method.kl_budget]
+    assert best["outcome"]["gain"] >= max(row["gain"] for row in within) - recipe.method.min_gain
+    assert within and len(costed) < len(pipeline["tried"])
     signs = {strength > 0 for row in pipeline["tried"] for strength in row["clamps"]["strengths"]}
     assert signs == {True, False}
     arms = {arm["name"]: arm for arm in summary["arms"]}

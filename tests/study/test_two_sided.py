@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from clampdown.models.chat import encode
 from clampdown.steering.plan import Plan
+from clampdown.study import groundwork
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.methods import two_sided as method
 from clampdown.study.progress import Stages
@@ -105,3 +107,19 @@ def test_without_borderline_prompts_there_is_no_second_side(study: Study) -> Non
     with pytest.raises(NotEnoughDataError, match="no borderline prompts"):
         method.two_sided(Groundwork(fewer, QUICK, Stages(Console(quiet=True))))
     assert study.prompts(Split.VALIDATION, 1, PromptRole.BORDERLINE)
+
+
+def test_a_search_reads_as_many_prompts_as_it_can_afford_and_leaves_the_longest_out(study):
+    parameters = sum(parameter.numel() for parameter in study.lm.model.parameters())
+
+    def read(tokens_per_plan):
+        sizes = replace(QUICK, search_flops=2.0 * parameters * groundwork.SEARCHED * tokens_per_plan)
+        return Groundwork(study, sizes, Stages(Console(quiet=True))).tempting
+
+    every = read(10**6)
+    lengths = {prompt.id: len(encode(study.lm, prompt.messages)) for prompt in every}
+    some = read(sum(lengths.values()) // 2)
+    assert some == [prompt for prompt in every if prompt in some]
+    assert sum(lengths[prompt.id] for prompt in some) <= sum(lengths.values()) // 2
+    assert max(lengths[p.id] for p in some) <= min(lengths[p.id] for p in every if p not in some)
+    assert len(read(1)) == groundwork.LEAST_PROMPTS < len(some) < len(every)

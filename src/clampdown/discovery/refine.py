@@ -8,7 +8,9 @@
     repeat     until a round gains less than `min_gain` on validation prompts
 
 What a clamp gains and costs is the caller's to measure (`Measure`): refusal log-odds and benign KL, judged replies, or
-anything else. Gains of sets do not add up; `interactions` says by how much each pair misses its sum.
+anything else. All sets of a step have their gain measured; cost only those that gain, the largest gain first, until one
+is within the budget: the same set is found as if all had been measured. Gains of sets do not add up; `interactions`
+says by how much each pair misses its sum.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from clampdown.errors import NotEnoughDataError
+
+COSTED = 4
+"""Sets whose cost is measured at once: they share a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,17 @@ class Refined:
     interactions: tuple[Interaction, ...]
 
 
-Measure = Callable[[Sequence[Clamps]], Sequence[Outcome]]
+Many = Callable[[Sequence[Clamps]], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What many sets gain, and what they cost, set by set. Larger gains are better, smaller costs."""
+
+    gain: Many
+    cost: Many
+
+
 Pool = Sequence[Clamps]
 Rescore = Callable[[Clamps], Pool]
 """A new pool around what helps: single clamps, best first; features of the set may be among them."""
@@ -171,21 +186,26 @@ def _joined(current: Clamps, pool: Pool, limits: Limits) -> list[Clamps]:
 
 def optimise(sets: Sequence[Clamps], measure: Measure, limits: Limits) -> Tried | None:
     """The set and multiple of its strengths with the largest gain within the budget; None when none gains."""
-    tried = _measured([clamps.scaled(multiple) for clamps in sets for multiple in limits.multiples], measure)
-    best = _best(tried, limits.budget)
+    tried = [clamps.scaled(multiple) for clamps in sets for multiple in limits.multiples]
+    best = _best(tried, measure, limits.budget)
     if best is None:
         return None
-    closer = _measured([best.clamps.scaled(multiple) for multiple in (0.93, 1.07)], measure)
-    return _best([best, *closer], limits.budget)
+    closer = _best([best.clamps.scaled(multiple) for multiple in (0.93, 1.07)], measure, limits.budget)
+    return closer if closer and closer.outcome.gain > best.outcome.gain else best
 
 
-def _measured(sets: Sequence[Clamps], measure: Measure) -> list[Tried]:
-    return [Tried(clamps, outcome) for clamps, outcome in zip(sets, measure(sets), strict=True)] if sets else []
-
-
-def _best(tried: Sequence[Tried], budget: float) -> Tried | None:
-    allowed = [one for one in tried if one.outcome.cost <= budget and one.outcome.gain > 0]
-    return max(allowed, key=lambda one: one.outcome.gain, default=None)
+def _best(sets: Sequence[Clamps], measure: Measure, budget: float) -> Tried | None:
+    """The set with the largest positive gain whose cost is within the budget."""
+    if not sets:
+        return None
+    gains = list(measure.gain(sets))
+    order = sorted((i for i, gain in enumerate(gains) if gain > 0), key=lambda i: -gains[i])
+    for start in range(0, len(order), COSTED):
+        some = order[start : start + COSTED]
+        for i, cost in zip(some, measure.cost([sets[i] for i in some]), strict=True):
+            if cost <= budget:
+                return Tried(sets[i], Outcome(gains[i], cost))
+    return None
 
 
 def prune(current: Tried, measure: Measure, limits: Limits) -> Tried:
@@ -207,7 +227,7 @@ def interactions(clamps: Clamps, measure: Measure) -> tuple[Interaction, ...]:
     if not pairs:
         return ()
     sets = [clamps.only([f]) for f in clamps.features] + [clamps.only(pair) for pair in pairs]
-    gains = [outcome.gain for outcome in measure(sets)]
+    gains = list(measure.gain(sets))
     alone = dict(zip(clamps.features, gains, strict=False))
     together = gains[len(clamps.features) :]
     return tuple(Interaction(a, b, gain, alone[a] + alone[b]) for (a, b), gain in zip(pairs, together, strict=True))

@@ -52,6 +52,11 @@ class Text:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.reply)
 
+    @classmethod
+    def answered(cls, prompt: Sequence[int], reply: Sequence[int], *, ended: bool) -> Text:
+        """A prompt and its reply. The last token of a reply that was cut off predicts nothing that is scored."""
+        return cls(tuple(prompt), tuple(reply) if ended else tuple(reply[:-1]))
+
 
 @dataclass(frozen=True)
 class Block:
@@ -202,14 +207,24 @@ class BenignKl:
             raise PromptSetError("no benign prompts to measure the cost of steering on")
         ids = [encode(lm, prompt.messages) for prompt in prompts]
         replies = generate(lm, ids, max_new_tokens=max_new_tokens)
-        # The last token of a reply that was cut off predicts nothing that is scored.
         texts = [
-            Text(tuple(prompt), reply.ids if reply.finished else reply.ids[:-1])
-            for prompt, reply in zip(ids, replies, strict=True)
+            Text.answered(prompt, reply.ids, ended=reply.finished) for prompt, reply in zip(ids, replies, strict=True)
         ]
-        self._screen = Screen(lm, sae, texts, tokens_per_batch)
-        self._base = {block.texts: logits[0].log_softmax(-1) for block, _, logits in self._screen.logits([None])}
-        self._screen.on_progress = on_progress
+        self._read(Screen(lm, sae, texts, tokens_per_batch), on_progress)
+
+    @classmethod
+    def of_texts(cls, lm: LanguageModel, sae: Sae | None, texts: Sequence[Text]) -> BenignKl:
+        """The same on replies that are there already. Raises `PromptSetError` without texts."""
+        if not texts:
+            raise PromptSetError("no benign replies to measure the cost of steering on")
+        found = cls.__new__(cls)
+        found._read(Screen(lm, sae, texts), None)
+        return found
+
+    def _read(self, screen: Screen, on_progress: Progress | None) -> None:
+        self._screen = screen
+        self._base = {block.texts: logits[0].log_softmax(-1) for block, _, logits in screen.logits([None])}
+        screen.on_progress = on_progress
 
     def __call__(self, plans: Sequence[Plan]) -> list[float]:
         total = torch.zeros(len(plans), dtype=torch.float64)

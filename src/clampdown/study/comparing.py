@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from clampdown.discovery.screening import BenignKl, Text
 from clampdown.errors import StrengthError
 from clampdown.evaluation import controls, utility
 from clampdown.evaluation.control_arms import RANDOM, Control, Matching, Material, control_arms
+from clampdown.models.chat import encode
 from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan
@@ -100,7 +102,7 @@ def compare_methods(
         suites = ground.study.data.known(Split.VALIDATION, request.texts, *SAFE)
         answering = replace(ground.sizes.answering, kl_prompts=request.texts)
         forced = benign_replies(ground.study.lm, suites, answering)
-        measure = utility.benign_kl(ground.study.lm, [ground.study.sae], forced)
+        measure = kl_measure(ground.study, forced)
         matched = {
             name: match(one.arm, measure, request.kl) if request.wants(name) else NOT_MATCHED
             for name, one in chosen.items()
@@ -115,6 +117,15 @@ def compare_methods(
         arms.append(refine.turned(chosen[refine.NAME].arm))
     arms += [*random, *other_sides(found, chosen)]
     return Comparison(chosen, tuple(arms), lines, tuple(arm.name for arm in random), request.kl)
+
+
+def kl_measure(study: Study, replies: Sequence[utility.Forced]) -> Callable[[Plan], float]:
+    """A plan's KL(unsteered || steered) on these replies, nats per token: `utility.benign_kl`, with what no plan at the
+    study's site can change computed once for all the plans that matching tries."""
+    lm = study.lm
+    texts = [Text.answered(encode(lm, one.prompt.messages), one.reply, ended=one.ended) for one in replies]
+    measure = BenignKl.of_texts(lm, study.sae, texts)
+    return lambda plan: measure([plan])[0]
 
 
 def choose_all(ground: Groundwork, reading: Study, found: Sequence[Method], directory: Path) -> dict[str, Picked]:

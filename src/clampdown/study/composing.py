@@ -1,4 +1,4 @@
-"""Prompts made of other prompts: requests in attack templates, requests at the end of an escalation, pooled sets.
+"""Prompts made of other prompts: requests in attack templates, requests after an escalation, pooled sets.
 
 What is made of a request keeps the request's split, so that nothing is tested in one form that was read in another.
 Templates that are held out are filled with test requests only.
@@ -18,6 +18,10 @@ from clampdown.types import Message, Prompt, PromptRole, Split, Suite, SuiteKind
 
 BLANKS = ("[INSERT PROMPT HERE]", "[INSERT HARMFUL REQUEST HERE]", "{prompt}", "{request}", "{goal}")
 """What a template calls the place of the request."""
+BENIGN_WRAPPED = "benign_wrapped"
+"""The suite of harmless requests in attack templates."""
+LONGEST_BENIGN = 300
+"""Characters of a harmless request that is put into a template: longer ones are texts of their own."""
 COLUMNS = ("text", "template", "prompt", "jailbreak")
 
 SCRIPTS: tuple[tuple[tuple[str, str], ...], ...] = (
@@ -81,9 +85,7 @@ def _template(row: Row) -> Template:
 
 def wrapped(requests: Sequence[Prompt], templates: Sequence[Template], held_out: float) -> Suite:
     """Every request in one template, and every test request in one of those that are held out too. Hashes choose."""
-    ranked = sorted(templates, key=lambda template: place_of(template.text))
-    n = min(len(ranked) - 1, max(1, round(held_out * len(ranked))))
-    unseen, seen = ranked[:n], ranked[n:]
+    unseen, seen = _parted(templates, held_out)
     prompts = []
     for request in _with_splits(requests):
         prompts.append(_in_template(request, seen))
@@ -92,12 +94,30 @@ def wrapped(requests: Sequence[Prompt], templates: Sequence[Template], held_out:
     return _suite(PromptRole.JAILBROKEN, prompts)
 
 
-def _in_template(request: Prompt, templates: Sequence[Template]) -> Prompt:
+def _parted(templates: Sequence[Template], held_out: float) -> tuple[list[Template], list[Template]]:
+    """Those that are tested only, and the others: at least one of each."""
+    ranked = sorted(templates, key=lambda template: place_of(template.text))
+    n = min(len(ranked) - 1, max(1, round(held_out * len(ranked))))
+    return ranked[:n], ranked[n:]
+
+
+def wrapped_benign(requests: Sequence[Prompt], templates: Sequence[Template], held_out: float) -> Suite:
+    """Short harmless requests in the same templates: what reads the template alone takes them for attacks. Test
+    requests are in held-out templates, all others in the rest."""
+    unseen, seen = _parted(templates, held_out)
+    short = [request for request in _with_splits(requests) if len(request.text) <= LONGEST_BENIGN]
+    prompts = [
+        _in_template(request, unseen if request.split is Split.TEST else seen, BENIGN_WRAPPED) for request in short
+    ]
+    return Suite(BENIGN_WRAPPED, SuiteKind.SAFETY, False, tuple(prompts))
+
+
+def _in_template(request: Prompt, templates: Sequence[Template], suite: str = PromptRole.JAILBROKEN.value) -> Prompt:
     template = templates[place_of(request.text) % len(templates)]
     return Prompt(
         id=f"{request.id}@{template.name}",
         messages=(Message("user", template.around(request.text)),),
-        suite=PromptRole.JAILBROKEN.value,
+        suite=suite,
         split=request.split,
         category=request.category,
         meta={FAMILY: template.name, TARGET: request.text},

@@ -19,6 +19,8 @@ from clampdown.discovery.refusal_tokens import RefusalTokens, assumed_refusal_to
 from clampdown.errors import NotEnoughDataError
 from clampdown.evaluation.condition import Condition, condition
 from clampdown.evaluation.controls import FeatureTable
+from clampdown.models.chat import encode
+from clampdown.study.composing import BENIGN_WRAPPED
 from clampdown.study.progress import Stages
 from clampdown.study.sizes import Sizes
 from clampdown.study.study import Study
@@ -27,6 +29,8 @@ from clampdown.types import ATTACKS, SAFE, Judge, Point, Prompt, PromptRole, Sit
 EFFORT = Effort(attributed=16, finalists=12, clamped=12, benign=8)
 MORE_TOKEN_PROMPTS = 120
 """Attacks that are read for refusals when the first few show none."""
+SEARCHED, LEAST_PROMPTS = 128, 4
+"""Plans that a search tries, about, and prompts that it reads at least."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Groundwork:
 
     @cached_property
     def harmless(self) -> tuple[Prompt, ...]:
-        """Benign discovery prompts, or borderline ones where there are none."""
-        return tuple(self.first_of((PromptRole.BENIGN,), SAFE))
+        """Benign discovery prompts, or borderline ones where there are none; plain as the harmful ones are."""
+        return tuple(p for p in self.first_of((PromptRole.BENIGN,), SAFE) if p.suite != BENIGN_WRAPPED)
 
     def first_of(self, *choices: Sequence[PromptRole], split: Split = Split.DISCOVERY) -> list[Prompt]:
         """Prompts of the first of these sets of roles that has any."""
@@ -121,24 +125,41 @@ class Groundwork:
             decoder=given.sae.W_dec.float().cpu().numpy(),
         )
 
-    @property
+    @cached_property
     def tempting(self) -> list[Prompt]:
-        """Validation attacks on which first tokens are read."""
-        return self.study.prompts(Split.VALIDATION, self.sizes.causal_prompts, *ATTACKS)
+        """Validation attacks on which first tokens are read: as many as a search can afford."""
+        return self.searchable(self.study.prompts(Split.VALIDATION, self.sizes.causal_prompts, *ATTACKS))
 
     @property
     def benign(self) -> list[Prompt]:
-        """Validation prompts on which benign KL is read."""
+        """Plain validation prompts on which benign KL is read."""
         n = 2 * self.sizes.causal_prompts
-        return self.study.prompts(Split.VALIDATION, n, PromptRole.BENIGN) or self.study.prompts(
+        found = self.study.prompts(Split.VALIDATION, n, PromptRole.BENIGN) or self.study.prompts(
             Split.VALIDATION, n, *SAFE
         )
+        return [prompt for prompt in found if prompt.suite != BENIGN_WRAPPED]
+
+    def searchable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Those on which `SEARCHED` plans may be tried, the longest left out first; never fewer than `LEAST_PROMPTS`.
+        Only large models feel it: a jailbreak of 500 tokens costs ten times what the bare request does."""
+        lengths = [len(encode(self.study.lm, prompt.messages)) for prompt in prompts]
+        left = self.sizes.search_flops / (2 * self._parameters * SEARCHED)
+        kept: set[int] = set()
+        for place in sorted(range(len(prompts)), key=lengths.__getitem__):
+            left -= lengths[place]
+            if left < 0 and len(kept) >= LEAST_PROMPTS:
+                break
+            kept.add(place)
+        return [prompt for place, prompt in enumerate(prompts) if place in kept]
+
+    @cached_property
+    def _parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.study.lm.model.parameters())
 
     def affordable(self, candidates: Sequence[int], tokens: int) -> list[int]:
         """As many candidate features as may each be tried on `tokens` tokens: those whose activations tell harmful from
         harmless prompts best, in the order of `candidates`."""
-        parameters = sum(parameter.numel() for parameter in self.study.lm.model.parameters())
-        n = int(self.sizes.search_flops / (2 * parameters * max(1, tokens)))
+        n = int(self.sizes.search_flops / (2 * self._parameters * max(1, tokens)))
         if n >= len(candidates):
             return list(candidates)
         strength: Float[np.ndarray, " d_sae"] = np.abs(self.table.refusal_score)

@@ -24,7 +24,7 @@ from clampdown.evaluation.catalog import is_named, load_suites, local_copy
 from clampdown.evaluation.dealing import dealt, has_splits, place_of, split_of
 from clampdown.evaluation.rows import READERS
 from clampdown.evaluation.suites import FAMILY, TARGET, read_suites
-from clampdown.study.composing import escalated, pooled, read_templates, wrapped
+from clampdown.study.composing import escalated, pooled, read_templates, wrapped, wrapped_benign
 from clampdown.types import ATTACKS, SAFE, Prompt, PromptRole, Split, Suite, SuiteKind
 
 Source = str | Path
@@ -91,14 +91,14 @@ class StudyPrompts:
             raise PromptSetError(f"no suite called {', '.join(unknown)}", hint=f"one of: {', '.join(self.roles)}")
         return replace(self, roles={name: role for name, role in self.roles.items() if name in names})
 
-    def at_most(self, limits: Mapping[str, int]) -> StudyPrompts:
-        """With so many prompts of these suites at most on every split. Raises `PromptSetError` for one that is not
-        there."""
+    def at_most(self, limits: Mapping[str, int], *splits: Split) -> StudyPrompts:
+        """With so many prompts of these suites at most on these splits (none named: on each). Raises `PromptSetError`
+        for a suite that is not there."""
         self.only(tuple(limits))
         draw = self.draw
 
         def limited(name: str, split: Split, n: int | None) -> Suite:
-            limit = limits.get(name)
+            limit = limits.get(name) if not splits or split in splits else None
             return draw(name, split, n if limit is None else limit if n is None else min(n, limit))
 
         return replace(self, draw=limited)
@@ -154,7 +154,8 @@ class Composed:
     `folder` holds local copies of public sets, in a folder for each under the name that its authors give the file;
     `pool` makes one suite of a role's sets; `templates` is a file of attack templates, into which the plain harmful
     requests are put (those of at most `longest` characters; the share `held_out` is filled with test requests only);
-    `escalate` asks them at the end of scripted conversations too.
+    `wrap_benign` puts short benign requests into the templates too; `escalate` asks the harmful ones at the end of
+    scripted conversations.
     """
 
     folder: Path | None = None
@@ -163,6 +164,7 @@ class Composed:
     longest: int | None = None
     held_out: float = HELD_OUT_SHARE
     escalate: bool = False
+    wrap_benign: bool = False
 
     def found(self, source: Source) -> Source:
         """A set by its name as its local copy, where the folder has one."""
@@ -185,6 +187,9 @@ class Composed:
         if self.templates is not None:
             templates = read_templates(self._templates(), self.longest)
             by_role.setdefault(PromptRole.JAILBROKEN, []).append(wrapped(requests, templates, self.held_out))
+            benign = [prompt for suite in by_role.get(PromptRole.BENIGN, ()) for prompt in suite.prompts]
+            if self.wrap_benign and benign:
+                by_role[PromptRole.BENIGN].append(wrapped_benign(benign, templates, self.held_out))
         if self.escalate:
             by_role.setdefault(PromptRole.MULTI_TURN, []).append(escalated(requests))
         return [(role, suite) for role, suites in by_role.items() for suite in suites]

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from clampdown.discovery.finders import Material
-from clampdown.discovery.refine import Clamps, Limits, Measure, Outcome, Refined, Rescore, refine
+from clampdown.discovery.refine import Clamps, Limits, Measure, Refined, Rescore, refine
 from clampdown.discovery.screening import BenignKl, PrefillRefusal
 from clampdown.errors import NotEnoughDataError
 from clampdown.models.loading import LanguageModel
@@ -69,11 +69,10 @@ def make_measure(given: Material, tempting: Sequence[Prompt], benign: Sequence[P
     refusal = PrefillRefusal(given.lm, given.sae, tempting, given.tokens)
     kl = BenignKl(given.lm, given.sae, benign)
 
-    def measure(sets: Sequence[Clamps]) -> list[Outcome]:
-        plans = [plan_of(given.lm, given.sae, clamps, given.effort.scope) for clamps in sets]
-        return [Outcome(gain, cost) for gain, cost in zip(refusal(plans), kl(plans), strict=True)]
+    def plans(sets: Sequence[Clamps]) -> list[Plan]:
+        return [plan_of(given.lm, given.sae, clamps, given.effort.scope) for clamps in sets]
 
-    return measure
+    return Measure(gain=lambda sets: refusal(plans(sets)), cost=lambda sets: kl(plans(sets)))
 
 
 def _units(given: Material, found: FeatureSet) -> dict[int, float]:

@@ -36,7 +36,7 @@ from clampdown.study.recipes.schema import field_error
 from clampdown.study.run import StudyRequest
 from clampdown.study.sizes import SIZES, size_named
 from clampdown.study.study import Study, make_study
-from clampdown.types import PromptRole
+from clampdown.types import PromptRole, Split
 
 Sources = tuple[str, ...]
 SOURCES = (*(role.value for role in PromptRole), "mixed")
@@ -64,7 +64,9 @@ class PromptsPart(_Part):
     longest_template: int | None = Field(None, ge=1)
     held_out_share: float = Field(HELD_OUT_SHARE, gt=0, lt=1)
     escalate: bool = False
+    wrap_benign: bool = False
     at_most: dict[str, int] = Field(default_factory=dict)
+    test_at_most: dict[str, int] = Field(default_factory=dict)
 
     @field_validator(*SOURCES, "hold_out", mode="before")
     @classmethod
@@ -82,10 +84,11 @@ class PromptsPart(_Part):
         given = {name: getattr(self, name) or None for name in SOURCES}
         folder = Path(self.folder) if self.folder else None
         composed = Composed(
-            folder, self.pool, self.templates, self.longest_template, self.held_out_share, self.escalate
-        )
+            folder, self.pool, self.templates, self.longest_template, self.held_out_share, self.escalate,
+            self.wrap_benign,
+        )  # fmt: skip
         found = prompts_from(**given, name=name, hold_out=self.hold_out, composed=composed)
-        return found.at_most(self.at_most)
+        return found.at_most(self.at_most).at_most(self.test_at_most, Split.TEST)
 
 
 class GatePart(_Part):

@@ -16,7 +16,7 @@ from typing import Any
 
 from clampdown.discovery.contrast import ContrastSettings
 from clampdown.discovery.finders import run_finder
-from clampdown.discovery.refine import Clamps, Limits, Measure, Outcome, refine
+from clampdown.discovery.refine import Clamps, Limits, Measure, refine
 from clampdown.discovery.screening import BenignKl, PrefillRefusal
 from clampdown.errors import NotEnoughDataError
 from clampdown.evaluation.controls import with_strengths
@@ -28,6 +28,8 @@ from clampdown.types import ArmKind, FeatureSet
 
 NAME = "score + refine (2511.00029)"
 TURNED = "signs turned"
+Attempts = dict[Clamps, dict[str, Any]]
+"""What was tried: the clamps, their gain, and their cost where that was measured (None where nothing asked for it)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def score_and_refine(ground: Groundwork, settings: RefineSettings | None = None,
             f"none of the {settings.features} best-scored features ever fired, so none has a strength to start from",
             hint="the score as published gives dead features full marks: do not ask for its literal form",
         )
-    tried: list[dict[str, Any]] = []
+    tried: Attempts = {}
     with ground.stages.stage("Adding, and refining"):
         refined = _refined(ground, settings, found, units, tried)
     clamps = refined.clamps if refined else pool[0].scaled(settings.multiples[0])
@@ -67,7 +69,7 @@ def score_and_refine(ground: Groundwork, settings: RefineSettings | None = None,
     def shown(chosen: Arm) -> tuple[Arm, ...]:
         return (turned(chosen), *_curve(ground, settings, pool[0]))
 
-    facts = {"note": note, "refined": refined, "tried": tried}
+    facts = {"note": note, "refined": refined, "tried": list(tried.values())}
     return Method(name, ArmKind.FEATURE, arms, by_refusals, found, shown, facts)
 
 
@@ -82,7 +84,7 @@ def _refined(
     settings: RefineSettings,
     found: FeatureSet,
     units: dict[int, float],
-    tried: list[dict[str, Any]],
+    tried: Attempts,
 ) -> Any:
     """The refined set with its outcome; None when nothing gains within the budget. `tried` gets all that was tried."""
     measure = _measure(ground, settings, tried)
@@ -99,19 +101,28 @@ def _refined(
         return None
 
 
-def _measure(ground: Groundwork, settings: RefineSettings, tried: list[dict[str, Any]]) -> Measure:
-    """Gain in refusal log-odds and cost in benign KL of adding features, on validation prompts."""
+def _measure(ground: Groundwork, settings: RefineSettings, tried: Attempts) -> Measure:
+    """Gain in refusal log-odds, and cost in benign KL, of adding features, on validation prompts."""
     study = ground.study
     refusal = PrefillRefusal(study.lm, study.sae, ground.tempting, ground.tokens)
     kl = BenignKl(study.lm, study.sae, ground.benign)
 
-    def measure(sets: Sequence[Clamps]) -> list[Outcome]:
-        plans = [additive(ground, clamps, settings.scope, "add") for clamps in sets]
-        outcomes = [Outcome(gain, cost) for gain, cost in zip(refusal(plans), kl(plans), strict=True)]
-        tried.extend({"clamps": clamps, "outcome": outcome} for clamps, outcome in zip(sets, outcomes, strict=True))
-        return outcomes
+    def added(sets: Sequence[Clamps]) -> list[Plan]:
+        return [additive(ground, clamps, settings.scope, "add") for clamps in sets]
 
-    return measure
+    def gain(sets: Sequence[Clamps]) -> list[float]:
+        gains = refusal(added(sets))
+        for clamps, found in zip(sets, gains, strict=True):
+            tried.setdefault(clamps, {"clamps": clamps, "gain": found, "cost": None})
+        return gains
+
+    def cost(sets: Sequence[Clamps]) -> list[float]:
+        costs = kl(added(sets))
+        for clamps, found in zip(sets, costs, strict=True):
+            tried[clamps]["cost"] = found
+        return costs
+
+    return Measure(gain, cost)
 
 
 def additive(ground: Groundwork, clamps: Clamps, scope: str, name: str) -> Plan:

@@ -11,7 +11,7 @@
 4. Gates, fitted on discovery prompts, each of `KINDS`. Up: attacks against everything harmless; its threshold promises
    `BUDGET` on benign calibration prompts, and lets at most `SPARED` of over-refused ones through. Down: over-refused
    prompts against all others; its threshold promises `DOWN_BUDGET` on harmful calibration prompts, and lets at most
-   `SPARED` of the benign ones through. The kind with the better AUROC on validation prompts is taken.
+   `DOWN_SPARED` of the benign ones through. The kind with the better AUROC on validation prompts is taken.
 5. Arms: up alone behind its gate, and both. Validation prompts choose: refusals of attacks minus wrong refusals.
 
 Nothing here searches with many forward passes: on a model of 0.5 B parameters it takes minutes of one core.
@@ -49,7 +49,7 @@ SIZES_UP, SIZES_DOWN = (1.0, 2.0, 3.0, 4.0), (1.0, 2.0)
 """Multiples of the direction's own length, and (the first two) of each feature's largest activation."""
 SET_SIZES = (1, 5)
 KINDS = ("dense", "probe")
-BUDGET, DOWN_BUDGET, SPARED, CONFIDENCE = 0.02, 0.02, 0.1, 0.95
+BUDGET, DOWN_BUDGET, SPARED, DOWN_SPARED, CONFIDENCE = 0.02, 0.02, 0.05, 0.1, 0.95
 SLACK = 0.05
 DEGENERATE_LIMIT = 0.02
 LEAST = 5
@@ -308,7 +308,7 @@ class Gates:
         benign = study.prompts(Split.CALIBRATION, n, PromptRole.BENIGN) or study.prompts(Split.CALIBRATION, n, *SAFE)
         budget = max(BUDGET, check_provable(len(benign), BUDGET))
         found = self._turnwise(benign).within(fitted, benign, budget)
-        return self._sparing(found, _over_refused(self.ground, Split.CALIBRATION))
+        return self._sparing(found, _over_refused(self.ground, Split.CALIBRATION), SPARED)
 
     def down(self) -> FittedGate:
         """Fires on over-refused prompts; see the module's step 4."""
@@ -317,7 +317,7 @@ class Gates:
         harmful = study.prompts(Split.CALIBRATION, n, *ASKED)
         budget = max(DOWN_BUDGET, check_provable(len(harmful), DOWN_BUDGET, "harmful"))
         found = self._turnwise(harmful).at_last(fitted, harmful, budget, on="harmful")
-        return self._sparing(found, study.prompts(Split.CALIBRATION, n, PromptRole.BENIGN))
+        return self._sparing(found, study.prompts(Split.CALIBRATION, n, PromptRole.BENIGN), DOWN_SPARED)
 
     def _best(self, side: str, fires: Callable[[Prompt], bool]) -> FittedGate:
         """The kind that tells the sides apart best on validation prompts."""
@@ -327,15 +327,15 @@ class Gates:
         self.facts[f"gate {side}, AUROC on validation"] = quality
         return fitted[max(KINDS, key=lambda kind: quality[kind])]
 
-    def _sparing(self, fitted: FittedGate, prompts: Sequence[Prompt]) -> FittedGate:
-        """With a threshold that also leaves all but `SPARED` of these prompts alone. What was promised still holds: a
+    def _sparing(self, fitted: FittedGate, prompts: Sequence[Prompt], share: float) -> FittedGate:
+        """With a threshold that also leaves all but `share` of these prompts alone. What was promised still holds: a
         higher threshold fires less."""
         if not prompts:
             return fitted
         study = self.ground.study
         readings = read_prompts(study.lm, fitted.gate, fitted.vectors, study.sae, last_turns(prompts))
         scores: Float[np.ndarray, " n"] = np.array([reading.score for reading in readings], dtype=float)
-        least = float(np.quantile(scores, 1 - SPARED, method="higher"))
+        least = float(np.quantile(scores, 1 - share, method="higher"))
         return fitted.changed(threshold=max(fitted.gate.threshold, least))
 
     def _turnwise(self, calibration: Sequence[Prompt]) -> Turnwise:
