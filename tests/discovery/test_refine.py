@@ -75,6 +75,30 @@ def test_what_cannot_be_chosen_is_not_costed_and_the_choice_is_that_of_measuring
     assert len(costed) < len(every)
 
 
+@pytest.mark.parametrize("sets", [0, 1, 5, 23, 100, 10**6])
+def test_a_search_measures_no_more_sets_than_it_may(sets):
+    seen = []
+
+    def gain(some):
+        seen.extend(some)
+        return measure.gain(some)
+
+    def search():
+        limits = Limits(9.0, min_gain=0.01, max_size=2, sets=sets)
+        return refine(single(3, 2, 1), Measure(gain, measure.cost), lambda _: single(3, 2, 1, 5), limits)
+
+    if sets == 0:
+        with pytest.raises(NotEnoughDataError):
+            search()
+        return
+    found = search()
+    closer_and_pairs = 2 * (2 + 3)
+    assert len(seen) <= sets + closer_and_pairs
+    if sets == 10**6:
+        unlimited = refine(single(3, 2, 1), measure, lambda _: single(3, 2, 1, 5), Limits(9.0, 0.01, max_size=2))
+        assert found == unlimited
+
+
 def test_interactions_are_the_pair_minus_its_parts():
     clamps = Clamps((1, 2, 5), (1.0, 0.8, 0.5))
     found = {(i.first, i.second): i for i in interactions(clamps, measure)}

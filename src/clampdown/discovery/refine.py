@@ -86,14 +86,16 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`budget`: the cost that is allowed. `min_gain`: less is no gain. `multiples`: strengths that are tried. `shares`:
-    at which shares of their own strengths a set and a newcomer are joined."""
+    """`budget`: the cost that is allowed. `min_gain`: less is no gain. `multiples`: strengths that are tried. `sets`:
+    how many sets the whole search may measure (None: any number); the pool's last are left out. `shares`: at which
+    shares of their own strengths a set and a newcomer are joined."""
 
     budget: float
     min_gain: float
     max_size: int = 1
     max_rounds: int = 4
     multiples: tuple[float, ...] = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+    sets: int | None = None
     shares: tuple[tuple[float, float], ...] = ((0.9, 0.4), (0.7, 0.7))
 
 
@@ -117,6 +119,31 @@ class Measure:
     cost: Many
 
 
+@dataclass(slots=True)
+class _Left:
+    """How many sets may still be measured."""
+
+    sets: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted(Measure):
+    """A measure of so many sets and no more."""
+
+    left: _Left
+
+    @classmethod
+    def of(cls, measure: Measure, limits: Limits) -> _Counted:
+        left = _Left(limits.sets)
+
+        def gain(sets: Sequence[Clamps]) -> Sequence[float]:
+            if left.sets is not None:
+                left.sets -= len(sets)
+            return measure.gain(sets)
+
+        return cls(gain, measure.cost, left)
+
+
 Pool = Sequence[Clamps]
 Rescore = Callable[[Clamps], Pool]
 """A new pool around what helps: single clamps, best first; features of the set may be among them."""
@@ -127,7 +154,7 @@ def refine(pool: Pool, measure: Measure, rescore: Rescore, limits: Limits) -> Re
 
     Raises `NotEnoughDataError` when no candidate of the first pool gains anything within the budget.
     """
-    best: Tried | None = None
+    measure, best = _Counted.of(measure, limits), None
     rounds: list[Round] = []
     for _ in range(limits.max_rounds):
         grown = grow(best, pool, measure, limits)
@@ -187,6 +214,8 @@ def _joined(current: Clamps, pool: Pool, limits: Limits) -> list[Clamps]:
 def optimise(sets: Sequence[Clamps], measure: Measure, limits: Limits) -> Tried | None:
     """The set and multiple of its strengths with the largest gain within the budget; None when none gains."""
     tried = [clamps.scaled(multiple) for clamps in sets for multiple in limits.multiples]
+    if isinstance(measure, _Counted) and measure.left.sets is not None:
+        tried = tried[: max(0, measure.left.sets)]
     best = _best(tried, measure, limits.budget)
     if best is None:
         return None

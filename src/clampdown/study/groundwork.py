@@ -152,6 +152,14 @@ class Groundwork:
             kept.add(place)
         return [prompt for place, prompt in enumerate(prompts) if place in kept]
 
+    def tries(self, tokens: int) -> int:
+        """How many plans a search may try on so many tokens."""
+        return int(self.sizes.search_flops / (2 * self._parameters * max(1, tokens)))
+
+    def tokens_of(self, prompts: Sequence[Prompt]) -> int:
+        """Tokens of the prompts as the model reads them."""
+        return sum(len(encode(self.study.lm, prompt.messages)) for prompt in prompts)
+
     @cached_property
     def _parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.study.lm.model.parameters())
@@ -159,7 +167,7 @@ class Groundwork:
     def affordable(self, candidates: Sequence[int], tokens: int) -> list[int]:
         """As many candidate features as may each be tried on `tokens` tokens: those whose activations tell harmful from
         harmless prompts best, in the order of `candidates`."""
-        n = int(self.sizes.search_flops / (2 * self._parameters * max(1, tokens)))
+        n = self.tries(tokens)
         if n >= len(candidates):
             return list(candidates)
         strength: Float[np.ndarray, " d_sae"] = np.abs(self.table.refusal_score)
