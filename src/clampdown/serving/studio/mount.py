@@ -114,7 +114,7 @@ class Fence:
             await PlainTextResponse(error.detail, error.status_code)(scope, receive, send)
             return
         if is_plain(body):
-            answering = self.streams.answering(body, _with_policy(send))
+            answering = self.streams.answering(_session_in(body), _with_policy(send))
             await self.app(scope, _again(body, receive), answering)
         else:
             await PlainTextResponse("the page sends words and numbers, and nothing else", 400)(scope, receive, send)
@@ -159,6 +159,11 @@ def is_plain(body: bytes) -> bool:
     data, event = sent.pop("data", None) or [], sent.pop("event_data", None)
     own = list(sent.values()) + (list(event.values()) if isinstance(event, dict) else [event])
     return isinstance(data, list) and all(isinstance(value, _PLAIN) for value in [*data, *own])
+
+
+def _session_in(body: bytes) -> str:
+    """The session of the page that sent a plain body; "" if it names none."""
+    return str(json.loads(body).get("session_hash", "")) if body else ""
 
 
 def _with_policy(send: Send) -> Send:

@@ -9,7 +9,7 @@ So a request of a page whose stream has ended is answered here when the page has
 from __future__ import annotations
 
 import asyncio
-import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
@@ -20,7 +20,7 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_LAST = "close_stream"
+_LAST = re.compile(rb'"msg": ?"close_stream"')  # what is said in a message has its quotes escaped
 _PATIENCE = 30.0  # seconds for a page to let go; a client that never does has had its results
 
 
@@ -36,7 +36,7 @@ class Streams:
         released = asyncio.Event()
 
         async def passed(message: Any) -> None:
-            if _is_last(message):
+            if _LAST.search(message.get("body", b"")):
                 self._ended[session] = released  # before the page can read it
             held = message["type"] == "http.response.body" and self._ended.get(session) is released
             await send({**message, "more_body": True} if held else message)
@@ -51,11 +51,11 @@ class Streams:
             if self._ended.get(session) is released:
                 del self._ended[session]
 
-    def answering(self, body: bytes, send: Send) -> Send:
-        """`send` for the answer to a request with this body, which its page's ended stream goes before."""
+    def answering(self, session: str, send: Send) -> Send:
+        """`send` for the answer to a page's request, which the page's ended stream goes before."""
 
         async def answer(message: Any) -> None:
-            ended = self._ended.get(_session_in(body)) if message["type"] == "http.response.start" else None
+            ended = self._ended.get(session) if message["type"] == "http.response.start" else None
             if ended is not None:
                 await ended.wait()
             await send(message)
@@ -72,23 +72,3 @@ async def _let_go(receive: Receive) -> None:
 
 def _session_of(scope: Scope) -> str:
     return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
-
-
-def _session_in(body: bytes) -> str:
-    """The session that a request's body names; "" if none."""
-    try:
-        sent = json.loads(body)
-    except (ValueError, RecursionError):
-        return ""
-    return str(sent.get("session_hash", "")) if isinstance(sent, dict) else ""
-
-
-def _is_last(message: Any) -> bool:
-    """Whether this piece of a stream is the message that ends it."""
-    body = bytes(message.get("body", b""))
-    if _LAST.encode() not in body or not body.startswith(b"data: "):
-        return False
-    try:
-        return json.loads(body.removeprefix(b"data: "))["msg"] == _LAST
-    except (ValueError, TypeError, KeyError):
-        return False
