@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clampdown as cd
-from clampdown.config import ORGANISM
-from clampdown.errors import ShardError, StoreError
-from clampdown.scale.answering import study_shard
+from clampdown.errors import ShardError
 from clampdown.scale.merging import merge, shards_under
 from clampdown.scale.shards import Shard, ShardFile, checked
 from clampdown.steering.plan import write_plan
 from clampdown.store import content_hash, key_of, read_records
-from clampdown.study.run import StudyRequest, choose, run_study
-from clampdown.study.study import make_study
-from tests.scale.conftest import quiet
 from tests.study.test_evaluate import SUITES, command, plan
-from tests.study.test_golden import TINY
 
 N = 3
-SUITES_OF_A_STUDY = ("harmful", "jailbroken_seen", "benign", "facts")
 OPTIONS = ("--suites", SUITES, "--limit", 4, "--max-new-tokens", 12, "--batch-rows", 5)
 
 
@@ -181,28 +173,48 @@ def test_controls_are_matched_once_and_shared(tmp_path: Path) -> None:
     assert any(arm["name"] == "CAST-style" for arm in without_times(tmp_path / "many")["arms"])
 
 
-def test_merged_shards_of_a_study_are_the_study(tmp_path: Path) -> None:
-    """That nothing is found again is seen by what is not read again."""
-    request = StudyRequest(replace(TINY, answering=replace(TINY.answering, batch_rows=6)), ("cast",), sweep=False)
-    study, many = make_study(ORGANISM, ORGANISM, cd.data(ORGANISM).only(SUITES_OF_A_STUDY)), tmp_path / "many"
-    with pytest.raises(ShardError, match="--until-test"):
-        study_shard(study, request, many, Shard(0, 2), quiet())
-    choose(study, many, request, quiet())
-    shutil.copytree(many, tmp_path / "one")
-    whole = run_study(study, tmp_path / "one", request, quiet())
+STUDY = """
+schema = 1
+size = "quick"
+sweep = false
+methods = ["cast"]
+discovery_prompts = 48
+validation_prompts = 4
+causal_prompts = 3
+test_prompts = 2
+control_prompts = 1
+kl_prompts = 4
+n_random = 1
+max_new_tokens = 8
+batch_rows = 12
+"""
+
+
+def test_merged_shards_of_a_study_are_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the commands alone. That nothing is found again is seen by what is not read again."""
+    (tmp_path / "study.toml").write_text(STUDY)
+    study, one, many = ("study", tmp_path / "study.toml"), tmp_path / "one", tmp_path / "many"
+    assert command(*study, "--shard", "0/2", "--out", many) == 2
+    assert "--until-test" in capsys.readouterr().err
+    assert command(*study, "--until-test", "--out", many) == 0
+    shutil.copytree(many, one)
+    assert command(*study, "--out", one) == 0
     for index in range(2):
-        study_shard(study, request, many, Shard(index, 2), quiet())
-    with pytest.raises(ShardError, match="not where these shards' arms were chosen"):
-        merge(shards_under(many), tmp_path / "elsewhere")
-    assert merge(shards_under(many), many).shards == 2
+        assert command(*study, "--shard", f"{index}/2", "--out", many) == 0
+    capsys.readouterr()
+    parts = shards_under(many)
+    assert command("merge", *parts, "--out", tmp_path / "elsewhere") == 2
+    assert "not where these shards' arms were chosen" in capsys.readouterr().err
     (many / "validation" / "records.jsonl").unlink()
-    merged = run_study(study, many, request, quiet())
+    assert command("merge", "--out", many) == 0
     assert not (many / "validation" / "records.jsonl").exists(), "nothing was chosen again"
-    found = [{name: part for name, part in run.to_json().items() if name != "timings"} for run in (whole, merged)]
-    assert found[0] == found[1]
-    changed = replace(request, sizes=replace(request.sizes, n_random=2))
-    with pytest.raises(StoreError, match="another command"):
-        run_study(study, many, changed, quiet())
+    for name in ("records.jsonl", "replies.jsonl", "choices.jsonl"):
+        rows = [sorted((path / name).read_text().splitlines()) for path in (one, many)]
+        assert rows[0] == rows[1] and rows[0], name
+    assert (one / "plan.toml").read_bytes() == (many / "plan.toml").read_bytes()
+    assert without_times(one) == without_times(many)
+    assert command(*study, "--n-random", 2, "--out", many) == 2
+    assert "another command" in capsys.readouterr().err
 
 
 def test_shards_from_python(tmp_path: Path) -> None:
