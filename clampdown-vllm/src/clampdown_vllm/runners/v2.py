@@ -1,4 +1,4 @@
-"""Model Runner V2: the default on GPUs. Written against its source and not run here: it needs Triton.
+"""Model Runner V2: the default on GPUs. The tests run it on a CPU, its Triton kernels interpreted; not yet on a GPU.
 
 It keeps no SamplingParams after `add_requests`, and takes a request's state away when it is preempted; ours stays until
 the request is finished. `prepare_inputs` fills `input_buffers.positions` and returns the batch in its order.

@@ -14,17 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clampdown.saes.sae import FeatureSource, FeatureView, Sae
-from clampdown.steering.fused import reader_of
+from clampdown.steering.fused import Reader, reader_of
 from clampdown.steering.operators import OPERATORS, Coefficient
 from clampdown.steering.plan import Edit, Plan
 from clampdown.steering.program import Directions, View, checked_vector
+from clampdown_vllm.worker.kernel import MOST_SLOTS, Kernel, possible
 
 Read = Callable[[Tensor], Tensor]
 """Residuals [tokens, d_model] to the activations of channels [tokens, channels]."""
@@ -37,8 +38,7 @@ Rows = Int[Tensor, " tokens"]
 SLOPE, OFFSET, LOW, HIGH = range(4)
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
+class Where(NamedTuple):
     """Whose each token of a pass is, and its position there. `open_`: per row, whether its edits may act."""
 
     rows: Rows
@@ -62,7 +62,7 @@ class Bank:
     `at`: the channel of each key's slot."""
 
     def __init__(self, view: View, keys: Sequence[Key], at: Sequence[int], rows: int, device: str) -> None:
-        self.view, self.keys = view, {key: slot for slot, key in enumerate(keys)}
+        self.view, self.keys, self._at = view, {key: slot for slot, key in enumerate(keys)}, tuple(at)
         self._read = reads_of(view)
         self._channel_of = None if list(at) == list(range(len(keys))) else torch.tensor(at, device=device)
         self._n_channels = max(at) + 1
@@ -93,6 +93,13 @@ class Bank:
         for bent in self._bent:
             bent.strengths[row] = strengths[list(bent.at)].to(self.table.device)
 
+    def kernel(self) -> Kernel | None:
+        """All of this in one kernel; None where some operator is no line, or the view has no reader."""
+        reader = reader_of(self.view)
+        if reader is None or self._bent or len(self._at) > MOST_SLOTS:
+            return None
+        return _kernel(reader, self.view, list(self._at), self.table)
+
     def delta(self, x: Hidden, where: Where) -> Hidden:
         """What the rows' edits add to each token."""
         activation = self._read(x)
@@ -122,6 +129,14 @@ def reads_of(view: View) -> Read:
     if fused is not None:
         return fused.read
     return lambda x: view.read(x.unsqueeze(1)).squeeze(1).float()
+
+
+def _kernel(reader: Reader, view: View, at: list[int], table: Float[Tensor, "rows 4 slots"]) -> Kernel:
+    directions = view.rows if isinstance(view, Directions) else view.directions
+    encoder = reader.encoder[:, at].contiguous()
+    bias = torch.zeros_like(encoder[0]) if reader.bias is None else reader.bias[at].contiguous()
+    threshold = None if reader.threshold is None else reader.threshold[at].contiguous()
+    return Kernel(encoder, bias, threshold, directions[at].contiguous(), table)
 
 
 class Drop:
@@ -161,6 +176,15 @@ class SiteEdits:
         self.limit = torch.full((rows,), math.inf, device=device)
         self.any_limit = False
 
+    @property
+    def _parts(self) -> list[Bank | Drop]:
+        return [part for part in (self._features, self._directions, self._drop) if part is not None]
+
+    def kernel(self) -> Kernel | None:
+        """Everything here in one kernel, where it is one bank of lines and Triton is there."""
+        (first, *others) = self._parts
+        return first.kernel() if possible() and isinstance(first, Bank) and not others else None
+
     def write_row(self, row: int, plan: Plan, edits: Sequence[tuple[Edit, tuple[int, int]]], limit: float) -> None:
         """One row's edits at this site, each with its interval."""
         if self._features is not None:
@@ -189,7 +213,7 @@ class SiteEdits:
 
     def delta(self, x: Hidden, length: Float[Tensor, " tokens"], where: Where, *, always: bool) -> Hidden:
         """x' - x. `always`: also ask about sinks where no row ever did, for graphs that are captured once."""
-        parts = [part for part in (self._features, self._directions, self._drop) if part is not None]
+        parts = self._parts
         total = parts[0].delta(x, where)
         for part in parts[1:]:
             total = total + part.delta(x, where)

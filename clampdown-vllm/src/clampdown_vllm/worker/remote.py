@@ -29,6 +29,7 @@ def clampdown_handshake(worker: Any) -> dict[str, Any]:
         "vllm": __version__,
         "digests": state.book.digests,
         "sites": list(state.book.sites),
+        "kernels": sorted(site for site, kernel in state.kernels.items() if kernel is not None),
         "runner": f"{type(worker.model_runner).__module__}.{type(worker.model_runner).__qualname__}",
     }
 

@@ -28,6 +28,11 @@ KEPT = 8192
 """Receipts of finished requests that nobody has asked for."""
 
 
+def captured(device: str) -> bool:
+    """Whether passes may be recorded once and played again, so that nothing may depend on who is in one."""
+    return device != "cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a runner knows of one request in a pass."""
@@ -86,10 +91,11 @@ class State:
         self, book: Book, d_model: int, capacity: Capacity, positions: Tensor, device: str, always: bool | None = None
     ) -> None:
         self.book, self._capacity = book, capacity
-        self.always = device != "cpu" if always is None else always
+        self.always = captured(device) if always is None else always
         n, plans = capacity.rows + 1, list(book.plans.values())  # the last row is nobody's
         edited = [s for s in book.sites if any(e.site == s for p in plans for e in p.all_edits)]
         self.edits = {s: SiteEdits(s, plans, book.saes.get(s), d_model, n, device) for s in edited}
+        self.kernels = {s: slots.kernel() for s, slots in self.edits.items()} if self.always else {}
         gates = {s: [g for p in plans for g in p.gates if g.site == s] for s in book.sites}
         self.pools = {s: SitePools(g, book.saes.get(s), d_model, n, device) for s, g in gates.items() if g}
         self.gated = any(p.gates for p in plans)
@@ -244,15 +250,20 @@ class State:
         if not (edits or reads or self.measuring):
             return
         n = hidden.shape[0]
-        rows = self.rows[:n]
+        where = Where(self.rows[:n], self.positions[:n], self.open_ if self.gated else None)
+        kernel = self.kernels.get(site)
+        if kernel is not None and not reads:
+            kernel.edit(hidden, residual, *where, self.edits[site].limit, *self.sizes.of(site, n))
+            return
         x = (hidden if residual is None else hidden + residual).float()
         length = torch.linalg.vector_norm(x, dim=-1)
         if reads:
             pool = self.pools[site]
-            pool.read(x, length, rows, self.content[:n], self.last[:n])
+            pool.read(x, length, where.rows, self.content[:n], self.last[:n])
             pool.decide(self.open_, self.deciding)
-        if edits:
-            where = Where(rows, self.positions[:n], self.open_ if self.gated else None)
+        if kernel is not None:
+            kernel.edit(hidden, residual, *where, self.edits[site].limit, *self.sizes.of(site, n))
+        elif edits:
             delta = self.edits[site].delta(x, length, where, always=self.always).to(hidden.dtype)
             self.sizes.write(site, delta, length)
             hidden.add_(delta)

@@ -37,6 +37,10 @@ class Sizes:
             if wanted:
                 self.both[0, i, :n] = -1.0
 
+    def of(self, site: str, n: int) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Where a pass of n tokens writes how much it changed each, and how long each is."""
+        return self.both[0, self.at[site], :n], self.both[1, self.at[site], :n]
+
     def write(self, site: str, delta: Float[Tensor, "tokens d_model"], length: Float[Tensor, " tokens"]) -> None:
         n = delta.shape[0]
         torch.linalg.vector_norm(delta, dim=-1, dtype=torch.float32, out=self.both[0, self.at[site], :n])
