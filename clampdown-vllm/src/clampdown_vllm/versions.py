@@ -27,11 +27,11 @@ def _spec(config: Any) -> bool:
 
 
 def _sequence_parallel(config: Any) -> bool:
-    return bool(getattr(config.compilation_config.pass_config, "enable_sp", False))
+    """Ranks hold different tokens of the residual: in experts, or in hyper-connections."""
+    return bool(config.parallel_config.use_sequence_parallel_moe or config.parallel_config.enable_hc_sp)
 
 
 UNTESTED: dict[str, tuple[str, Check]] = {
-    "v2-runner": ("Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)", lambda c: bool(c.use_v2_model_runner)),
     "pipeline-parallel": ("pipeline parallelism", lambda c: c.parallel_config.pipeline_parallel_size > 1),
     "data-parallel": ("data parallelism", lambda c: c.parallel_config.data_parallel_size > 1),
     "context-parallel": (
@@ -40,10 +40,11 @@ UNTESTED: dict[str, tuple[str, Check]] = {
             max(c.parallel_config.decode_context_parallel_size, c.parallel_config.prefill_context_parallel_size) > 1
         ),
     ),
-    "sequence-parallel": ("sequence parallelism (enable_sp)", _sequence_parallel),
+    "expert-parallel": ("expert parallelism", lambda c: bool(c.parallel_config.enable_expert_parallel)),
+    "sequence-parallel": ("sequence parallelism", _sequence_parallel),
     "ubatching": ("batches cut into micro-batches (DBO, ubatch_size)", lambda c: bool(c.parallel_config.use_ubatching)),
     "kv-connector": ("KV connectors", lambda c: c.kv_transfer_config is not None),
-    "ec-connector": ("encoder-cache connectors", lambda c: getattr(c, "ec_transfer_config", None) is not None),
+    "ec-connector": ("encoder-cache connectors", lambda c: c.ec_transfer_config is not None),
     "lora": ("LoRA adapters", lambda c: c.lora_config is not None),
     "speculation": ("speculative decoding by anything but ngram", _spec),
     "api-servers": ("several API server processes", lambda c: c.parallel_config._api_process_count > 1),
@@ -55,7 +56,26 @@ UNTESTED: dict[str, tuple[str, Check]] = {
     "fast-prefill": ("fast prefill (kv_sharing_fast_prefill)", lambda c: bool(c.cache_config.kv_sharing_fast_prefill)),
     "sleep": ("sleep mode", lambda c: bool(c.model_config.enable_sleep_mode)),
 }
-"""Name in `allow_untested`, what it is, and whether a vLLM configuration has it."""
+"""Name in `allow_untested`, what it is, and whether a vLLM configuration has it. A field that is no longer there is an
+error, not a feature that is off."""
+
+
+RUNNERS = (
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
+    "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner",
+    "vllm.v1.worker.cpu.model_runner.CPUModelRunner",
+)
+"""The model runners whose methods `runners/` knows, V1 and V2. One derived from them may go its own ways."""
+
+
+def refuse_runner(runner: str, allowed: tuple[str, ...]) -> None:
+    """Raises `SteeringNotAppliedError` for a worker whose model runner is none of those."""
+    if runner not in RUNNERS and "runner" not in allowed:
+        raise SteeringNotAppliedError(
+            f"a worker's model runner is {runner}, which steering does not know",
+            hint="allow it at your own risk: allow_untested = [runner]",
+        )
 
 
 def refuse_version(version: str, allowed: tuple[str, ...]) -> None:

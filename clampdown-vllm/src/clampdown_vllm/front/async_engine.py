@@ -25,7 +25,6 @@ from clampdown_vllm.front.requests import (
     course_of,
     merged,
     one_token,
-    ordered,
     refuse_unsteerable,
     with_order,
     written_of,
@@ -134,7 +133,7 @@ async def _generate(
     before: Any, self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
 ) -> AsyncGenerator[Any, None]:
     name, front = asked(sampling_params), AsyncFront.of(self, before)
-    if name is None and (front is None or ordered(sampling_params)):
+    if name is None and front is None:
         async for out in before(self, prompt, sampling_params, request_id, **kwargs):
             yield out
         return

@@ -76,8 +76,12 @@ class Desk:
     def plan(self, name: str) -> Plan:
         """Raises `Unknown`."""
         if name not in self.book.plans:
-            raise Unknown(f"there is no plan '{name[:80]}' here; there are: {', '.join(self.book.plans)}")
+            raise Unknown(self.missing(name))
         return self.book.plans[name]
+
+    def missing(self, name: str) -> str:
+        """What to say to who asks for it."""
+        return f"there is no plan '{name[:80]}' here; there are: {', '.join(self.book.plans)}"
 
     def course(self, name: str, ids: Sequence[int], *, scored: bool = False) -> Course:
         """`scored`: what follows the template's last assistant header is a given reply, whose likelihood is asked for.

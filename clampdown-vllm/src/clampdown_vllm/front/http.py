@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import Any
 
 from clampdown.serving.replies import agreed
@@ -21,18 +22,33 @@ from clampdown_vllm.front.typed import plain_ids
 from clampdown_vllm.runners.patching import wrap
 from clampdown_vllm.settings import KEY
 
+NO_PLACE = "replies of this endpoint have no place for a receipt: use /v1/chat/completions"
+
+_TAKES_PLANS = ("OpenAIServingChat", "OpenAIServingCompletion", "ServingTokenization")
+"""Classes that answer with a receipt, and one that generates nothing. What derives from them answers otherwise."""
+
 _PLACE: ContextVar[bool] = ContextVar("a reply with a place for a receipt", default=False)
 
 
 def install() -> None:
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+    from vllm.entrypoints.serve.engine.serving import BaseServing
 
     wrap(OpenAIServingModels, "__init__", _list_plans)
+    wrap(BaseServing, "_check_model", _check_model)
+    wrap(AnthropicServingMessages, "create_messages", _from_body)
+    if find_spec("cohere"):  # without that package vLLM has no such endpoint
+        from vllm.entrypoints.cohere.serving import CohereServingChatV2
+
+        wrap(CohereServingChatV2, "create_chat_v2", _from_body)
+    wrap(ServingTokens, "serve_tokens", _from_body)
     wrap(OpenAIServingModels, "init_static_loras", _start)
     for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
         wrap(request, "to_sampling_params", _to_sampling_params)
@@ -75,10 +91,43 @@ def _desk() -> Desk | None:
 def requested(request: Any, extra: Mapping[str, Any] | None) -> Any:
     """What a request says of steering: the field, `vllm_xargs`, or its model's name; None when it says nothing."""
     given = (request.model_extra or {}).get("steering", (extra or {}).get(KEY))
-    desk, model = _desk(), request.model or ""
-    if given is None and desk is not None and model not in desk.bases:
-        return next((m[len(base) + 1 :] for m in [model] for base in desk.bases if m.startswith(f"{base}:")), None)
-    return given
+    desk = _desk()
+    return _in_name(desk, request.model or "") if given is None and desk is not None else given
+
+
+def _in_name(desk: Desk, model: str) -> str | None:
+    """The plan in a model's name; None for the models themselves and for names of something else."""
+    if model in desk.bases:
+        return None
+    return next((model[len(base) + 1 :] for base in desk.bases if model.startswith(f"{base}:")), None)
+
+
+async def _check_model(before: Any, self: Any, request: Any) -> Any:
+    """Every endpoint that takes a model's name asks this first. One whose replies have no place for a receipt takes no
+    plan by any name: some of them never come to `to_sampling_params`, and would answer unsteered. vLLM answers 404 to
+    a model that it does not serve; a name that begins with one that it does means a plan, and that is a 400."""
+    desk = _desk()
+    if desk is None:
+        return await before(self, request)
+    if requested(request, _extra(request)) not in (None, OFF) and type(self).__name__ not in _TAKES_PLANS:
+        return self.create_error_response(NO_PLACE, param="steering")
+    error, name = await before(self, request), _in_name(desk, request.model or "")
+    if error is None or name is None or name in desk.book.plans:
+        return error
+    return self.create_error_response(desk.missing(name), param="model")
+
+
+async def _from_body(before: Any, self: Any, request: Any, raw_request: Any = None, **kwargs: Any) -> Any:
+    """Endpoints whose requests drop fields that they do not know: what was asked for stands in the body alone."""
+    body = await raw_request.json() if raw_request is not None and _desk() is not None else {}
+    if body.get("steering", (body.get("vllm_xargs") or {}).get(KEY)) not in (None, OFF):
+        return self.create_error_response(NO_PLACE, param="steering")
+    return await before(self, request, raw_request, **kwargs)
+
+
+def _extra(request: Any) -> Mapping[str, Any] | None:
+    given = getattr(request, "vllm_xargs", None)
+    return given if given is not None else getattr(getattr(request, "sampling_params", None), "extra_args", None)
 
 
 def _to_sampling_params(before: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,7 +139,7 @@ def _to_sampling_params(before: Any, self: Any, *args: Any, **kwargs: Any) -> An
     params.extra_args = {**extra, KEY: given} if given not in (None, OFF) else extra or None
     if (name := asked(params)) is not None:
         if not _PLACE.get():
-            raise refused(Unknown("replies of this endpoint have no place for a receipt: use /v1/chat/completions"))
+            raise refused(Unknown(NO_PLACE))
         refuse_unsteerable(_desk(), name, params)
     return params
 

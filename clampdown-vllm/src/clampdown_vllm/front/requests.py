@@ -18,21 +18,17 @@ from clampdown_vllm.settings import KEY
 
 
 def asked(params: Any) -> str | None:
-    """The plan that `extra_args` names; None for no plan, and for a request that already has its order.
+    """The plan that `extra_args` names; None for no plan. Requests that have their order already are made by the front
+    ends and go past this: an order that comes from outside is nobody's.
 
     Raises `VLLMValidationError`, which is a 400.
     """
     given = (getattr(params, "extra_args", None) or {}).get(KEY)
-    if given is None or isinstance(given, Mapping) or given == OFF:
+    if given is None or given == OFF:
         return None
     if not isinstance(given, str):
         raise refused(Unknown(f"steering is the name of a plan, not {type(given).__name__}"))
     return given
-
-
-def ordered(params: Any) -> bool:
-    """Whether a request is one of ours, made for another."""
-    return isinstance((getattr(params, "extra_args", None) or {}).get(KEY), Mapping)
 
 
 def refuse_unsteerable(desk: Desk | None, name: str, params: SamplingParams) -> Desk:

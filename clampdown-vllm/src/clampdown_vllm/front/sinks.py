@@ -16,6 +16,7 @@ from clampdown.errors import SteeringNotAppliedError
 from clampdown.types import Site
 from clampdown_vllm.front.desk import Desk
 from clampdown_vllm.order import Order
+from clampdown_vllm.versions import refuse_runner
 
 
 def measuring(desk: Desk) -> list[tuple[list[int], Order]]:
@@ -51,7 +52,8 @@ def limits(desk: Desk, made: Sequence[tuple[list[int], Order]], found: Mapping[s
 
 
 def agree(desk: Desk, answers: Sequence[Mapping[str, Any]]) -> None:
-    """Every worker holds the plans that were checked here. Raises `SteeringNotAppliedError`."""
+    """Every worker holds the plans that were checked here, in a runner that is known. Raises
+    `SteeringNotAppliedError`."""
     from vllm import __version__
 
     from clampdown_vllm import PLUGIN_VERSION
@@ -64,3 +66,4 @@ def agree(desk: Desk, answers: Sequence[Mapping[str, Any]]) -> None:
                     f"worker {number} has {key} {answer.get(key)!r}, the front end {value!r}",
                     hint="every process needs the same installation and the same files",
                 )
+        refuse_runner(answer["runner"], desk.settings.allow_untested)
