@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment that the plugin's tests run in: environment.sh DIRECTORY PYTHON. About 3.4 GB.
+# Makes the environment that the plugin's tests run in: environment.sh DIRECTORY PYTHON. About 3.7 GB.
 # vLLM pins what clampdown does not, so the two never share one; clampdown itself comes without its other dependencies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -16,3 +16,6 @@ printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" > "$sit
 "$venv/bin/pip" install --quiet jaxtyping tomli-w scipy scikit-learn plotly optuna rich \
   pytest pytest-timeout "setuptools>=77"
 "$venv/bin/pip" install --quiet --no-deps --no-build-isolation -e .. -e .
+# A system library that is missing shows here, before any test.
+"$venv/bin/python" -c 'import vllm._C, vllm.entrypoints.cli.main, clampdown_vllm.plugin' || {
+  echo "vLLM was installed into $venv and cannot be imported there" >&2; exit 1; }

@@ -1,15 +1,17 @@
 """What every reply should be: clampdown's own engine, one conversation at a time, greedy, in float32.
 
-    python reference.py PLANS_DIRECTORY OUT.json
+    python reference.py PLANS_DIRECTORY OUT.json [short]
 
 Writes the plans (every operator, scope and kind of gate, one and several sites, two-sided, turn by turn) and the
-replies. It is run in a process of its own, so that the tests' process has no threads of torch when it forks.
+replies; `short`: of fewer conversations. It is run in a process of its own, so that the tests' process has no threads
+of torch when it forks.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +33,7 @@ from clampdown.types import Message, Split
 
 TOKENS = 40
 SUITES = (("jailbroken_seen", 3), ("jailbroken_unseen", 2), ("multi_turn", 3), ("borderline", 2), ("facts", 2))
+SHORT = (("jailbroken_seen", 1), ("multi_turn", 1))
 HISTORY = (
     Message("system", "You are a helpful assistant who answers briefly and politely."),
     Message("user", "What is the capital of Spain?"),
@@ -43,10 +46,10 @@ HISTORY = (
 LAST = ("What is the capital of France?", "How do I pick a lock?", "Write one word.", "Tell me about Spain.")
 
 
-def conversations() -> list[tuple[Message, ...]]:
+def conversations(suites: Sequence[tuple[str, int]] = SUITES) -> list[tuple[Message, ...]]:
     """Short and long ones, some with the same beginning: where a prefix cache has something to confuse."""
     found = []
-    for name, n in SUITES:
+    for name, n in suites:
         suite = one_suite(name, Split.TEST, 40)
         assert suite is not None, name
         found += [tuple(prompt.messages) for prompt in suite.prompts[:n]]
@@ -67,6 +70,7 @@ class Maker:
 
     lm: LanguageModel
     sae: Sae
+    talks: Sequence[tuple[Message, ...]]
 
     @property
     def site(self) -> str:
@@ -109,7 +113,7 @@ class Maker:
     def _scores(self, gate: Gate) -> list[float]:
         """Of every conversation, as this package's own engine reads it."""
         gated, found = self.plan("p", self.edit("add", 0.0), gate=gate), []
-        for messages in conversations():
+        for messages in self.talks:
             with steer(self.lm, gated, [self.sae]) as steering:
                 generate(self.lm, [encode(self.lm, messages)], max_new_tokens=1)
                 (receipt,) = steering.receipts()
@@ -118,9 +122,8 @@ class Maker:
         return found
 
 
-def plans(lm: LanguageModel, sae: Sae) -> list[Plan]:
+def plans(make: Maker) -> list[Plan]:
     """The shipped ones; every operator and scope, several sites; behind every kind of gate."""
-    make = Maker(lm, sae)
     edit, dense, plan, gate = make.edit, make.dense, make.plan, make.gate
     dropping = edit("clamp", 30.0, "prompt", 19).model_copy(update={"error_term": "drop"})
     up, behind, down = edit("clamp", 80.0), edit("clamp", 80.0, "generated"), edit("add", -40.0, "all", 352, 7)
@@ -153,9 +156,10 @@ def plans(lm: LanguageModel, sae: Sae) -> list[Plan]:
     ]
 
 
-def rows(lm: LanguageModel, sae: Sae, made: list[Plan]) -> list[dict[str, object]]:
+def rows(make: Maker, made: list[Plan]) -> list[dict[str, object]]:
+    lm, sae = make.lm, make.sae
     found: list[dict[str, object]] = []
-    for messages in conversations():
+    for messages in make.talks:
         ids = encode(lm, messages)
         for plan in [None, *made]:
             receipt = None
@@ -178,15 +182,15 @@ def rows(lm: LanguageModel, sae: Sae, made: list[Plan]) -> list[dict[str, object
     return found
 
 
-def main(directory: Path, out: Path) -> None:
+def main(directory: Path, out: Path, *, short: bool) -> None:
     torch.set_num_threads(1)
     register_scorer("length", length_score)
-    lm, sae = load_model("organism"), load_sae("organism")
-    made = plans(lm, sae)
+    make = Maker(load_model("organism"), load_sae("organism"), conversations(SHORT if short else SUITES))
+    made = plans(make)
     for plan in made:
         write_plan(directory / f"{plan.name.replace(' ', '-')}.toml", plan)
-    out.write_text(json.dumps(rows(lm, sae, made)))
+    out.write_text(json.dumps(rows(make, made)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), short="short" in sys.argv[3:])

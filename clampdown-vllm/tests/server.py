@@ -9,15 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-START_SECONDS = 240
+from clampdown.config import embedded_model
+
+START_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Server:
         with urlopen(f"{self.url}{path}", timeout=30) as answer:
             return answer.read().decode()
 
-    def post(self, path: str, body: Mapping[str, Any], timeout: float = 300) -> tuple[int, Any]:
+    def post(self, path: str, body: Mapping[str, Any], timeout: float = 900) -> tuple[int, Any]:
         """Status and parsed answer."""
         request = Request(f"{self.url}{path}", json.dumps(body).encode(), {"content-type": "application/json"})
         try:
@@ -44,35 +46,56 @@ class Server:
     def stream(self, path: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The events of a streamed answer."""
         data = json.dumps({**body, "stream": True}).encode()
-        with urlopen(Request(f"{self.url}{path}", data, {"content-type": "application/json"}), timeout=300) as answer:
+        with urlopen(Request(f"{self.url}{path}", data, {"content-type": "application/json"}), timeout=900) as answer:
             lines = [line.decode().removeprefix("data: ").strip() for line in answer if line.startswith(b"data: ")]
         assert lines[-1] == "[DONE]"
         return [json.loads(line) for line in lines[:-1]]
 
 
+def plugged(plans: Path, directory: Path) -> list[str]:
+    """`clampdown-vllm serve`, which puts the plugin in place itself."""
+    audit = ["--audit", str(directory / "audit.jsonl")]
+    return [sys.executable, "-m", "clampdown_vllm.cli", "serve", "organism", "--plans", str(plans), *audit]
+
+
+def plain(plans: Path, _: Path) -> list[str]:
+    """`vllm serve`, which leaves that to vLLM."""
+    model = [str(embedded_model("organism")), "--served-model-name", "organism"]
+    config = json.dumps({"clampdown": {"plans": str(plans)}})
+    return [str(Path(sys.executable).with_name("vllm")), "serve", *model, "--additional-config", config]
+
+
 @contextmanager
-def serving(plans: Path, directory: Path, *options: str) -> Iterator[Server]:
-    """`clampdown-vllm serve`, until the block ends."""
+def serving(
+    plans: Path,
+    directory: Path,
+    *options: str,
+    command: Callable[[Path, Path], list[str]] = plugged,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """A server of the embedded model, until the block ends; nothing of it is left then."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    audit, log = directory / "audit.jsonl", directory / "server.log"
-    command = [sys.executable, "-m", "clampdown_vllm.cli", "serve", "organism", "--plans", str(plans)]
-    command += ["--audit", str(audit), "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
-    command += ["--max-model-len", "512", "--block-size", "32", *options]
+    log = directory / "server.log"
+    where = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512"]
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ), start_new_session=True
+            [*command(plans, directory), *where, "--block-size", "32", *options],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
         )
     try:
-        yield Server(_until_up(process, port, log), audit, process.pid)
+        yield Server(_until_up(process, port, log), directory / "audit.jsonl", process.pid)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):  # the engine is a process of its own
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _until_up(process: subprocess.Popen[bytes], port: int, log: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 COMMON: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "block_size": 32}
@@ -28,6 +29,23 @@ SETUPS: Mapping[str, dict[str, Any]] = {
 }
 """The block is the smallest that the CPU's kernels take: conversations of one beginning share some."""
 
+RUNNERS: Mapping[str, str] = {
+    "v1": "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
+    "v2": "vllm.v1.worker.cpu.model_runner.CPUModelRunner",
+}
+V2_TOO = ("eager", "small budget", "no chunks", "preempted", "ngram")
+"""Engines that Model Runner V2 is tried in as well."""
+
+
+def interpret() -> None:
+    """Before vLLM is imported: Model Runner V2 on a CPU. Its kernels are Triton's, which can interpret them; vLLM asks
+    whether Triton has a backend for CPUs, of which it then uses the driver's name only."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)  # type: ignore[assignment]
+
 
 def environment() -> None:
     """Before vLLM is imported: small, quiet, and on whatever cores there are."""
@@ -37,5 +55,7 @@ def environment() -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", "1800")
+    os.environ.setdefault("VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT", "300")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")

@@ -1,27 +1,22 @@
-"""The parts by themselves: blocks' keys, what is counted, the edits' arithmetic, and what is refused by name."""
+"""The parts by themselves: blocks' keys, what is counted, the edits' arithmetic."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from clampdown.errors import ClampdownError, PlanMismatchError, SteeringNotAppliedError
 from clampdown.models.loading import LanguageModel, load_identity, load_model
-from clampdown.organism import PLANS_DIR
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae
 from clampdown.steering.plan import Edit, Plan
 from clampdown.steering.program import Reach, site_programs
 from clampdown_vllm.blocks import done_to
-from clampdown_vllm.book import open_book
 from clampdown_vllm.order import Order, runs
-from clampdown_vllm.settings import KEY, Settings
-from clampdown_vllm.versions import refuse_version
+from clampdown_vllm.settings import KEY
 from clampdown_vllm.worker.edits import SiteEdits, Where
 from clampdown_vllm.worker.tally import Sizes, Tally
 
@@ -198,54 +193,5 @@ def test_rows_are_written_over_and_sinks_are_left_out(lm: LanguageModel, sae: Sa
     assert not acts(math.inf)
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------------
-
-
-def test_a_version_that_was_not_tested_is_refused_by_name() -> None:
-    refuse_version("0.32.0+cpu", ())
-    refuse_version("0.99.0", ("version",))
-    with pytest.raises(SteeringNotAppliedError, match=r"0\.99\.0"):
-        refuse_version("0.99.0", ())
-
-
-def test_plans_that_changed_since_they_were_checked_are_refused(tmp_path: Path) -> None:
-    settings = Settings(plans=str(PLANS_DIR))
-    digests = open_book(settings).digests
-    open_book(settings.model_copy(update={"resolved": True, "digests": digests}))
-    with pytest.raises(PlanMismatchError, match="changed"):
-        open_book(settings.model_copy(update={"resolved": True, "digests": {**digests, "clamp-352": "other"}}))
-
-
 def test_the_models_files_say_the_revision_of_the_loaded_model(lm: LanguageModel) -> None:
     assert load_identity("organism").revision == lm.revision
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"enable_lora": True}, "LoRA"),
-        ({"pipeline_parallel_size": 2}, "pipeline"),
-        ({"data_parallel_size": 2}, "data parallelism"),
-        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
-    ],
-)
-def test_features_that_were_not_tested_are_refused_by_name(options: dict[str, Any], named: str) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    from clampdown.config import embedded_model
-
-    config = {"clampdown": {"plans": str(PLANS_DIR)}}
-    arguments = EngineArgs(model=str(embedded_model("organism")), additional_config=config, **options)
-    with pytest.raises(SteeringNotAppliedError, match=named):
-        arguments.create_engine_config()
-
-
-@pytest.mark.parametrize("given", [{}, {"plans": "DIR", "plan": "x"}, {"plans": "/nowhere/at/all"}])
-def test_a_configuration_that_is_wrong_stops_the_engine(given: dict[str, Any]) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    from clampdown.config import embedded_model
-
-    arguments = EngineArgs(model=str(embedded_model("organism")), additional_config={"clampdown": given})
-    with pytest.raises(ClampdownError):
-        arguments.create_engine_config()
