@@ -155,13 +155,16 @@ def measure(model: str, rounds: int, eager: bool, size: Size) -> dict[str, Any]:
         del llm
         gc.collect()
     middle = {arm: statistics.median(values) for arm, values in speed.items()}
+    ratios = {arm: [a / b for a, b in zip(speed[arm], speed[None], strict=True)] for arm in ARMS if arm}
     return {
         "model": Path(model).name,
         "eager": eager,
         **size._asdict(),
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
         "tokens_per_second": {str(arm): round(value, 2) for arm, value in middle.items()},
-        "steered_over_plain": {str(arm): round(middle[arm] / middle[None], 3) for arm in ARMS if arm},
+        "rounds": rounds,
+        "steered_over_plain": {arm: round(middle[arm] / middle[None], 3) for arm in ARMS if arm},
+        "least_and_most_of_a_round": {arm: [round(min(r), 3), round(max(r), 3)] for arm, r in ratios.items()},
     }
 
 
