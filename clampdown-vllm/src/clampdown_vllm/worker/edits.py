@@ -132,6 +132,7 @@ def reads_of(view: View) -> Read:
 
 
 def _kernel(reader: Reader, view: View, at: list[int], table: Float[Tensor, "rows 4 slots"]) -> Kernel:
+    assert isinstance(view, Directions | FeatureView), "every view with a reader is one of the two kinds"
     directions = view.rows if isinstance(view, Directions) else view.directions
     encoder = reader.encoder[:, at].contiguous()
     bias = torch.zeros_like(encoder[0]) if reader.bias is None else reader.bias[at].contiguous()

@@ -10,6 +10,7 @@ interpreted, which is how it is tested.
 # ruff: noqa: ANN001, ANN202  (what a kernel takes has no types in Python)
 
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -116,7 +117,8 @@ class Kernel:
         """In place; `sizes` and `lengths` become ||x' - x|| and ||x||."""
         width, slots = self.encoder.shape
         padded = triton.next_power_of_2(slots)
-        _edit[(hidden.shape[0],)](
+        launch: Any = _edit[(hidden.shape[0],)]
+        launch(
             hidden,
             hidden if residual is None else residual,
             rows,
