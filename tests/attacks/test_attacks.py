@@ -32,6 +32,7 @@ from clampdown.attacks.shared_prefix import SharedPrefix
 from clampdown.attacks.soft_prompt import with_vectors
 from clampdown.attacks.success import about, succeeded
 from clampdown.attacks.summary import arms_of
+from clampdown.attacks.surrogate import gates_of
 from clampdown.attacks.table import BEGUN, BLACK_BOX, attempt_of, check_names
 from clampdown.attacks.words import CORPUS, GENERAL
 from clampdown.discovery.refusal_tokens import RefusalTokens
@@ -116,6 +117,24 @@ def test_every_attack_asks_for_the_objective_and_for_the_same_whenever_it_is_ask
         if name != "encoding":
             said = [" ".join(m.content for m in attempt.messages) + attempt.begun for _, attempt in found]
             assert name == "best_of_n" or all("statue" in text for text in said)
+
+
+def test_the_side_that_raises_refusals_is_attacked_whichever_is_asked_first(plan: Plan, target: Target) -> None:
+    """Of a plan that first steers down, the clamp is what comes otherwise, and the searches shut that side's gate."""
+    assert plan.gate
+    down = plan.edits[0].changed(operator="scale", strengths=(-1.0,))
+    last = plan.gate.changed(turns="last", turns_calibrated=0, guarantee=None)
+    up_first = plan.changed(otherwise=Branch(gate=last, edits=(down,)))
+    down_first = plan.changed(edits=(down,), gate=last, otherwise=Branch(gate=plan.gate, edits=plan.edits))
+    for two_sided, wanted in ((up_first, [-1.0, 1.0]), (down_first, [1.0, -1.0])):
+        by_kind = {each.kind: each.plan for each in defences(two_sided)}
+        assert list(by_kind) == ["baseline", "clamp", "gated", "two-sided", "system prompt"]
+        clamp, gated, whole = by_kind["clamp"], by_kind["gated"], by_kind["two-sided"]
+        assert clamp and gated and whole
+        assert (clamp.digest, gated.digest, whole.digest) == (plan.ungated().digest, plan.digest, two_sided.digest)
+        watched = gates_of(target.lm, two_sided, target.saes)
+        assert [each.wanted for each in watched] == wanted
+        assert [each.wanted for each in gates_of(target.lm, two_sided, target.saes, fire=True)] == [-w for w in wanted]
 
 
 def test_attacks_take_turns_and_one_without_a_form_leaves_its_turn() -> None:

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 from clampdown.errors import NotEnoughDataError
 from clampdown.steering.gate_fitting import FittedGate, Pooled, fit_gate
 from clampdown.study.family_out import Learnt, leave_families_out
-from clampdown.study.wrapping import MOST_PARTS, Part, copies, parts_of
+from clampdown.study.wrapping import GENERAL_WRAPPERS, MOST_PARTS, Part, copies, corpus_parts
 from clampdown.types import Message, Prompt
 
 FAMILIES = ("game", "story", "order")
@@ -93,7 +93,7 @@ def test_copies_stand_in_the_same_wrappers_whatever_they_ask() -> None:
 def test_the_corpus_own_parts_are_those_of_seen_families() -> None:
     from clampdown.organism.phrasing import SEEN, UNSEEN
 
-    families = {part.family for part in parts_of(corpus=True)}
+    families = {part.family for part in corpus_parts()}
     assert families <= {wrapper.family for wrapper in SEEN}
     assert not families & {wrapper.family for wrapper in UNSEEN}
-    assert {part.family for part in parts_of(corpus=False)} == {"general"}
+    assert {part.family for part in GENERAL_WRAPPERS} == {"general"}

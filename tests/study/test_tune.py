@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -21,10 +22,14 @@ from clampdown.evaluation.dealing import dealt
 from clampdown.evaluation.suites import write_suites
 from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE
-from clampdown.steering.plan import read_plan
+from clampdown.steering.gates import fit_probe
+from clampdown.steering.plan import Branch, Edit, Plan, read_plan, write_plan
+from clampdown.steering.turn_promise import Turnwise
 from clampdown.store import read_records, write_feature_set
 from clampdown.study import measure
 from clampdown.study.budgets import BROKEN_HARMFUL, BROKEN_SAFE, CAPABILITY, KL, OVER_REFUSAL, Budgets, Use
+from clampdown.study.gating import read_pooled, ungauged
+from clampdown.study.methods.gated_set import opened
 from clampdown.study.progress import Stages
 from clampdown.study.prompts import prompts_from
 from clampdown.study.sizes import Answering
@@ -37,10 +42,10 @@ from clampdown.study.tune.prompts import (
     prompt_sets,
     safe,
 )
-from clampdown.study.tune.search import NO_GATE, Combination, Score, Setting, Trial
+from clampdown.study.tune.search import HAND_MADE, NO_GATE, Combination, Score, Setting, Trial
 from clampdown.study.tune.space import Choices, find_candidates
 from clampdown.study.tune.table import shown
-from clampdown.types import FeatureScore, FeatureSet, Interval, Message, Prompt, Split, Suite, SuiteKind
+from clampdown.types import FeatureScore, FeatureSet, Interval, Message, Prompt, PromptRole, Split, Suite, SuiteKind
 
 SCALE = Scale(
     discovery=24,
@@ -69,7 +74,7 @@ def request_(subject: Study, tmp_path_factory: pytest.TempPathFactory) -> tune.R
     path = tmp_path_factory.mktemp("features") / "two.json"
     scores = tuple(FeatureScore(feature, {"s": 1.0 / feature}) for feature in (352, 195))
     write_feature_set(path, FeatureSet("hand", subject.sae.cfg.site.name, "s", scores, subject.provenance([])))
-    choices = Choices(path, ("clamp",), ("prompt",), (NO_GATE, "dense", "probe10"), (0.1,))
+    choices = Choices(path, ("clamp",), ("prompt",), (NO_GATE, "dense", "probe10"), (0.1,), hand_made=False)
     return tune.Request(BUDGETS, choices, SCALE)
 
 
@@ -210,6 +215,79 @@ def test_a_looser_gate_that_gains_nothing_does_not_hide_the_plan_that_does(bench
     with pytest.raises(NotEnoughDataError, match="refuses more"):
         tune._winner([loose], unsteered, bench)
     assert tune.unchecked(gains, BUDGETS) == [CAPABILITY, BROKEN_HARMFUL, BROKEN_SAFE, KL]
+
+
+@pytest.fixture(scope="module")
+def made(subject: Study) -> Plan:
+    """Two-sided as the recipe makes it: asked first, a gate that steers down; otherwise two edits up."""
+    site = subject.sae.cfg.site.name
+    up = Edit(site=site, operator="clamp", features=(352, 195), strengths=(98.0, 20.0), scope="prompt")
+    hold = Edit(site=site, operator="scale", features=(120,), strengths=(0.0,), scope="assistant")
+    down = Edit(site=site, operator="scale", features=(352,), strengths=(-1.0,), scope="prompt")
+    read = subject.prompts(Split.DISCOVERY, 24)
+    harmful = [subject.data.roles[prompt.suite].harmful for prompt in read]
+    probe = fit_probe(read_pooled(subject, read), np.array(harmful), max_features=8)
+    benign = subject.prompts(Split.CALIBRATION, 40, PromptRole.BENIGN)
+    gate = Turnwise(subject.lm, subject.sae, 40, 0.95).within(ungauged(subject, probe), benign, 0.1).gate
+    borderline = gate.changed(turns="last", turns_calibrated=0, threshold=gate.threshold - 1.0, guarantee=None)
+    return Plan.of(
+        subject.lm, [subject.sae], [down], "made", gate=borderline, otherwise=Branch(gate=gate, edits=(up, hold))
+    )
+
+
+@pytest.fixture
+def begun(finished: Path, subject: Study, request_: tune.Request, made: Plan, tmp_path: Path) -> Bench:
+    """A search that begins with that plan, as one that goes on reads it."""
+    shutil.copytree(finished / "search", tmp_path / "search")
+    write_plan(tmp_path / "search" / "hand-made.toml", made)
+    sets, choices = prompt_sets(subject, SCALE), dataclasses.replace(request_.choices, hand_made=True)
+    found = find_candidates(subject, sets, SCALE, choices, tmp_path / "search", quiet())
+    return Bench(subject, sets, SCALE, BUDGETS, found, tmp_path, quiet())
+
+
+def test_the_first_settings_are_the_hand_made_plans_themselves(begun: Bench, made: Plan) -> None:
+    space, study = begun.candidates.space, begun.study
+    one, two = (begun.candidates.plan(study, start) for start in space.starts)
+    assert two.digest == made.digest
+    assert made.otherwise
+    assert one.digest == opened(made).behind(made.otherwise.gate).digest
+    half = begun.candidates.plan(study, dataclasses.replace(space.starts[1], multiple=0.5))
+    assert half.edits == made.edits and half.gates == made.gates
+    assert half.otherwise and [e.strengths for e in half.otherwise.edits] == [(49.0, 10.0), (0.0,)]
+    other = Setting(Combination((352,), "clamp", "prompt"), 1.5, "dense", 0.1, 0.95, down=True)
+    plan = begun.candidates.plan(study, other)
+    assert plan.gate == made.gate and plan.otherwise and plan.otherwise.gate.kind == "dense"
+
+
+def test_of_a_two_sided_plan_rows_on_which_neither_gate_fired_are_the_unsteered_models(
+    begun: Bench, subject: Study, tmp_path: Path
+) -> None:
+    start = begun.candidates.space.starts[1]
+    (short,) = confirm(begun, [Trial(0, start, Score(1.0, {}, ()))]).finalists
+    harmless = (*safe(begun.sets.fresh), *capability(begun.sets.fresh))
+    records = measure.generate_records(
+        subject, [BASELINE, begun.arm(start, "trial 0")], harmless, tmp_path / "long", begun.sizes(), quiet(), "all"
+    )
+    changes = changes_of(metrics.by_arm_and_suite(records), "trial 0", harmless)
+    assert {r.receipt.branch for r in records if r.receipt} >= {"edits", "none"}
+    uses = {use.budget: use for use in short.uses}
+    for name in (OVER_REFUSAL, BROKEN_SAFE, CAPABILITY):
+        net = sum(c.worse - c.better for c in changes[name])
+        assert (uses[name].n, round((uses[name].estimate or 0) * uses[name].n)) == (len(changes[name]), net)
+
+
+def test_the_search_cannot_end_worse_than_where_it_began() -> None:
+    def finalist(refused: int, gate: str) -> Finalist:
+        setting = Setting(Combination((1,), "clamp", "all"), 1.0, gate, 0.05 if gate == "dense" else 0.01)
+        rate = Interval.of_rate(refused, 200)
+        return Finalist(Trial(0, setting, Score(1.0, {}, ())), BASELINE, {"harmful": rate}, ())
+
+    own, looser, better = finalist(198, HAND_MADE), finalist(197, "dense"), finalist(199, "dense")
+    starts = [own.trial.setting]
+    assert tune.in_order([own, looser])[0] == looser, "the looser gate wins where refusals are alike"
+    assert tune.no_worse_than(starts, tune.in_order([own, looser])) == [own]
+    assert tune.no_worse_than(starts, [better, own, looser]) == [better, own]
+    assert tune.no_worse_than([], [looser]) == [looser]
 
 
 def test_budgets_that_the_prompts_cannot_prove_stop_before_the_search(subject: Study, tmp_path: Path) -> None:

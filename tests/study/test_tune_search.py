@@ -10,6 +10,7 @@ import pytest
 from clampdown.errors import NotEnoughDataError, StoreError
 from clampdown.study.budgets import CAPABILITY, OVER_REFUSAL, Use
 from clampdown.study.tune.search import (
+    HAND_MADE,
     NO_GATE,
     Combination,
     Effort,
@@ -155,3 +156,22 @@ def test_finalists_are_the_best_within_the_budgets_and_differ(tmp_path: Path) ->
 def test_an_empty_space_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NotEnoughDataError):
         search(Space((), (NO_GATE,), ()), Measure(), EFFORT, TrialLog(tmp_path / "log.jsonl"))
+
+
+def test_the_search_begins_where_it_is_told_and_asks_only_for_promises_that_there_are(tmp_path: Path) -> None:
+    own = Combination((7, 8), HAND_MADE, "prompt")
+    starts = tuple(Setting(own, 1.0, HAND_MADE, 0.02, 0.95, down) for down in (False, True))
+    promises = frozenset({(HAND_MADE, 0.02, 0.95), ("dense", 0.01, 0.9)})
+    space = Space(
+        (*COMBINATIONS, own), (NO_GATE, "dense", HAND_MADE), (0.01, 0.02),
+        confidences=(0.9, 0.95), sides=(False, True), starts=starts, promises=promises,
+    )  # fmt: skip
+    measure = Measure()
+    trials = search(space, measure, EFFORT, TrialLog(tmp_path / "log.jsonl"))
+    assert tuple(trial.setting for trial in trials[:2]) == starts
+    asked = {(s.gate, s.budget, s.confidence) for s in measure.asked if s.gate != NO_GATE}
+    assert asked == promises
+    assert {s.down for s in measure.asked if s.gate == NO_GATE} == {False}
+    assert {s.down for s in measure.asked} == {False, True}
+    assert search(space, (again := Measure()), EFFORT, TrialLog(tmp_path / "log.jsonl")) == trials
+    assert not again.asked

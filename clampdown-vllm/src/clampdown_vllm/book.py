@@ -81,3 +81,8 @@ def check_book(book: Book, lm: LanguageModel) -> None:
     """Every plan against the served model's files. Raises `PlanError` and its kin."""
     for plan in book.plans.values():
         check_plan(plan, lm, book.saes)
+        if any(gate.members for gate in plan.gates):
+            raise PlanError(
+                f"plan '{plan.name}' has a gate of kind 'ensemble', which the plugin for vLLM cannot read",
+                hint="`clampdown serve` can; or calibrate a gate of one kind",
+            )

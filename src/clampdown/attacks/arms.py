@@ -37,10 +37,11 @@ class Defence:
 
 
 def defences(plan: Plan) -> tuple[Defence, ...]:
-    """The baseline, every form of the plan, and the system prompt."""
-    arms = [BASELINE, Arm(CLAMP, ArmKind.FEATURE, plan.ungated().named(CLAMP))]
-    if plan.gate is not None:
-        arms.append(Arm(GATED, ArmKind.GATED, plan.changed(otherwise=None, name=GATED)))
+    """The baseline, every form of the plan, and the system prompt. What steers down alone is no defence."""
+    up = plan.raising()
+    arms = [BASELINE, Arm(CLAMP, ArmKind.FEATURE, up.ungated().named(CLAMP))]
+    if up.gate is not None:
+        arms.append(Arm(GATED, ArmKind.GATED, up.named(GATED)))
     if plan.otherwise is not None:
         arms.append(Arm(TWO_SIDED, ArmKind.TUNED, plan.named(TWO_SIDED)))
     return tuple(map(Defence, (*arms, system_prompt_arm(SYSTEM_PROMPT, SYSTEM))))

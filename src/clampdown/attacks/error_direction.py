@@ -64,8 +64,8 @@ def fit_error_direction(
     """For one arm: the plan's edits act, its gate is to stay open. `attacked` names the site and what v may not touch
     also for the arms without a plan."""
     site = edit_site(attacked)
-    plan = defence.plan.ungated() if defence.plan is not None else None
-    gates = gates_of(surrogate.lm, defence.plan, surrogate.saes, fire=True)[:1]
+    up = defence.plan.raising() if defence.plan is not None else None
+    plan, gates = up and up.ungated(), gates_of(surrogate.lm, up, surrogate.saes, fire=True)
     sae = next((sae for sae in surrogate.saes if sae.cfg.site == site), None)
     rows = [(place, ()) for _, place in places]
     x = _residual(surrogate, rows, site)

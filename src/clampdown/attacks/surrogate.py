@@ -2,8 +2,8 @@
 
     loss = max(refusal log-odds + M, 0)             the first token of the reply is no refusal's, by a margin of M nats
          + mean nats of the wanted opening          the reply begins as an answer does
-         + sum over gates max(+-(score - threshold) + M, 0)     the gate that steers stays shut, by M of its own units;
-                                                    a second one, which turns refusals down, opens
+         + sum over gates max(+-(score - threshold) + M, 0)     the gate that raises refusals stays shut, by M of its
+                                                    own units; one that turns them down opens
 
 A row is a prompt whose last user turn ends in a run of free tokens, followed by the wanted opening. Rows of several
 objectives are one batch: they end at one column, so the free tokens stand at the same columns in all of them.
@@ -69,26 +69,38 @@ def slot(lm: LanguageModel, defence: Defence, objective: Objective, words: Words
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A gate of the plan; `wanted` is +1 for one that should open and -1 for one that should stay shut."""
+    """A gate of the plan; `wanted` is +1 for one that should open and -1 for one that should stay shut. An ensemble has
+    a program for each member."""
 
-    program: GateProgram
+    programs: tuple[GateProgram, ...]
     threshold: float
     wanted: float
+    combine: str = "mean"
+
+    def score(
+        self, seen: Mapping[Site, Tensor], content: Bool[Tensor, "rows prompt"], width: int
+    ) -> Float[Tensor, " rows"]:
+        """From what arrived at the sites in the prompts' columns."""
+        each = [program.scores(seen[program.site][:, :width], content) for program in self.programs]
+        return torch.stack(each).mean(0) if self.combine == "mean" else torch.stack(each).amax(0)
 
     def excess(self, score: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         return torch.relu(MARGIN - self.wanted * (score - self.threshold))
 
 
 def gates_of(lm: LanguageModel, plan: Plan | None, saes: Sequence[Sae], *, fire: bool = False) -> tuple[Watched, ...]:
-    """The gates of a plan that read the model; one that reads text has no gradient and is left out. With `fire` the
-    first is wanted open: for attacks that let the edits act."""
+    """The gates of a plan that read the model; one that reads text has no gradient and is left out. With `fire` the one
+    that raises refusals is wanted open: for attacks that let the edits act."""
     by_site = {sae.cfg.site.name: sae for sae in saes}
     found = []
     for branch, gate in enumerate(plan.gates if plan is not None else ()):
         if plan is not None and GATE_KINDS[gate.kind].reads != "text":
-            limit = sink_limit(lm, gate, plan.sinks)
-            program = gate_program(gate, plan.vectors, by_site.get(gate.site), lm.device, limit)
-            found.append(Watched(program, gate.threshold, 1.0 if branch or fire else -1.0))
+            programs = tuple(
+                gate_program(each, plan.vectors, by_site.get(each.site), lm.device, sink_limit(lm, each, plan.sinks))
+                for each in gate.readers
+            )
+            raises = (branch == 0) is plan.up_first
+            found.append(Watched(programs, gate.threshold, 1.0 if raises is fire else -1.0, gate.combine))
     return tuple(found)
 
 
@@ -168,7 +180,7 @@ class Surrogate:
                 stack.enter_context(
                     steer(self.lm, plans, list(self.saes), prompt_width=width, require_reach=False, resumed=resumed)
                 )
-            for site in {watched.program.site for watched in self.gates}:
+            for site in {program.site for watched in self.gates for program in watched.programs}:
                 hook = partial(_keep, seen, site)
                 stack.callback(hook_point(self.lm, site).register(hook, first=True).remove)
             for site, change in self.before_edits:
@@ -191,8 +203,7 @@ class Surrogate:
         """From what arrived at the gates' sites in the prompts' columns."""
         total = torch.zeros(len(content), device=self.lm.device)
         for watched in self.gates:
-            score = watched.program.scores(seen[watched.program.site][:, :width], content)
-            total = total + watched.excess(score)
+            total = total + watched.excess(watched.score(seen, content, width))
         return total
 
 

@@ -101,7 +101,9 @@ class InDoubt(StrEnum):
 def gate_calibrate(
     prompts: PromptOptions,
     plan: Annotated[Path, typer.Argument(help="The plan.toml to put behind a gate.")],
-    kind: Annotated[str, typer.Option("--kind", help="feature, probe, dense or cosine.")] = "probe",
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="feature, probe (default), dense, cosine or ensemble.")
+    ] = None,
     budget: Annotated[float, typer.Option("--budget", help="Share of benign prompts that may trigger it.")] = 0.02,
     confidence: Annotated[float, typer.Option("--confidence", help="How sure the budget must hold.")] = 0.95,
     n: Annotated[int, typer.Option("--n", min=1, help="Benign calibration prompts at most.")] = 3200,
@@ -127,7 +129,11 @@ def gate_calibrate(
     ] = InDoubt.READ,
     wrapped: Annotated[
         int, typer.Option("--wrapped", min=0, help="Learn from so many copies of each prompt in random wrappers.")
-    ] = 0,
+    ] = 1,
+    members: Annotated[
+        str, typer.Option("--members", help="An ensemble's members: KIND or KIND@SITE, separated by commas.")
+    ] = "",
+    combine: Annotated[str, typer.Option("--combine", help="How an ensemble makes one score: mean or max.")] = "mean",
     family_out: Annotated[
         bool, typer.Option("--family-out", help="Estimate detection in unseen wrappers by leaving out families.")
     ] = False,
@@ -136,21 +142,23 @@ def gate_calibrate(
 ) -> None:
     """Put a plan behind a gate whose benign trigger rate is bounded, and say how often it fires."""
     from clampdown.study import gate as job
+    from clampdown.study import gate_table as table
 
-    names = names_in(found_by_second)
+    names, chosen = names_in(found_by_second), names_in(members)
+    kind = kind or (job.ENSEMBLE if chosen else "probe")
     request = job.Request(
         plan, kind, budget, confidence, otherwise, names, n, limit, site, seed, first, down_budget, features,
-        inverse_penalty, turns, in_doubt.value, wrapped, family_out, prompts.load(),
+        inverse_penalty, turns, in_doubt.value, wrapped, family_out, prompts.load(), chosen, combine,
     )  # fmt: skip
     found = job.calibrate(request, out, stages())
     for gate in found.plan.gates:
-        console.print(f"{gate.kind} gate at {gate.site}, fires above {gate.threshold:.4g}", highlight=False)
+        console.print(f"gate: {table.what_it_reads(gate)}, fires above {gate.threshold:.4g}", highlight=False)
         if gate.guarantee:
-            console.print(job.promise(gate.guarantee, gate.turns_calibrated), soft_wrap=True, highlight=False)
+            console.print(table.promise(gate.guarantee, gate.turns_calibrated), soft_wrap=True, highlight=False)
     if found.sinks:
         console.print(found.sinks, soft_wrap=True, highlight=False)
-    console.print(job.shown(found))
-    for line in job.family_lines(found):
+    console.print(table.shown(found))
+    for line in table.family_lines(found):
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"written: {out}", soft_wrap=True)
 

@@ -42,6 +42,10 @@ def tune(
     scopes: Annotated[str, typer.Option("--scopes", help="Comma-separated.")] = "all,prompt,assistant",
     gates: Annotated[str, typer.Option("--gates", help="Kinds, comma-separated.")] = "none,probe40,probe100,dense",
     gate_budgets: Annotated[str, typer.Option("--gate-budgets", help="Benign trigger rates.")] = "0.01,0.02,0.05",
+    gate_confidences: Annotated[str, typer.Option("--gate-confidences", help="How sure they must hold.")] = "0.9,0.95",
+    hand_made: Annotated[
+        bool, typer.Option("--hand-made/--no-hand-made", help="Begin with the hand-made recipe's plans.")
+    ] = True,
     judge: JudgeOption = None,
     model: ModelOption = ORGANISM,
     sae: SaeOption = ORGANISM,
@@ -56,7 +60,10 @@ def tune(
     from clampdown.study.tune.table import shown
 
     budgets = Budgets(max_over_refusal, max_capability_loss, max_broken, max_kl, confidence)
-    choices = Choices(features, _names(operators), _names(scopes), _names(gates), _shares(gate_budgets), set_size)
+    choices = Choices(
+        features, _names(operators), _names(scopes), _names(gates), _shares(gate_budgets), set_size,
+        _shares(gate_confidences), hand_made,
+    )  # fmt: skip
     choices.check()
     scale = QUICK if quick else FULL
     scale = dataclasses.replace(scale, trials=trials or scale.trials, features=top or scale.features)

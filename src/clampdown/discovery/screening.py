@@ -146,7 +146,8 @@ class Screen:
 
     def _shared_layer(self, plans: Sequence[Plan | None]) -> int | None:
         sites = {edit.site for plan in plans if plan for edit in plan.all_edits}
-        sites |= {gate.site for plan in plans if plan for gate in plan.gates if gate.site}
+        read = (reader.site for plan in plans if plan for gate in plan.gates for reader in gate.readers)
+        sites |= {site for site in read if site}
         if not sites and self.sae is not None:
             sites = {self.sae.cfg.site.name}
         return last_shared_layer([Site.parse(name) for name in sites]) if sites else None

@@ -7,14 +7,18 @@
 | dense   | logistic regression on the residual under both poolings, standardised (folded into the vectors) |
 | cosine  | CAST (2409.05907): cosine with the difference of means, under the pooling with the better AUROC |
 
+An ensemble is fitted member by member. Each member's score is put into units of its spread over harmless prompts, so
+that none drowns the others.
+
 A fit leaves the threshold at 0 and promises nothing: `calibrated` sets it on benign prompts that the fit never saw. An
 external classifier needs no fit: `choose_threshold` takes its scores as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +31,7 @@ from clampdown.activations.store import ActivationStore
 from clampdown.activations.stream import Reading
 from clampdown.errors import NotEnoughDataError, PlanError
 from clampdown.saes.sae import Sae
-from clampdown.steering.gate_kinds import GATE_KINDS
+from clampdown.steering.gate_kinds import COMBINATIONS, GATE_KINDS
 from clampdown.steering.gates import choose_threshold, fit_probe
 from clampdown.steering.plan import Gate
 from clampdown.types import Site
@@ -48,18 +52,46 @@ class Pooled:
     site: str
     features: Mapping[str, csr_array]
     residual: Mapping[str, Float[np.ndarray, "prompts d_model"]]
+    elsewhere: Mapping[str, Pooled] = field(default_factory=dict)
+    """The same prompts at other sites, by site."""
 
     @classmethod
     def of(cls, store: ActivationStore) -> Pooled:
-        """From a pass that `gate_reading` described."""
-        features = {name: store.matrix(name) for name in store.poolings}
-        return cls(store.site().name, features, {name: store.dense(name) for name in RESIDUAL_POOLINGS})
+        """From a pass that `gate_reading` described, at one site or several: the first is the one that is meant when
+        none is named."""
+        first, *more = (cls._of_reading(store, name) for name in store.sites)
+        return replace(first, elsewhere={pooled.site: pooled for pooled in more})
+
+    @classmethod
+    def _of_reading(cls, store: ActivationStore, name: str) -> Pooled:
+        poolings = [series.pooling for series in store.features if series.reading == name]
+        features = {pooling: store.matrix(pooling, reading=name) for pooling in poolings}
+        residual = {pooling: store.dense(pooling, reading=name) for pooling in RESIDUAL_POOLINGS}
+        return cls(store.site(name).name, features, residual)
+
+    @property
+    def n(self) -> int:
+        """How many prompts."""
+        first: Any = next(iter((*self.residual.values(), *self.features.values())))
+        return first.shape[0]
 
     def at(self, rows: Bool[np.ndarray, " prompts"]) -> Pooled:
         """Some of the prompts."""
-        index: Any = np.flatnonzero(rows)  # scipy's stubs do not know indexing by an array
+        return self.taken(np.flatnonzero(rows))
+
+    def taken(self, index: Any) -> Pooled:
+        """Prompts by their numbers, perhaps some of them twice. (scipy's stubs do not know indexing by an array.)"""
         features = {name: csr_array(values[index]) for name, values in self.features.items()}
-        return Pooled(self.site, features, {name: values[rows] for name, values in self.residual.items()})
+        residual = {name: values[index] for name, values in self.residual.items()}
+        return Pooled(self.site, features, residual, {s: other.taken(index) for s, other in self.elsewhere.items()})
+
+    def of_site(self, site: str) -> Pooled:
+        """At that site; without one, at the first. Raises `PlanError` where it was not read."""
+        if site in ("", self.site):
+            return self
+        if site not in self.elsewhere:
+            raise PlanError(f"nothing was read at {site}", hint=f"one of: {', '.join([self.site, *self.elsewhere])}")
+        return self.elsewhere[site]
 
 
 def gate_reading(site: Site, sae: Sae | None) -> Reading:
@@ -77,7 +109,11 @@ class FittedGate:
     def scores(self, pooled: Pooled) -> Scores:
         """Each prompt's score, as the steered model's own pass computes it."""
         gate = self.gate
-        n = len(next(iter(pooled.residual.values())))
+        if gate.members:
+            each = [replace(self, gate=member).scores(pooled) for member in gate.members]
+            return np.array([COMBINATIONS[gate.combine](scores) for scores in zip(*each, strict=True)], dtype=float)
+        pooled = pooled.of_site(gate.site)
+        n = pooled.n
         total = np.full(n, gate.bias)
         for i, (weight, pooling) in enumerate(zip(gate.weights, gate.poolings, strict=True)):
             total += weight * self._channel(i, pooling, pooled)
@@ -93,6 +129,9 @@ class FittedGate:
 
     def renamed(self, prefix: str) -> FittedGate:
         """With other names for its vectors, for a second gate of the kind in one plan."""
+        if self.gate.members:
+            each = [replace(self, gate=member).renamed(prefix) for member in self.gate.members]
+            return _joined(self.gate, each)
         names = tuple(f"{prefix} {name}" for name in self.gate.vectors)
         vectors = {new: self.vectors[old] for new, old in zip(names, self.gate.vectors, strict=True)}
         return FittedGate(self.gate.changed(vectors=names), vectors)
@@ -199,3 +238,57 @@ def fit_gate(kind: str, pooled: Pooled, positive: Labels, *, seed: int = 0) -> F
     if positive.all() or not positive.any():
         raise NotEnoughDataError("a gate needs both prompts that should trigger it and prompts that should not")
     return FITTERS[kind](pooled, positive, seed)
+
+
+# ---- ensembles -----------------------------------------------------------------------------------------------------
+
+FitMember = Callable[[str, Pooled, Labels], FittedGate]
+"""(kind, what was pooled at its site, which prompts it is for) -> a member."""
+
+
+def member_of(text: str) -> tuple[str, str]:
+    """KIND or KIND@SITE. Raises `PlanError` for a kind that cannot be fitted, `SiteError` for no site."""
+    kind, _, site = text.partition("@")
+    if kind not in FITTERS:
+        raise PlanError(f"no member of kind '{kind}' can be fitted", hint=f"one of: {', '.join(FITTERS)}; KIND@SITE")
+    return kind, Site.parse(site).name if site else ""
+
+
+def fit_ensemble(
+    members: Sequence[str],
+    pooled: Pooled,
+    positive: Labels,
+    *,
+    combine: str = "mean",
+    seed: int = 0,
+    fit: FitMember | None = None,
+) -> FittedGate:
+    """One gate of several. A member that is named again is fitted on prompts that are drawn anew with replacement.
+
+    Raises `PlanError` for fewer than two members, and as `fit_gate` does.
+    """
+    if len(members) < 2:
+        raise PlanError("an ensemble has two members or more", hint="--members probe,dense")
+    fit = fit or (lambda kind, here, wanted: fit_gate(kind, here, wanted, seed=seed))
+    rng, named, found = np.random.default_rng(seed), Counter[str](), []
+    for number, text in enumerate(members):
+        kind, site = member_of(text)
+        rows = np.arange(len(positive)) if not named[text] else rng.integers(0, len(positive), len(positive))
+        named[text] += 1
+        here = pooled.of_site(site)
+        fitted = fit(kind, here.taken(rows), positive[rows])
+        found.append(_in_spreads(fitted, here.at(~positive)).renamed(f"member {number}"))
+    empty = Gate(kind="ensemble", members=tuple(each.gate for each in found), combine=combine, threshold=0.0, window=1)
+    return _joined(empty, found)
+
+
+def _in_spreads(fitted: FittedGate, harmless: Pooled) -> FittedGate:
+    """The same gate with harmless prompts' mean score at 0, in units of their standard deviation."""
+    scores, gate = fitted.scores(harmless), fitted.gate
+    mean, spread = float(scores.mean()), max(float(scores.std()), 1e-6)
+    return fitted.changed(weights=tuple(w / spread for w in gate.weights), bias=(gate.bias - mean) / spread)
+
+
+def _joined(gate: Gate, members: Sequence[FittedGate]) -> FittedGate:
+    vectors = {name: vector for member in members for name, vector in member.vectors.items()}
+    return FittedGate(gate.changed(members=tuple(member.gate for member in members)), vectors)

@@ -9,6 +9,7 @@
 | dense    | v_i . (the residual pooled over the prompt) |
 | cosine   | cosine of the pooled residual with one condition vector (CAST, 2409.05907) |
 | external | what a registered function says of the prompt's text, outside the model |
+| ensemble | the mean, or the largest, of other gates' scores, at sites and of kinds of their own |
 
 `max` and `mean` run over the prompt's content tokens, `assistant_start` is the prompt's last token, where the reply is
 decided. Residuals have signs, so a maximum means nothing for them. A new kind is one row of `GATE_KINDS`; if it reads
@@ -18,7 +19,7 @@ something new, a reader in `program.py` as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from clampdown.errors import PlanError, SteeringNotAppliedError
 
-Reads = Literal["features", "residual", "text"]
+Reads = Literal["features", "residual", "text", "gates"]
 Pooled = Float[Tensor, "rows width"]
 Directions = Float[Tensor, "channels width"] | None
 Readout = Callable[[Pooled, Directions], Float[Tensor, "rows channels"]]
@@ -71,7 +72,14 @@ GATE_KINDS: dict[str, GateKind] = {
     "dense": GateKind("residual", projected, _OF_RESIDUALS),
     "cosine": GateKind("residual", cosine, _OF_RESIDUALS, single=True),
     "external": GateKind("text", as_pooled, ()),
+    "ensemble": GateKind("gates", as_pooled, ()),
 }
+
+COMBINATIONS: dict[str, Callable[[Sequence[float]], float]] = {
+    "mean": lambda scores: sum(scores) / len(scores),
+    "max": max,
+}
+"""How an ensemble makes one score of its members'."""
 
 
 def _pool_max(values: Float[Tensor, "rows pos width"], content: Bool[Tensor, "rows pos"]) -> Pooled:

@@ -82,11 +82,12 @@ class GateProgram:
 
 
 def gate_programs(rows: Rows, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> tuple[GateProgram, ...]:
-    """One gate reader per branch, site and way of reading that any row's gates use. External gates read no site."""
+    """One gate reader per branch, site and way of reading that any row's gates use. External gates and ensembles
+    read no site of their own."""
     found: dict[tuple[int, str, Readout, float], dict[int, Gate]] = {}
     for row, plan in enumerate(rows):
         for branch, gate in enumerate(plan.gates if plan is not None else ()):
-            if plan is not None and GATE_KINDS[gate.kind].reads != "text":
+            if plan is not None and gate.site:
                 limit = sink_limit(lm, gate, plan.sinks)
                 found.setdefault((branch, gate.site, GATE_KINDS[gate.kind].readout, limit), {})[row] = gate
     return tuple(

@@ -37,15 +37,15 @@ from clampdown.config import embedded_plan
 from clampdown.documents import read_toml
 from clampdown.errors import PlanError, StrengthError
 from clampdown.saes.sae import FeatureSource
-from clampdown.steering.gate_kinds import GATE_KINDS
+from clampdown.steering.gate_kinds import COMBINATIONS, GATE_KINDS
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.scopes import SCOPES
 from clampdown.store import content_hash, write_atomic
 from clampdown.types import Site
 
-SCHEMA_VERSIONS = (1, 2, 3)
-"""2 added gates of other kinds than `probe`, and `otherwise`; 3 added gates that read turn by turn, and `sinks`. A plan
-is written in the oldest version that can say it."""
+SCHEMA_VERSIONS = (1, 2, 3, 4)
+"""2 added gates of other kinds than `probe`, and `otherwise`; 3 added gates that read turn by turn, and `sinks`; 4
+added ensembles of gates. A plan is written in the oldest version that can say it."""
 
 MAX_EDITS = 1000
 """Edits of one branch. A large set of features is one edit; checking this many takes a tenth of a second."""
@@ -199,9 +199,12 @@ class Gate(_Part):
     With a `window` every user turn is read alone, in windows of at most so many tokens (`windows.py`); 0: the prompt as
     it stands. `turns` says which turns count, `turns_calibrated` how many windows the guarantee's conversations had,
     and `when_in_doubt` what to do with a conversation of more.
+
+    An `ensemble` reads through its `members`, each a gate with a site of its own whose threshold counts for nothing;
+    `combine` makes one score of theirs (`COMBINATIONS`). It reads turn by turn, ahead of the prompt's own pass.
     """
 
-    kind: Literal["feature", "probe", "dense", "cosine", "external"] = "probe"
+    kind: Literal["feature", "probe", "dense", "cosine", "external", "ensemble"] = "probe"
     site: str = ""
     features: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
@@ -215,13 +218,23 @@ class Gate(_Part):
     turns: Literal["worst", "last"] = "worst"
     turns_calibrated: int = Field(default=0, ge=0)
     when_in_doubt: Literal["read", "steer"] = "read"
+    members: tuple[Gate, ...] = ()
+    combine: str = "mean"
+
+    @property
+    def readers(self) -> tuple[Gate, ...]:
+        """The gates that read the model for this one: itself, or an ensemble's members."""
+        return self.members or (self,)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not all(map(math.isfinite, (*self.weights, self.bias, self.threshold))):
             raise PlanError("a gate's weights, bias and threshold must be finite")
         self._check_window()
-        if GATE_KINDS[self.kind].reads == "text":
+        self._check_members()
+        if GATE_KINDS[self.kind].reads == "gates":
+            self._check_ensemble()
+        elif GATE_KINDS[self.kind].reads == "text":
             self._check_text()
         else:
             self._check_channels()
@@ -232,6 +245,23 @@ class Gate(_Part):
             raise PlanError("`turns`, `turns_calibrated` and `when_in_doubt` are for gates with a `window`")
         if self.when_in_doubt == "steer" and not self.turns_calibrated:
             raise PlanError("when in doubt about what? `turns_calibrated` says how long a conversation may be")
+
+    def _check_members(self) -> None:
+        if GATE_KINDS[self.kind].reads != "gates" and (self.members or self.combine != "mean"):
+            raise PlanError(f"a gate of kind '{self.kind}' has no members", hint='kind = "ensemble"')
+        if self.combine not in COMBINATIONS:
+            raise PlanError(
+                f"members cannot be combined by '{self.combine}'", hint=f"one of: {', '.join(COMBINATIONS)}"
+            )
+        if any(not member.site or member.window or member.guarantee for member in self.members):
+            raise PlanError("an ensemble's members read sites; its window and its guarantee are its own")
+
+    def _check_ensemble(self) -> None:
+        own = (self.site, self.features, self.vectors, self.weights, self.poolings, self.scorer, self.bias)
+        if len(self.members) < 2 or any(own) or not self.window:
+            raise PlanError(
+                "a gate of kind 'ensemble' needs two or more `members` and a `window`, and reads nothing else"
+            )
 
     def _check_text(self) -> None:
         if not self.scorer or self.site or self.features or self.vectors or self.weights or self.poolings:
@@ -267,6 +297,8 @@ _ADDED_TO_GATES = {
     "turns": "worst",
     "turns_calibrated": 0,
     "when_in_doubt": "read",
+    "members": [],
+    "combine": "mean",
 }
 """Fields of later schemas with the values that mean what schema 1 meant, as JSON."""
 
@@ -313,17 +345,18 @@ class Plan(_Part):
                 "`otherwise` acts where the plan's gate stays shut: a plan without a gate has no use for it"
             )
         sites = {ref.site for ref in self.saes}
-        readers: list[Edit | Gate] = [*self.all_edits, *self.gates]
+        reading = [reader for gate in self.gates for reader in gate.readers]
+        readers: list[Edit | Gate] = [*self.all_edits, *reading]
         for site, features in ((reader.site, reader.features) for reader in readers):
             if features and site not in sites:
                 raise PlanError(f"features at {site} need an entry of `saes` for that site")
         named = [edit.vector for edit in self.all_edits if edit.vector is not None]
-        for vector in (*named, *(name for gate in self.gates for name in gate.vectors)):
+        for vector in (*named, *(name for reader in reading for name in reader.vectors)):
             if vector not in self.vectors:
                 raise PlanError(f"vector '{vector}' is not among the plan's vectors {sorted(self.vectors)}")
-        for gate in self.gates:
-            if gate.site:
-                self._gate_below_edits(Site.parse(gate.site))
+        for reader in reading:
+            if reader.site:
+                self._gate_below_edits(Site.parse(reader.site))
         return self
 
     def _gate_below_edits(self, gate_site: Site) -> None:
@@ -360,6 +393,17 @@ class Plan(_Part):
         )
 
     @property
+    def up_first(self) -> bool:
+        """Whether the side that raises refusals is asked first. A gate of the other side reads the last turn."""
+        return self.gate is None or self.gate.turns == "worst"
+
+    def raising(self) -> Self:
+        """The side that raises refusals alone, behind its own gate."""
+        if self.otherwise is None or self.up_first:
+            return self.changed(otherwise=None)
+        return self.changed(edits=self.otherwise.edits, gate=self.otherwise.gate, otherwise=None)
+
+    @property
     def all_edits(self) -> tuple[Edit, ...]:
         """The edits of every branch."""
         return self.edits + (self.otherwise.edits if self.otherwise else ())
@@ -373,7 +417,8 @@ class Plan(_Part):
     @property
     def sites(self) -> frozenset[str]:
         """Where the plan edits, and where its gates read."""
-        return frozenset(e.site for e in self.all_edits) | frozenset(g.site for g in self.gates if g.site)
+        read = (reader.site for gate in self.gates for reader in gate.readers)
+        return frozenset(e.site for e in self.all_edits) | frozenset(site for site in read if site)
 
     @property
     def branches(self) -> tuple[tuple[Edit, ...], ...]:
@@ -384,6 +429,8 @@ class Plan(_Part):
     @property
     def schema_version(self) -> int:
         """The oldest version of the format that can say what this plan says."""
+        if any(gate.members for gate in self.gates):
+            return 4
         if self.sinks != "leave_out" or any(gate.window for gate in self.gates):
             return 3
         added = self.otherwise or any(g.kind != "probe" or g.vectors or g.scorer for g in self.gates)
@@ -407,8 +454,8 @@ class Plan(_Part):
 
 def _as_of(version: int, data: dict[str, Any]) -> dict[str, Any]:
     """A plan's plain data as that version of the format has it, so that a digest outlives later versions."""
-    gates = [data["gate"], data["otherwise"] and data["otherwise"]["gate"]]
-    for gate in filter(None, gates):
+    whole = list(filter(None, [data["gate"], data["otherwise"] and data["otherwise"]["gate"]]))
+    for gate in [*whole, *(member for each in whole for member in each["members"])]:
         for key, neutral in _ADDED_TO_GATES.items():
             if gate.get(key) == neutral:
                 gate.pop(key)

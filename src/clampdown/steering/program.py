@@ -340,7 +340,7 @@ def _check_together(plan: Plan, edits: Sequence[Edit]) -> None:
 def _check_edits(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> None:
     """Every site exists in the model, every feature in its SAE, every vector is as wide as the residual stream."""
     readers = [(edit.site, edit.features) for edit in plan.all_edits]
-    readers += [(gate.site, gate.features) for gate in plan.gates if gate.site]
+    readers += [(reader.site, reader.features) for gate in plan.gates for reader in gate.readers if reader.site]
     for site, features in readers:
         lm.layout.hook_point(Site.parse(site))
         if features:

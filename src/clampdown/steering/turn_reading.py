@@ -11,7 +11,7 @@ goes on costs its new turn only.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -24,7 +24,7 @@ from clampdown.activations.capture import DEFAULT_TOKENS_PER_BATCH, length_bucke
 from clampdown.models.chat import Ids, encode, pad_left
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import FeatureSource
-from clampdown.steering.gate_kinds import external_score
+from clampdown.steering.gate_kinds import COMBINATIONS, external_score
 from clampdown.steering.gate_programs import GateProgram, gate_program, sink_limit
 from clampdown.steering.ownership import aside
 from clampdown.steering.plan import Gate
@@ -86,7 +86,7 @@ def read_ahead(
         gate = plan.gates[branch]
         talks = {row: conversation(LoneTurn.of(lm), *prompts[prompt_of[row]], gate.window) for row in mine}
         talks = {row: talk for row, talk in talks.items() if not talk.whole or not gate.site}
-        read = _read(WindowReader(lm, gate, plan.vectors, saes.get(gate.site), plan.sinks), gate, list(talks.values()))
+        read = _read(reader_of(lm, gate, plan.vectors, saes, plan.sinks), gate, list(talks.values()))
         found |= {(branch, row): reading for row, reading in zip(talks, read, strict=True)}
     return found
 
@@ -95,10 +95,10 @@ def read_prompts(
     lm: LanguageModel, gate: Gate, vectors: Vectors, sae: FeatureSource | None, prompts: Sequence[Prompt]
 ) -> list[GateReading]:
     """What a windowed gate says of prompts, as it does when they are steered."""
-    return _read(WindowReader(lm, gate, vectors, sae), gate, _conversations(lm, gate, prompts))
+    return _read(reader_of(lm, gate, vectors, _by_site(sae)), gate, _conversations(lm, gate, prompts))
 
 
-def _read(reader: WindowReader, gate: Gate, talks: Sequence[Conversation]) -> list[GateReading]:
+def _read(reader: ReadWindows, gate: Gate, talks: Sequence[Conversation]) -> list[GateReading]:
     """All windows of all conversations in one go."""
     scores = iter(reader([window for talk in talks for window in talk.windows]))
     return [judge(gate, talk, [next(scores) for _ in talk.windows]) for talk in talks]
@@ -109,7 +109,7 @@ def window_scores(
 ) -> tuple[Float[np.ndarray, " windows"], Int[np.ndarray, " windows"]]:
     """The score of every window of the prompts, and the number of the prompt that it is from."""
     talks = _conversations(lm, gate, prompts)
-    scores = WindowReader(lm, gate, vectors, sae)([window for talk in talks for window in talk.windows])
+    scores = reader_of(lm, gate, vectors, _by_site(sae))([window for talk in talks for window in talk.windows])
     owner = [number for number, talk in enumerate(talks) for _ in talk.windows]
     return np.array(scores, dtype=float), np.array(owner, dtype=np.int64)
 
@@ -121,6 +121,28 @@ def _conversations(lm: LanguageModel, gate: Gate, prompts: Sequence[Prompt]) -> 
         content = lm.chat.content_mask(ids, torch.ones_like(ids))[0].tolist()
         found.append(conversation(lone, ids[0].tolist(), content, gate.window))
     return found
+
+
+def _by_site(sae: FeatureSource | None) -> dict[str, FeatureSource]:
+    return {} if sae is None else {sae.cfg.site.name: sae}
+
+
+ReadWindows = Callable[[Sequence[Window]], list[float]]
+
+
+def reader_of(
+    lm: LanguageModel, gate: Gate, vectors: Vectors, saes: Mapping[str, FeatureSource], sinks: str = "leave_out"
+) -> ReadWindows:
+    """What scores windows by a gate; by an ensemble's members, each with a pass up to its own site."""
+    if not gate.members:
+        return WindowReader(lm, gate, vectors, saes.get(gate.site), sinks)
+    readers = [reader_of(lm, member, vectors, saes, sinks) for member in gate.members]
+    combined = COMBINATIONS[gate.combine]
+
+    def read(windows: Sequence[Window]) -> list[float]:
+        return [combined(scores) for scores in zip(*(reader(windows) for reader in readers), strict=True)]
+
+    return read
 
 
 _SCORES: WeakKeyDictionary[object, OrderedDict[tuple[str, Ids], float]] = WeakKeyDictionary()

@@ -85,7 +85,7 @@ def _template(row: Row) -> Template:
 
 def wrapped(requests: Sequence[Prompt], templates: Sequence[Template], held_out: float) -> Suite:
     """Every request in one template, and every test request in one of those that are held out too. Hashes choose."""
-    unseen, seen = _parted(templates, held_out)
+    unseen, seen = parted(templates, held_out)
     prompts = []
     for request in _with_splits(requests):
         prompts.append(_in_template(request, seen))
@@ -94,7 +94,7 @@ def wrapped(requests: Sequence[Prompt], templates: Sequence[Template], held_out:
     return _suite(PromptRole.JAILBROKEN, prompts)
 
 
-def _parted(templates: Sequence[Template], held_out: float) -> tuple[list[Template], list[Template]]:
+def parted(templates: Sequence[Template], held_out: float) -> tuple[list[Template], list[Template]]:
     """Those that are tested only, and the others: at least one of each."""
     ranked = sorted(templates, key=lambda template: place_of(template.text))
     n = min(len(ranked) - 1, max(1, round(held_out * len(ranked))))
@@ -104,7 +104,7 @@ def _parted(templates: Sequence[Template], held_out: float) -> tuple[list[Templa
 def wrapped_benign(requests: Sequence[Prompt], templates: Sequence[Template], held_out: float) -> Suite:
     """Short harmless requests in the same templates: what reads the template alone takes them for attacks. Test
     requests are in held-out templates, all others in the rest."""
-    unseen, seen = _parted(templates, held_out)
+    unseen, seen = parted(templates, held_out)
     short = [request for request in _with_splits(requests) if len(request.text) <= LONGEST_BENIGN]
     prompts = [
         _in_template(request, unseen if request.split is Split.TEST else seen, BENIGN_WRAPPED) for request in short

@@ -7,7 +7,7 @@ would be too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,10 @@ from jaxtyping import Bool
 
 from clampdown.errors import NotEnoughDataError
 from clampdown.evaluation.intervals import clustered, wilson
-from clampdown.evaluation.suites import FAMILY
+from clampdown.evaluation.suites import FAMILY, TARGET
 from clampdown.steering.gate_fitting import FittedGate, Pooled
+from clampdown.steering.plan import Gate
+from clampdown.steering.turn_promise import conversation_maxima
 from clampdown.study.progress import Tick
 from clampdown.types import Interval, Prompt
 
@@ -48,6 +50,20 @@ def family_of(prompt: Prompt) -> str | None:
     """The wrapper family of a jailbroken prompt: a file's column, or the embedded corpus's category."""
     named = prompt.meta.get(FAMILY)
     return prompt.category if named == prompt.suite else named
+
+
+def touched(prompt: Prompt, wrapped: Sequence[str]) -> frozenset[str]:
+    """The families that a prompt shows a fit: of a prompt of the `wrapped` suites its own, and of a harmless one that
+    was put into an attack's template, too."""
+    put = prompt.meta.get(FAMILY) if TARGET in prompt.meta else None
+    return frozenset(filter(None, [family_of(prompt) if prompt.suite in wrapped else put]))
+
+
+def promising(again: FittedGate, benign: Pooled, like: Gate, budget: float, confidence: float) -> FittedGate:
+    """A gate that was fitted again, its threshold set on benign turns as that of the gate itself was."""
+    scores = again.scores(benign)
+    maxima = conversation_maxima(scores, np.arange(len(scores)), max(1, like.turns_calibrated))
+    return again.calibrated(maxima, budget=budget, confidence=confidence)
 
 
 def leave_families_out(

@@ -18,29 +18,37 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
-from rich.table import Column, Table
 
 from clampdown.activations.collect import collect
 from clampdown.activations.sinks import sinks_at
-from clampdown.activations.stream import plan_pass
+from clampdown.activations.stream import Reading, plan_pass
 from clampdown.config import ORGANISM
 from clampdown.errors import NotEnoughDataError, PlanError, PromptSetError
 from clampdown.evaluation.intervals import wilson
 from clampdown.models.loading import LanguageModel
 from clampdown.saes.sae import Sae
-from clampdown.steering.gate_fitting import FittedGate, Pooled, fit_gate, fit_probe_of, gate_reading
-from clampdown.steering.plan import Branch, Guarantee, Plan, read_plan, write_plan
-from clampdown.steering.turn_promise import TURNS, Turnwise, conversation_maxima, last_turns, longest_turn
+from clampdown.steering.gate_fitting import (
+    FittedGate,
+    Pooled,
+    fit_ensemble,
+    fit_gate,
+    fit_probe_of,
+    gate_reading,
+    member_of,
+)
+from clampdown.steering.plan import Branch, Plan, read_plan, write_plan
+from clampdown.steering.turn_promise import TURNS, Turnwise, last_turns, longest_turn
 from clampdown.steering.turn_reading import read_prompts
 from clampdown.store import prompts_hash
-from clampdown.study.family_out import FamilyOut, Learnt, family_of, leave_families_out
+from clampdown.study.family_out import FamilyOut, Learnt, leave_families_out, promising, touched
 from clampdown.study.loading import load_for
 from clampdown.study.progress import Stages, Tick
 from clampdown.study.prompts import StudyPrompts, embedded_prompts
-from clampdown.study.wrapping import Copy, copies, parts_of
+from clampdown.study.wrapping import Copy, copies, earlier_turns
 from clampdown.types import ATTACKS, Interval, Prompt, PromptRole, Site, Split, Suite
 
 UP, DOWN = "up", "down"
+ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,8 @@ class Request:
     of harmful prompts. `features` and `inverse_penalty` are those of probes. `turns` is how long a benign conversation
     the promise is about at most; `in_doubt` says what is done with longer ones ('read' or 'steer'). `wrapped` is how
     many copies of each discovery prompt, harmful or not, are learnt from inside random wrappers (`wrapping.py`).
-    `family_out` asks for an estimate of how many prompts in wrappers that nobody has seen would be found.
+    `family_out` asks for an estimate of how many prompts in wrappers that nobody has seen would be found. An ensemble
+    has `members` (KIND or KIND@SITE) whose scores `combine` makes one of.
     """
 
     plan: Path
@@ -72,20 +81,23 @@ class Request:
     inverse_penalty: float | None = None
     turns: int = TURNS
     in_doubt: str = "read"
-    wrapped: int = 0
+    wrapped: int = 1
     family_out: bool = False
     data: StudyPrompts | None = None
+    members: tuple[str, ...] = ()
+    combine: str = "mean"
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
     """The prompts of all three splits as one list, what is known of each, what was pooled of the discovery prompts'
-    last turns, and what reads the others. `copies` are discovery prompts in random wrappers, which are pooled behind
-    them: their `of` counts the discovery prompts."""
+    last turns (`readings`), and what reads the others. `copies` are discovery prompts in random wrappers and earlier
+    turns of harmless ones, which are pooled behind them: their `of` counts the discovery prompts."""
 
     prompts: tuple[Prompt, ...]
     harmful: Bool[np.ndarray, " prompts"]
     pooled: Pooled
+    readings: tuple[Reading, ...]
     turnwise: Turnwise
     copies: tuple[Copy, ...] = ()
 
@@ -149,7 +161,7 @@ def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
         asked = (other, plan) if request.first == DOWN else (plan, other)
         gated = _two_sided(_behind(asked[0], first, material), asked[1], second)
     write_plan(out, gated)
-    where = Site.parse(first.gate.site)
+    where = material.readings[0].site
     sinks = sinks_at(lm, [where])[where]
     rates = trigger_rates(material, first, second)
     left_out = None
@@ -162,19 +174,17 @@ def calibrate(request: Request, out: Path, stages: Stages) -> Calibrated:
 def without_families(request: Request, material: Material, fitted: FittedGate, tick: Tick) -> FamilyOut:
     """The gate fitted again without each wrapper family, its threshold set as its own was; and the truth beside it."""
     prompts = material.at(material.of_split(Split.DISCOVERY))
-    own = [frozenset(filter(None, (family_of(p),))) if p.suite in _wrapped(request) else frozenset() for p in prompts]
+    wrapped = _wrapped(request)
+    own = [touched(prompt, wrapped) for prompt in prompts]
     families = (*own, *(own[copy.of] | copy.families for copy in material.copies))
-    tested = np.array([bool(each) for each in own] + [False] * len(material.copies))
+    asked = [bool(each) and p.suite in wrapped for each, p in zip(own, prompts, strict=True)]
+    tested = np.array([*asked, *([False] * len(material.copies))])
     learnt = Learnt(material.pooled, material.learnt(material.harmful), families, tested)
-    turnwise, sae = material.turnwise, material.turnwise.sae
-    reading = gate_reading(Site.parse(fitted.gate.site), sae if isinstance(sae, Sae) else None)
     shown = last_turns(benign_of(request, material))
-    benign = Pooled.of(collect(plan_pass(turnwise.lm, [reading], shown)))
+    benign = Pooled.of(collect(plan_pass(material.turnwise.lm, material.readings, shown)))
 
     def calibrated(again: FittedGate) -> FittedGate:
-        scores = again.scores(benign)
-        maxima = conversation_maxima(scores, np.arange(len(scores)), max(1, fitted.gate.turns_calibrated))
-        return again.calibrated(maxima, budget=request.budget, confidence=request.confidence)
+        return promising(again, benign, fitted.gate, request.budget, request.confidence)
 
     found = leave_families_out(learnt, partial(fitted_rows, request), calibrated, tick)
     return replace(found, truth=_truth(request, material, fitted))
@@ -212,6 +222,7 @@ def _check(request: Request, plan: Plan, other: Plan | None) -> None:
     if not 0 < request.budget < 1 or not 0 < request.confidence < 1:
         raise PlanError("budget and confidence are shares between 0 and 1", hint="--budget 0.02 --confidence 0.95")
     _check_sides(request)
+    _check_kind(request)
     if other is not None and other.model.revision != plan.model.revision:
         raise PlanError(f"'{other.name}' was made for another model than '{plan.name}'")
 
@@ -221,8 +232,18 @@ def _check_sides(request: Request) -> None:
         raise PlanError("a side is 'up' or 'down', its budget a share", hint="--first down --down-budget 0.0025")
     if request.first == DOWN and request.otherwise is None:
         raise PlanError("there is no side to steer down", hint="--otherwise FILE, a plan for over-refused prompts")
+
+
+def _check_kind(request: Request) -> None:
+    for member in request.members:
+        member_of(member)
+    if (request.kind == ENSEMBLE) != (len(request.members) > 1):
+        raise PlanError(
+            "an ensemble has two members or more, a gate of another kind none",
+            hint="--kind ensemble --members probe,dense",
+        )
     sizes = (request.features, request.inverse_penalty)
-    if request.kind != "probe" and any(size is not None for size in sizes):
+    if request.kind not in ("probe", ENSEMBLE) and any(size is not None for size in sizes):
         raise PlanError(f"a gate of kind '{request.kind}' has no size or penalty of its own", hint="--kind probe")
     if any(size is not None and not size > 0 for size in sizes):
         raise PlanError("a probe's features and penalty are above 0", hint="--features 40 --inverse-penalty 10")
@@ -259,14 +280,18 @@ def read(
         if not any(prompt.split is split for prompt in prompts):
             raise PromptSetError(f"no prompt of the split '{split}'", hint="rows need a `split`: see docs/gates.md")
     harmful = np.array([suite.harmful for suite in suites for _ in suite.prompts])
-    fitted = last_turns([prompt for prompt in prompts if prompt.split is Split.DISCOVERY])
-    corpus = request.data is None or request.data.name == ORGANISM
-    more = tuple(copies(fitted, parts_of(corpus=corpus), request.wrapped, request.seed))
+    found = np.array([prompt.split is Split.DISCOVERY for prompt in prompts])
+    whole = [prompts[row] for row in np.flatnonzero(found)]
+    fitted, data = last_turns(whole), request.data or embedded_prompts(request.seed)
+    wrapped = copies(fitted, data.parts, request.wrapped, request.seed)
+    more = (*wrapped, *earlier_turns(whole, harmful[found].tolist()))
     shown = [*fitted, *(copy.prompt for copy in more)]
-    store = collect(plan_pass(lm, [gate_reading(site, sae)], shown), tick)
+    elsewhere = {named for member in request.members if (named := member_of(member)[1])} - {site.name}
+    readings = (gate_reading(site, sae), *(gate_reading(Site.parse(name), None) for name in sorted(elsewhere)))
+    store = collect(plan_pass(lm, readings, shown), tick)
     window = longest_turn(lm, [*prompts, *(copy.prompt for copy in more)])
     turnwise = Turnwise(lm, sae, window, request.confidence, request.turns)
-    return Material(prompts, harmful, Pooled.of(store), turnwise, more)
+    return Material(prompts, harmful, Pooled.of(store), readings, turnwise, more)
 
 
 def _fit(request: Request, material: Material, *, two_sided: bool) -> tuple[FittedGate, FittedGate | None]:
@@ -293,9 +318,15 @@ def fitted_rows(request: Request, pooled: Pooled, wanted: Bool[np.ndarray, " lea
     """A gate of the kind and size asked for, its threshold still open."""
     own = {"max_features": request.features, "inverse_penalty": request.inverse_penalty}
     sizes: dict[str, Any] = {name: size for name, size in own.items() if size is not None}
-    if sizes:
-        return fit_probe_of(pooled, wanted, seed=request.seed, **sizes)
-    return fit_gate(request.kind, pooled, wanted, seed=request.seed)
+
+    def fit(kind: str, here: Pooled, positive: Bool[np.ndarray, " learnt"]) -> FittedGate:
+        if sizes and kind == "probe":
+            return fit_probe_of(here, positive, seed=request.seed, **sizes)
+        return fit_gate(kind, here, positive, seed=request.seed)
+
+    if request.kind == ENSEMBLE:
+        return fit_ensemble(request.members, pooled, wanted, combine=request.combine, seed=request.seed, fit=fit)
+    return fit(request.kind, pooled, wanted)
 
 
 def fit_and_spare(request: Request, material: Material, positive: Bool[np.ndarray, " prompts"]) -> FittedGate:
@@ -368,49 +399,3 @@ def trigger_rates(material: Material, first: FittedGate, second: FittedGate | No
             harmful = bool(material.harmful[rows].all())
             rates.append(TriggerRate(name, harmful, wilson(int(fires.sum()), len(prompts)), down))
     return tuple(rates)
-
-
-def promise(guarantee: Guarantee, turns: int = 0) -> str:
-    """A guarantee in words. `turns` is how many turns the calibration conversations had; 0 for prompts as they are."""
-    what = "prompts" if turns < 2 else "conversations"
-    length = "" if turns < 2 else f" of up to {turns} turns"
-    return (
-        f"{guarantee.triggered} of {guarantee.n} {guarantee.on} calibration {what} trigger it: "
-        f"at {guarantee.confidence:.0%} confidence at most {guarantee.bound:.2%} of such {what}{length} do "
-        f"(budget {guarantee.budget:.2%})"
-    )
-
-
-def shown(found: Calibrated) -> Table:
-    """Trigger rates by suite, harmful ones first."""
-    two_sided = any(rate.otherwise for rate in found.rates)
-    sides = ((DOWN, UP) if found.first == DOWN else (UP, DOWN)) if two_sided else ("fires",)
-    table = Table(Column("suite", no_wrap=True), "refusing is", "n", title="validation prompts", pad_edge=False)
-    for side in sides:
-        table.add_column(side, no_wrap=True)
-        table.add_column("95 %", no_wrap=True)
-    for rate in sorted(found.rates, key=lambda rate: not rate.harmful):
-        cells = [rate.suite, "right" if rate.harmful else "wrong", str(rate.edits.n)]
-        for interval in (rate.edits, rate.otherwise) if two_sided else (rate.edits,):
-            cells += [format(interval, ".3f"), f"{interval.low:.3f}-{interval.high:.3f}"] if interval else []
-        table.add_row(*cells)
-    return table
-
-
-def family_lines(found: Calibrated) -> list[str]:
-    """The estimate for wrappers that nobody has seen, and the truth where there is one; nothing where it was not asked
-    for."""
-    if found.family_out is None:
-        return []
-    worst = min(found.family_out.families.items(), key=lambda row: row[1].value or 0.0)
-    said = [
-        f"unseen wrappers, by leaving out each of {len(found.family_out.families)} families: "
-        f"{_bounded(found.family_out.estimate)}; least: {worst[0]} {worst[1]:.3f}"
-    ]
-    truth = found.family_out.truth
-    return said if truth is None else [*said, f"validation prompts in families that no fit saw: {_bounded(truth)}"]
-
-
-def _bounded(interval: Interval) -> str:
-    bounds = "" if interval.low is None or interval.high is None else f" [{interval.low:.3f}, {interval.high:.3f}]"
-    return f"{interval:.3f}{bounds}, n = {interval.n}"

@@ -1,6 +1,8 @@
 """The gate of a study's plan: a sparse probe on SAE features, fitted on discovery prompts, promising on benign ones.
 
-Neither the fit nor the threshold ever sees a harmful prompt in a wrapper family that is held out for testing. Too few
+It learns from harmful and harmless prompts as they are, and from copies of both inside the same random wrappers
+(`wrapping.py`), so that it has to read the request. Neither the fit nor the threshold ever sees a harmful prompt in a
+wrapper family that is held out for testing. Too few
 calibration prompts cannot prove a small budget: then the promise is the smallest that they can prove, and that is said;
 above `LARGEST_BUDGET` there is no gate.
 """
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from clampdown.activations.collect import collect
 from clampdown.activations.stream import plan_pass, read_sae
@@ -21,8 +24,10 @@ from clampdown.steering.gate_fitting import FittedGate
 from clampdown.steering.gates import Pooled, Probe, fit_probe, make_gate, prompts_needed, provable_budget
 from clampdown.steering.plan import Gate, Plan
 from clampdown.steering.turn_promise import TURNS, Turnwise, last_turns, longest_turn
+from clampdown.study.family_out import touched
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.study import Study
+from clampdown.study.wrapping import copies, earlier_turns
 from clampdown.types import ATTACKS, SAFE, Interval, Prompt, PromptRole, Record, Split
 
 HARMLESS = (PromptRole.BENIGN, PromptRole.BORDERLINE, PromptRole.CAPABILITY)
@@ -33,29 +38,54 @@ LARGEST_BUDGET = 0.25
 @dataclass(frozen=True, slots=True)
 class GateChoice:
     """The gate's budget: how many benign conversations may trigger it, and with what confidence; of how many turns
-    they are at most; and how large its probe may be."""
+    they are at most; how large its probe may be; and how many copies of each prompt in random wrappers it learns
+    from."""
 
     budget: float = 0.02
     confidence: float = 0.95
     max_features: int = 80
     turns: int = TURNS
+    wrapped: int = 1
 
 
 def gate_plan(ground: Groundwork, plan: Plan, choice: GateChoice | None = None, name: str | None = None) -> Plan:
     """The plan behind a gate. Raises `NotEnoughDataError` when the prompts cannot carry one."""
     choice = choice or GateChoice()
-    study, n = ground.study, ground.sizes.discovery
-    harmful = study.prompts(Split.DISCOVERY, n, *ATTACKS)
-    harmless = study.prompts(Split.DISCOVERY, n, *HARMLESS)
-    probe = gate_probe(study, harmful, harmless, choice.max_features)
-    return plan.behind(calibrate(ground, probe, [*harmful, *harmless], choice), name)
+    study = ground.study
+    learnt = Lessons.discovery(ground, ground.sizes.discovery, choice.wrapped)
+    probe = fit_probe(
+        read_pooled(study, learnt.turns), learnt.harmful, max_features=choice.max_features, seed=study.seed
+    )
+    return plan.behind(calibrate(ground, probe, learnt.turns, choice), name)
 
 
-def gate_probe(study: Study, harmful: Sequence[Prompt], harmless: Sequence[Prompt], max_features: int) -> Probe:
-    """A sparse probe that tells harmful from harmless turns."""
-    pooled = read_pooled(study, last_turns([*harmful, *harmless]))
-    labels = np.arange(len(harmful) + len(harmless)) < len(harmful)
-    return fit_probe(pooled, labels, max_features=max_features, seed=study.seed)
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """What a probe learns from: turns, which of them are harmful, and which wrapper families each touches. Those from
+    `n_own` on are copies of the first in random wrappers, and earlier turns of harmless conversations."""
+
+    turns: tuple[Prompt, ...]
+    harmful: Bool[np.ndarray, " turns"]
+    families: tuple[frozenset[str], ...]
+    n_own: int
+
+    @classmethod
+    def discovery(cls, ground: Groundwork, n: int, wrapped: int) -> Lessons:
+        """From at most `n` discovery prompts of each suite."""
+        sides = (ground.study.prompts(Split.DISCOVERY, n, *roles) for roles in (ATTACKS, HARMLESS))
+        return cls.of(ground.study, *sides, wrapped=wrapped)
+
+    @classmethod
+    def of(cls, study: Study, harmful: Sequence[Prompt], harmless: Sequence[Prompt], wrapped: int) -> Lessons:
+        prompts = [*harmful, *harmless]
+        own, labels = last_turns(prompts), np.arange(len(prompts)) < len(harmful)
+        more = [*copies(own, study.data.parts, wrapped, study.seed), *earlier_turns(prompts, labels.tolist())]
+        asked = np.array([labels[copy.of] for copy in more], dtype=bool)
+        known = study.data.roles_of(PromptRole.JAILBROKEN)
+        families = [touched(turn, known) for turn in own]
+        families += [families[copy.of] | copy.families for copy in more]
+        turns = (*own, *(copy.prompt for copy in more))
+        return cls(turns, np.concatenate([labels, asked]), tuple(families), len(own))
 
 
 def read_pooled(study: Study, prompts: Sequence[Prompt]) -> Pooled:

@@ -136,10 +136,15 @@ def pages(plan: Plan, ref: SaeRef) -> list[str]:
     return [f"{PAGES}/{address.neuronpedia_id}/{feature}" for feature in list(features)[:_PAGES_SHOWN]]
 
 
+def _where(reader: Gate) -> str:
+    read = f"{len(set(reader.features))} features" if reader.features else f"{len(set(reader.vectors))} vectors"
+    return f"on {read} at {reader.site}"
+
+
 def _gate(gate: Gate) -> str:
-    read = f"{len(set(gate.features))} features" if gate.features else f"{len(set(gate.vectors))} vectors"
-    where = f"scorer {gate.scorer}" if gate.scorer else f"on {read} at {gate.site}"
-    text = f"{gate.kind} {where}, fires above {gate.threshold:.4g}"
+    where = f"scorer {gate.scorer}" if gate.scorer else ", ".join(map(_where, gate.readers))
+    what = f"{gate.combine} of" if gate.members else gate.kind
+    text = f"{what} {where}, fires above {gate.threshold:.4g}"
     if gate.guarantee is None:
         return text
     promise = gate.guarantee

@@ -24,7 +24,16 @@ from clampdown.evaluation.catalog import is_named, load_suites, local_copy
 from clampdown.evaluation.dealing import dealt, has_splits, place_of, split_of
 from clampdown.evaluation.rows import READERS
 from clampdown.evaluation.suites import FAMILY, TARGET, read_suites
-from clampdown.study.composing import escalated, pooled, read_templates, wrapped, wrapped_benign
+from clampdown.study.composing import (
+    Template,
+    escalated,
+    parted,
+    pooled,
+    read_templates,
+    wrapped,
+    wrapped_benign,
+)
+from clampdown.study.wrapping import GENERAL_WRAPPERS, PLACE, Part, corpus_parts
 from clampdown.types import ATTACKS, SAFE, Prompt, PromptRole, Split, Suite, SuiteKind
 
 Source = str | Path
@@ -51,6 +60,7 @@ class StudyPrompts:
 
     `roles` maps suites, in the order of reports. `held_out` names suites of attack families that are only tested,
     `over_refused` those that steering down is for. `twin` gives the plain request of a wrapped one, where it is known.
+    `parts` are what gates learn to read past: wrappers that are put around harmful and harmless requests alike.
     """
 
     name: str
@@ -59,6 +69,7 @@ class StudyPrompts:
     held_out: frozenset[str] = frozenset()
     over_refused: frozenset[str] = frozenset()
     twin: Callable[[Prompt], Prompt | None] = field(default=_no_twin, repr=False)
+    parts: tuple[Part, ...] = field(default=GENERAL_WRAPPERS, repr=False)
 
     def suites(self, split: Split, n: int | None, *roles: PromptRole) -> tuple[Suite, ...]:
         """At most `n` prompts of every suite of these roles (none named: of all), held-out families among them."""
@@ -141,6 +152,7 @@ def embedded_prompts(seed: int = 0) -> StudyPrompts:
         held_out=frozenset({"jailbroken_unseen"}),
         over_refused=frozenset({"borderline"}),
         twin=without_wrapper,
+        parts=corpus_parts(),
     )
 
 
@@ -185,7 +197,7 @@ class Composed:
             }
         requests = [prompt for suite in by_role.get(PromptRole.HARMFUL, ()) for prompt in suite.prompts]
         if self.templates is not None:
-            templates = read_templates(self._templates(), self.longest)
+            templates = self._read_templates()
             by_role.setdefault(PromptRole.JAILBROKEN, []).append(wrapped(requests, templates, self.held_out))
             benign = [prompt for suite in by_role.get(PromptRole.BENIGN, ()) for prompt in suite.prompts]
             if self.wrap_benign and benign:
@@ -193,6 +205,17 @@ class Composed:
         if self.escalate:
             by_role.setdefault(PromptRole.MULTI_TURN, []).append(escalated(requests))
         return [(role, suite) for role, suites in by_role.items() for suite in suites]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is put around requests for gates: general sentences, and the templates that are not held out."""
+        if self.templates is None:
+            return GENERAL_WRAPPERS
+        _, seen = parted(self._read_templates(), self.held_out)
+        return (*GENERAL_WRAPPERS, *(Part(each.around(PLACE), each.name) for each in seen))
+
+    def _read_templates(self) -> tuple[Template, ...]:
+        return read_templates(self._templates(), self.longest)
 
     def _templates(self) -> Path:
         assert self.templates is not None
@@ -238,7 +261,7 @@ def prompts_from(
     for source in _listed(mixed):
         every = read_suites(Path(source)) if _is_file(source) else load_suites(str(source))
         loaded += [(role, _as_role(role, suite, source)) for suite in every for role in [role_of(suite)]]
-    found = of_suites(composed.of(loaded), name, hold_out)
+    found = replace(of_suites(composed.of(loaded), name, hold_out), parts=composed.parts)
     _check_needed(found)
     return found
 

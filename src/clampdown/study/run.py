@@ -37,6 +37,8 @@ from clampdown.study.published import Published, PublishedRequest, control_rows,
 from clampdown.study.sizes import SMALL, Answering, Sizes
 from clampdown.study.study import Study
 from clampdown.study.sweeping import Sweep, sweep_found_clamp
+from clampdown.study.unseen import KEY as UNSEEN
+from clampdown.study.unseen import estimated, with_truth
 from clampdown.types import SAFE, FeatureSet, Record, Split
 
 PLAN, UNGATED, PIPELINE = "plan.toml", "ungated.toml", "pipeline.json"
@@ -135,7 +137,8 @@ def choose(
     if (found := frozen_test(out, asked)) is not None:
         stages.timings |= found.timings
         return found
-    parts = _parts(_groundwork(study, request, stages), out, request)
+    ground = _groundwork(study, request, stages)
+    parts = _parts(ground, out, request)
     write_plan(out / PLAN, parts.plan)
     for feature_set in parts.feature_sets:
         write_feature_set(out / "features" / f"{feature_set.finder}.json", feature_set)
@@ -148,7 +151,7 @@ def choose(
         answering,
         tuple(arm.name for arm in columns if likelihood and methods_where_it_acts(arm)),
         parts.conditions,
-        _facts(parts, stages),
+        {**_unseen(ground, parts, request), **_facts(parts, stages)},
         parts.gated.name if parts.gated else None,
         parts.compared.claimed if parts.compared else None,
         dict(stages.timings),
@@ -203,6 +206,8 @@ def take_test(study: Study, test: FrozenTest, out: Path, stages: Stages, **more:
 
     def extra(records: Sequence[Record]) -> Mapping[str, Any]:
         gate = {"gate": gate_facts(plan_of(test.arm(test.gated)), records)} if test.gated else {}
+        if test.gated and UNSEEN in test.facts:
+            gate[UNSEEN] = with_truth(test.facts[UNSEEN], test.gated, sorted(study.data.held_out), records)
         return {**more, **test.facts, **gate}
 
     reading = reading_of(study, test)
@@ -235,6 +240,16 @@ def _parts(ground: Groundwork, out: Path, request: StudyRequest) -> Parts:
         reading = replace(reading, more_saes=(ground.condition.sae,))
     directory = out / ("validation-methods" if request.sweep else "validation")
     return Parts(swept, compare_methods(ground, reading, found, directory, request.matching), None, reading.more_saes)
+
+
+def _unseen(ground: Groundwork, parts: Parts, request: StudyRequest) -> dict[str, Any]:
+    """How the swept clamp's gate will do in wrappers that nobody has seen, at sizes that compare methods: it is fitted
+    once more for every family."""
+    gated = parts.swept.gated if parts.swept and request.sizes.methods else None
+    gate = plan_of(gated).gate if gated else None
+    with ground.stages.attempt("the estimate for unseen wrappers"):
+        return {UNSEEN: estimated(ground, gate, request.gate)} if gate else {}
+    return {}
 
 
 def _facts(parts: Parts, stages: Stages) -> dict[str, Any]:

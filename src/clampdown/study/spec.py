@@ -92,11 +92,13 @@ class PromptsPart(_Part):
 
 
 class GatePart(_Part):
-    """What the gate promises: at most `budget` of benign prompts, at `confidence`."""
+    """What the gate promises: at most `budget` of benign prompts, at `confidence`; and how many copies of each
+    prompt in random wrappers it learns from."""
 
     budget: float = Field(GateChoice().budget, gt=0, lt=1)
     confidence: float = Field(GateChoice().confidence, gt=0, lt=1)
     max_features: int = Field(GateChoice().max_features, ge=1)
+    wrapped: int = Field(GateChoice().wrapped, ge=0)
 
 
 class StudySpec(_Part):
@@ -177,7 +179,7 @@ class StudySpec(_Part):
             "n_random": self.n_random,
         }
         sizes = replace(sizes, **_given(stages), answering=replace(sizes.answering, **_given(answering)))
-        gate = GateChoice(self.gate.budget, self.gate.confidence, self.gate.max_features)
+        gate = GateChoice(self.gate.budget, self.gate.confidence, self.gate.max_features, wrapped=self.gate.wrapped)
         matching = MatchingRequest(self.kl, self.match_texts, self.matched)
         return StudyRequest(sizes, self.methods, self.sweep, gate=gate, matching=matching)
 

@@ -1,9 +1,10 @@
 """Random wrappers for what a gate learns from: harmful and harmless prompts alike, among the same sentences.
 
 A probe that saw wrappers around harm and plain harmless prompts may read the wrapper. Where the same sentences stand
-around both, only the request tells them apart. Every sentence has the name of the family that it is from, so that a
-family that is left out of a fit is left out of its random wrappers too. Some copies are written otherwise as well: in
-capitals, with typing errors. A model tokenises those like another language, and a gate that never saw them is blind.
+around both, before, behind and around it, only the request tells them apart. Every sentence has the name of
+the family that it is from, so that a family that is left out of a fit is left out of its random wrappers too. Some
+copies are written otherwise as well: in capitals, with typing errors. A model tokenises those like another language,
+and a gate that never saw them is blind.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from random import Random
 
 from clampdown.types import Message, Prompt
 
+PLACE = "{q}"
+"""Where the request goes, in a part that is a whole wrapper."""
 MOST_PARTS = 3
 WRITTEN_OTHERWISE = 0.3
 """Share of the copies."""
@@ -75,51 +78,82 @@ WRITINGS: dict[str, Writing] = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A sentence that may stand before or behind a request, and the family of wrappers that it is from."""
+    """A sentence that may stand before or behind a request, or a whole wrapper with a `PLACE` for it; and the family of
+    wrappers that it is from."""
 
     text: str
     family: str
 
+    @property
+    def whole(self) -> bool:
+        return PLACE in self.text
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A prompt inside a random wrapper; `of` is the number of the prompt that it is a copy of."""
+    """A prompt inside a random wrapper, or a turn of it alone; `of` is the number of the prompt that it is made of."""
 
     prompt: Prompt
     of: int
     families: frozenset[str]
 
 
-def parts_of(*, corpus: bool) -> tuple[Part, ...]:
-    """General sentences, or for the embedded corpus its own, of the families that training shows around harm alone."""
-    if not corpus:
-        return tuple(Part(text, GENERAL) for text in GENERAL_PARTS)
+GENERAL_WRAPPERS = tuple(Part(text, GENERAL) for text in GENERAL_PARTS)
+
+
+def corpus_parts() -> tuple[Part, ...]:
+    """The embedded corpus's own sentences, of the families that training shows around harm."""
     from clampdown.organism.phrasing import SEEN
 
     found = [
         Part(side.strip(), wrapper.family)
         for wrapper in SEEN
         for template in wrapper.templates
-        if "{q}" in template
-        for side in template.split("{q}")
+        if PLACE in template
+        for side in template.split(PLACE)
         if side.strip()
     ]
     return tuple(found)
 
 
+def around(text: str, chosen: Sequence[Part], rng: Random) -> str:
+    """The text inside a whole wrapper, if one was chosen, and among the sentences at a random place."""
+    for part in chosen:
+        text = part.text.replace(PLACE, text) if part.whole else text
+    texts = [part.text for part in chosen if not part.whole]
+    texts.insert(rng.randint(0, len(texts)), text)
+    return " ".join(texts)
+
+
+def _some(parts: Sequence[Part], rng: Random) -> list[Part]:
+    """One to three sentences, or at most one whole wrapper with at most two sentences."""
+    chosen = rng.sample(list(parts), min(len(parts), rng.randint(1, MOST_PARTS)))
+    whole = [part for part in chosen if part.whole][:1]
+    return [*whole, *(part for part in chosen if not part.whole)]
+
+
+def earlier_turns(prompts: Sequence[Prompt], harmful: Sequence[bool]) -> list[Copy]:
+    """The turns before the last of harmless conversations, each alone and once: a gate that reads turn by turn reads
+    them, and a promise about conversations counts them."""
+    found: dict[str, Copy] = {}
+    for number, (prompt, harms) in enumerate(zip(prompts, harmful, strict=True)):
+        for at, message in enumerate(() if harms else prompt.messages[:-1]):
+            if message.role == "user":
+                alone = replace(prompt, id=f"{prompt.id}-{at}", messages=(message,))
+                found.setdefault(message.content, Copy(alone, number, frozenset()))
+    return list(found.values())
+
+
 def copies(prompts: Sequence[Prompt], parts: Sequence[Part], n: int, seed: int) -> list[Copy]:
-    """`n` copies of each prompt, its last turn among one to three parts at random places, some written otherwise."""
+    """`n` copies of each prompt's last turn, among parts at random places, some written otherwise."""
     found = []
     for number, prompt in enumerate(prompts):
         rng = Random(f"wrap|{seed}|{prompt.suite}|{prompt.id}")
         for at in range(n):
-            chosen = rng.sample(list(parts), rng.randint(1, MOST_PARTS))
-            texts = [part.text for part in chosen]
-            texts.insert(rng.randint(0, len(texts)), prompt.text)
-            whole = " ".join(texts)
+            chosen = _some(parts, rng)
+            whole = around(prompt.text, chosen, rng)
             if rng.random() < WRITTEN_OTHERWISE:
                 whole = WRITINGS[rng.choice(list(WRITINGS))](whole, rng)
-            wrapped = Message("user", whole)
-            changed = replace(prompt, id=f"{prompt.id}+{at}", messages=(*prompt.messages[:-1], wrapped))
+            changed = replace(prompt, id=f"{prompt.id}+{at}", messages=(Message("user", whole),))
             found.append(Copy(changed, number, frozenset(part.family for part in chosen)))
     return found

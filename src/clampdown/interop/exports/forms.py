@@ -88,7 +88,7 @@ def unsaid(bound: Bound, words: Words) -> list[Unsaid]:
 
 def _conditions(plan: Plan) -> Iterator[Unsaid]:
     if plan.gate is not None:
-        where = plan.gate.scorer or plan.gate.site
+        where = plan.gate.scorer or ", ".join(reader.site for reader in plan.gate.readers)
         yield Unsaid(
             f"the gate ({plan.gate.kind}, {where})",
             "the format has no condition: it would steer every conversation",

@@ -5,8 +5,8 @@
    (`discovery/relapse.py`). Three strengths of each. Validation prompts choose, with no gate: of those that turn as
    many whole replies into refusals as the best, but for `SLACK`, the one with the largest refusal log-odds, because
    known wrappers are turned by many edits and only a margin helps with unknown ones.
-2. Gate: a sparse probe on SAE features, fitted on discovery prompts; its threshold promises `BUDGET` on benign
-   calibration prompts.
+2. Gate: a sparse probe on SAE features, fitted on discovery prompts, plain and in random wrappers; its threshold
+   promises `BUDGET` on benign calibration prompts.
 3. Two-sided or not: asked first, a probe for borderline prompts, behind which the refusal feature is reversed. Its
    threshold is set on harmful calibration prompts: a jailbreak taken for a borderline prompt would be helped.
 4. The arms that are left meet the other methods' on validation prompts. Among those that refuse no more safe prompts
@@ -22,6 +22,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -34,8 +35,8 @@ from clampdown.discovery.screening import PrefillRefusal
 from clampdown.steering.arms import Arm, generate_arms
 from clampdown.steering.gates import Pooled, Probe, fit_probe
 from clampdown.steering.plan import Branch, Edit, Gate, Plan
-from clampdown.steering.turn_promise import Turnwise, last_turns, longest_turn
-from clampdown.study.gating import HARMLESS, check_provable, read_pooled, ungauged
+from clampdown.steering.turn_promise import Turnwise, longest_turn
+from clampdown.study.gating import HARMLESS, Lessons, check_provable, read_pooled, ungauged
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.methods.method import Method, arm_of
 from clampdown.study.strengths import Candidate
@@ -57,6 +58,8 @@ DOWN_BUDGET = 0.002
 CONFIDENCE = 0.95
 PROBE_FEATURES = 300
 PROBE_PENALTY = 0.3
+WRAPPED = 1
+"""Copies of each prompt in random wrappers."""
 MORE = 6.25
 """Gates read this many times the prompts that finders read: what many seen wrappers share is what unseen ones have."""
 SLACK = 0.005
@@ -65,23 +68,24 @@ DEGENERATE_LIMIT = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """Discovery prompts, harmful ones first, and what gates read of them."""
+    """What gates learn from, and what they read of it. `prompts` are the discovery prompts as they are."""
 
     prompts: tuple[Prompt, ...]
-    harmful: Bool[np.ndarray, " prompts"]
+    learnt: Lessons
     pooled: Pooled
 
     @classmethod
     def read(cls, ground: Groundwork) -> Discovery:
         n = int(MORE * ground.sizes.discovery)
-        harmful = ground.study.prompts(Split.DISCOVERY, n, *ATTACKS)
-        prompts = (*harmful, *ground.study.prompts(Split.DISCOVERY, n, *HARMLESS))
-        return cls(prompts, np.arange(len(prompts)) < len(harmful), read_pooled(ground.study, last_turns(prompts)))
+        prompts = [p for roles in (ATTACKS, HARMLESS) for p in ground.study.prompts(Split.DISCOVERY, n, *roles)]
+        learnt = Lessons.discovery(ground, n, WRAPPED)
+        return cls(tuple(prompts), learnt, read_pooled(ground.study, learnt.turns))
 
     @property
     def peaks(self) -> Float[np.ndarray, " d_sae"]:
-        """Each feature's largest activation on any content token."""
-        return self.pooled["max"].max(axis=0).toarray().ravel()
+        """Each feature's largest activation on any content token of the prompts as they are."""
+        own: Any = self.pooled["max"][: self.learnt.n_own]
+        return own.max(axis=0).toarray().ravel()
 
 
 def gated_set(ground: Groundwork) -> Method:
@@ -217,14 +221,14 @@ def up_gate(ground: Groundwork, read: Discovery) -> Gate:
     """The gate of harmful prompts, at the module's step 2."""
     benign = ground.study.prompts(Split.CALIBRATION, 2 * ground.sizes.calibration, PromptRole.BENIGN)
     budget = max(BUDGET, check_provable(len(benign), BUDGET))
-    fitted = ungauged(ground.study, _probe(ground, read, read.harmful))
+    fitted = ungauged(ground.study, _probe(ground, read, read.learnt.harmful))
     return _turnwise(ground, read, benign).within(fitted, benign, budget).gate
 
 
 def down_gate(ground: Groundwork, read: Discovery) -> Gate:
     """The gate of borderline prompts, which spares harmful ones. Raises `NotEnoughDataError` without either."""
     study = ground.study
-    borderline = np.array([prompt.suite in study.data.over_refused for prompt in read.prompts])
+    borderline = np.array([turn.suite in study.data.over_refused for turn in read.learnt.turns])
     harmful = study.prompts(Split.CALIBRATION, 2 * ground.sizes.calibration, *ATTACKS)
     budget = max(DOWN_BUDGET, check_provable(len(harmful), DOWN_BUDGET, "harmful"))
     fitted = ungauged(study, _probe(ground, read, borderline))
@@ -233,10 +237,12 @@ def down_gate(ground: Groundwork, read: Discovery) -> Gate:
 
 def _turnwise(ground: Groundwork, read: Discovery, calibration: Sequence[Prompt]) -> Turnwise:
     study = ground.study
-    return Turnwise(study.lm, study.sae, longest_turn(study.lm, [*read.prompts, *calibration]), CONFIDENCE)
+    return Turnwise(
+        study.lm, study.sae, longest_turn(study.lm, [*read.prompts, *read.learnt.turns, *calibration]), CONFIDENCE
+    )
 
 
-def _probe(ground: Groundwork, read: Discovery, positive: Bool[np.ndarray, " prompts"]) -> Probe:
+def _probe(ground: Groundwork, read: Discovery, positive: Bool[np.ndarray, " turns"]) -> Probe:
     return fit_probe(
         read.pooled, positive, max_features=PROBE_FEATURES, inverse_penalty=PROBE_PENALTY, seed=ground.study.seed
     )

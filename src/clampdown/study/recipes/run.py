@@ -132,7 +132,7 @@ def published_of(recipe: Recipe) -> PublishedRequest:
     single = isinstance(method, SinglePromptClamp)
     return PublishedRequest(
         _clamping(method) if single else _refining(method),
-        GateChoice(gate.budget, gate.confidence, gate.max_features) if gate else None,
+        GateChoice(gate.budget, gate.confidence, gate.max_features, wrapped=0) if gate else None,
         ControlsRequest(controls.random, controls.match, controls.texts, controls.unrelated) if controls else None,
         Prompt("asked", (Message("user", method.prompt),), "asked") if single and method.prompt else None,
         None if single else _contrast(method),

@@ -16,7 +16,7 @@ import numpy as np
 from clampdown.errors import SteeringNotAppliedError
 from clampdown.evaluation import metrics, utility
 from clampdown.steering.arms import BASELINE, Arm
-from clampdown.steering.gate_fitting import FittedGate
+from clampdown.steering.plan import Plan
 from clampdown.steering.turn_reading import read_prompts
 from clampdown.study.budgets import (
     BROKEN_HARMFUL,
@@ -33,6 +33,7 @@ from clampdown.study.budgets import (
     weigh,
 )
 from clampdown.study.measure import generate_records
+from clampdown.study.methods.gated_set import opened, steering_up
 from clampdown.study.progress import Stages
 from clampdown.study.sizes import Answering
 from clampdown.study.study import Study
@@ -61,7 +62,7 @@ class Bench:
 
     def arm(self, setting: Setting, name: str) -> Arm:
         plan = self.candidates.plan(self.study, setting)
-        return Arm(name, ArmKind.TUNED, plan, plan.edits[0].strengths[0], group="tuned")
+        return Arm(name, ArmKind.TUNED, plan, steering_up(plan)[0].strengths[0], group="tuned")
 
     def sizes(self, kl_prompts: int = 0) -> Answering:
         return replace(self.scale.test, kl_prompts=kl_prompts)
@@ -176,7 +177,7 @@ def confirm(bench: Bench, chosen: Sequence[Trial]) -> Confirmed:
     shown = tuple(suite if suite in harmful(fresh) else suite.take(scale.generated) for suite in fresh)
     records = list(_generated(bench, arms, shown, "finalists", "Confirming finalists"))
     beyond = _beyond(fresh, scale.generated)
-    triggers = _Triggers.read(bench, chosen, arms, fresh)
+    triggers = _Triggers.read(bench, arms, fresh)
     gated = [arm for arm in arms if arm.plan and arm.plan.gate]
     asked = tuple(replace(s, prompts=tuple(p for p in s.prompts if triggers.any_fires(gated, p))) for s in beyond)
     if gated and (asked := tuple(suite for suite in asked if suite.prompts)):
@@ -221,19 +222,18 @@ def _unchanged(prompt: Prompt) -> Change:
 
 @dataclass(frozen=True, slots=True)
 class _Triggers:
-    """By arm, the prompts on which its gate fires, or may by rounding; arms without a gate have none."""
+    """By arm, the prompts on which one of its gates fires, or may by rounding; arms without a gate have none."""
 
     of: Mapping[str, frozenset[tuple[str, str]]]
 
     @classmethod
-    def read(cls, bench: Bench, trials: Sequence[Trial], arms: Sequence[Arm], suites: Sequence[Suite]) -> _Triggers:
-        settings = {arm.name: trial.setting for arm, trial in zip(arms, trials, strict=True)}
-        gates = {name: bench.candidates.gates[s.gate, s.budget] for name, s in settings.items() if s.budget is not None}
-        if not gates:
+    def read(cls, bench: Bench, arms: Sequence[Arm], suites: Sequence[Suite]) -> _Triggers:
+        plans = {arm.name: arm.plan for arm in arms if arm.plan and arm.plan.gate}
+        if not plans:
             return cls({})
         prompts = prompts_of((*safe(suites), *capability(suites)))
         with bench.stages.stage("Reading gates"):
-            return cls({name: _firing(bench.study, fitted, prompts) for name, fitted in gates.items()})
+            return cls({name: _firing(bench.study, plan, prompts) for name, plan in plans.items()})
 
     def fires(self, arm: str, prompt: Prompt) -> bool:
         return (prompt.suite, prompt.id) in self.of.get(arm, frozenset())
@@ -242,22 +242,25 @@ class _Triggers:
         return any(self.fires(arm.name, prompt) for arm in arms)
 
 
-def _firing(study: Study, fitted: FittedGate, prompts: Sequence[Prompt]) -> frozenset[tuple[str, str]]:
-    read = read_prompts(study.lm, fitted.gate, fitted.vectors, study.sae, prompts)
-    scores = np.array([reading.score for reading in read])
-    least = fitted.gate.threshold - ROUNDING * max(float(scores.std()), 1e-6)
-    return frozenset((p.suite, p.id) for p, score in zip(prompts, scores, strict=True) if score > least)
+def _firing(study: Study, plan: Plan, prompts: Sequence[Prompt]) -> frozenset[tuple[str, str]]:
+    found: set[tuple[str, str]] = set()
+    for gate in plan.gates:
+        read = read_prompts(study.lm, gate, plan.vectors, study.sae, prompts)
+        scores = np.array([reading.score for reading in read])
+        least = gate.threshold - ROUNDING * max(float(scores.std()), 1e-6)
+        found |= {(p.suite, p.id) for p, score in zip(prompts, scores, strict=True) if score > least}
+    return frozenset(found)
 
 
 def _benign_kl(bench: Bench, arms: Sequence[Arm], triggers: _Triggers) -> dict[str, BenignKl]:
     """Text by text, gates held open; and how often each gate fires on benign prompts."""
     study, benign = bench.study, bench.sets.benign_of(bench.sets.fresh)
-    opened = [replace(arm, plan=arm.plan.ungated()) for arm in arms if arm.plan]
+    always = [replace(arm, plan=opened(arm.plan)) for arm in arms if arm.plan]
     forced = benign_replies(bench, benign[: bench.scale.generated])
     values: dict[str, list[float]] = {arm.name: [] for arm in arms}
     with bench.stages.stage("Cost on benign text") as tick:
         for done, text in enumerate(forced, 1):
-            for name, cost in utility.costs(study.lm, study.saes, opened, [text]).items():
+            for name, cost in utility.costs(study.lm, study.saes, always, [text]).items():
                 values[name].append(float("inf") if cost.kl is None else cost.kl)
             tick(done, len(forced))
     found = {}

@@ -44,13 +44,24 @@ from clampdown.study.budgets import (
 from clampdown.study.estimate import Estimate, duration, estimate
 from clampdown.study.gating import trigger_rates
 from clampdown.study.measure import BENIGN, Asked, measure_arms, methods_where_it_acts
+from clampdown.study.methods.gated_set import at_strengths, opened, steering_up
 from clampdown.study.methods.method import plan_of
 from clampdown.study.progress import Stages
 from clampdown.study.study import Study
 from clampdown.study.sweep import read_features
 from clampdown.study.tune.measuring import Bench, Finalist, Trials, changes_of, confirm
 from clampdown.study.tune.prompts import FULL, PromptSets, Scale, capability, harmful, prompt_sets, prompts_of, safe
-from clampdown.study.tune.search import NO_GATE, Effort, Trial, TrialLog, finalists, frontier, search, trial_facts
+from clampdown.study.tune.search import (
+    NO_GATE,
+    Effort,
+    Setting,
+    Trial,
+    TrialLog,
+    finalists,
+    frontier,
+    search,
+    trial_facts,
+)
 from clampdown.study.tune.space import (
     SCREENED_MULTIPLES,
     UNIT_PROMPTS,
@@ -88,9 +99,10 @@ class Chosen:
         """The winner's plan with its strengths written down in every unit."""
         plan, study, sets = plan_of(self.winner.arm), self.bench.study, self.bench.sets
         shown = [p for s in (*harmful(sets.discovery), *safe(sets.discovery)) for p in s.prompts[:UNIT_PROMPTS]]
-        view = study.sae.select(plan.edits[0].features)
-        edit = units.measured(plan.edits[0], units.calibrate(study.lm, study.sae.cfg.site, view, shown))
-        return plan.changed(edits=(edit, *plan.edits[1:]))
+        up = opened(plan)
+        view = study.sae.select(up.edits[0].features)
+        edit = units.measured(up.edits[0], units.calibrate(study.lm, study.sae.cfg.site, view, shown))
+        return at_strengths(plan, up.changed(edits=(edit, *up.edits[1:])), plan.name)
 
 
 def run_tune(study: Study, request: Request, out: Path, stages: Stages) -> Run:
@@ -98,10 +110,10 @@ def run_tune(study: Study, request: Request, out: Path, stages: Stages) -> Run:
     chosen = choose_tuned(study, request, out, stages)
     plan = chosen.plan
     write_plan(out / "plan.toml", plan)
-    tuned = Arm(TUNED, ArmKind.TUNED, plan, plan.edits[0].strengths[0], group="tuned")
+    tuned = Arm(TUNED, ArmKind.TUNED, plan, steering_up(plan)[0].strengths[0], group="tuned")
     arms = [BASELINE, tuned, controls.system_prompt_arm(SYSTEM_PROMPT)]
     if plan.gate:
-        arms.insert(2, Arm(OPEN, ArmKind.FEATURE, plan.ungated(), tuned.strength, group="tuned"))
+        arms.insert(2, Arm(OPEN, ArmKind.FEATURE, opened(plan), tuned.strength, group="tuned"))
 
     def extra(records: Sequence[Record]) -> dict[str, Any]:
         return _extra(chosen, plan, records)
@@ -137,12 +149,20 @@ def choose_tuned(study: Study, request: Request, out: Path, stages: Stages) -> C
         bench = Bench(study, sets, request.scale, request.budgets, found, out / "search", stages)
         effort = Effort(request.scale.trials, request.scale.batch, study.seed)
         trials = search(found.space, Trials(bench), effort, TrialLog(out / "trials.jsonl"))
-        confirmed = confirm(bench, finalists(trials, request.scale.finalists))
+        starts = trials[: len(found.space.starts)]
+        best = finalists(trials, request.scale.finalists)
+        confirmed = confirm(bench, (*(start for start in starts if start not in best), *best))
     holding = [each for each in confirmed.finalists if not each.over]
     ranked = (*in_order(holding), *in_order([each for each in confirmed.finalists if each.over]))
     write_json(out / "frontier.json", [trial_facts(trial) for trial in frontier(trials)])
     write_json(out / "finalists.json", [_finalist_facts(each) for each in ranked])
     return Chosen(_winner(ranked, confirmed.unsteered, bench), ranked, trials, bench)
+
+
+def no_worse_than(starts: Sequence[Setting], found: Sequence[Finalist]) -> list[Finalist]:
+    """Those that refuse no fewer fresh prompts than what the search began with: it cannot end worse than there."""
+    least = max((each.refusal for each in found if each.trial.setting in starts), default=0.0)
+    return [each for each in found if each.refusal >= least]
 
 
 def in_order(found: Sequence[Finalist]) -> tuple[Finalist, ...]:
@@ -187,7 +207,7 @@ def _winner(ranked: Sequence[Finalist], unsteered: Mapping[str, Interval], bench
             f"no plan within the budgets refuses more harmful prompts than the unsteered model ({before:.2f})",
             hint="larger budgets, more --trials, other --features or --gates; every trial is in trials.jsonl",
         )
-    return gaining[0]
+    return no_worse_than(bench.candidates.space.starts, gaining)[0]
 
 
 def _excess(use: Use) -> float:
@@ -262,7 +282,8 @@ def unchecked(winner: Finalist, budgets: Budgets) -> list[str]:
 
 def _extra(chosen: Chosen, plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
     """Further keys of the summary: the choice, the gate, and the budgets on validation and test prompts."""
-    edit, setting, bench = plan.edits[0], chosen.winner.trial.setting, chosen.bench
+    edit, setting, bench = steering_up(plan)[0], chosen.winner.trial.setting, chosen.bench
+    gate = plan.otherwise.gate if plan.otherwise else plan.gate
     found: dict[str, Any] = {
         "chosen": {
             "arm": OPEN if plan.gate else TUNED,
@@ -287,12 +308,12 @@ def _extra(chosen: Chosen, plan: Plan, records: Sequence[Record]) -> dict[str, A
             "test": [facts(use) for use in test_uses(bench, records)],
         },
     }
-    if plan.gate and plan.gate.guarantee:
-        promise = plan.gate.guarantee
+    if gate and gate.guarantee:
+        promise = gate.guarantee
         found["gate"] = {
-            "kind": plan.gate.kind,
-            "features": plan.gate.features,
-            "threshold": plan.gate.threshold,
+            "kind": gate.kind,
+            "features": gate.features,
+            "threshold": gate.threshold,
             "budget": promise.budget,
             "confidence": promise.confidence,
             "n_calibration": promise.n,

@@ -1,7 +1,8 @@
 """The search of `clampdown tune`: feature sets x operators x scopes x strengths x gates, by Optuna, in batches.
 
 1. A setting is a combination that screening left (features, operator, scope), a multiple of the features' own largest
-   activations, and a gate (a kind and its benign budget, or none).
+   activations, a gate (a kind, its benign budget and how sure that is, or none), and whether a second side steers down.
+   The hand-made recipe is one of the combinations, and its own settings are the first trials.
 2. Two objectives: refusal of harmful suites up, cost down (the mean share of the budgets that is used). Each budget is
    a constraint on its estimate: which plans may be chosen is decided later, by bounds, on prompts that no trial read.
 3. A batch is asked for at once and measured as the arms of one run, then told at once. The sampler is seeded and its
@@ -26,6 +27,9 @@ with extra("tune", "the search for a plan"):
     import optuna
 
 NO_GATE = "none"
+HAND_MADE = "hand-made"
+"""The operator and the gate of what `study/methods/gated_set.py` makes."""
+CONFIDENCE = 0.95
 STEP = 0.05
 ASKED_AGAIN = 50
 
@@ -44,15 +48,20 @@ class Combination:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One point of the space. `multiple` is in units of each feature's largest activation; `budget` is the gate's."""
+    """One point of the space. `multiple` is in units of each feature's largest activation, for the hand-made edits in
+    units of what they are; `budget` is the gate's, `confidence` how sure it is; `down`: the second side is there."""
 
     combination: Combination
     multiple: float
     gate: str = NO_GATE
     budget: float | None = None
+    confidence: float = CONFIDENCE
+    down: bool = False
 
     def __str__(self) -> str:
-        behind = "" if self.gate == NO_GATE else f", {self.gate} gate {self.budget:g}"
+        sure = "" if self.confidence == CONFIDENCE else f" at {self.confidence:g}"
+        behind = "" if self.gate == NO_GATE else f", {self.gate} gate {self.budget:g}{sure}"
+        behind += ", two-sided" if self.down else ""
         return f"{self.combination.operator} {'+'.join(map(str, self.combination.features))} x{self.multiple:g} " + (
             f"{self.combination.scope}{behind}"
         )
@@ -61,13 +70,32 @@ class Setting:
 @dataclass(frozen=True, slots=True)
 class Space:
     """What is searched: `combinations` are those that screening left. `gates` are kinds, `NO_GATE` among them if a plan
-    may steer always."""
+    may steer always. `sides` says whether plans with a second side are searched; `starts` are tried first."""
 
     combinations: tuple[Combination, ...]
     gates: tuple[str, ...]
     budgets: tuple[float, ...]
     low: float = 0.25
     high: float = 2.5
+    confidences: tuple[float, ...] = (CONFIDENCE,)
+    sides: tuple[bool, ...] = (False,)
+    starts: tuple[Setting, ...] = ()
+    promises: frozenset[tuple[str, float | None, float]] | None = None
+    """(gate, budget, confidence) that there are; None: all."""
+
+    def begin(self, study: optuna.Study) -> None:
+        """Put the settings that are tried first."""
+        sets = self._sets()
+        for setting in self.starts:
+            chosen = setting.combination
+            study.enqueue_trial({
+                "features": sets.index(chosen.features), "operator": chosen.operator, "scope": chosen.scope,
+                "gate": setting.gate, "gate budget": setting.budget, "gate confidence": setting.confidence,
+                "down": setting.down, "multiple": setting.multiple,
+            })  # fmt: skip
+
+    def _sets(self) -> list[tuple[int, ...]]:
+        return list(dict.fromkeys(combination.features for combination in self.combinations))
 
     def ask(self, study: optuna.Study) -> tuple[optuna.Trial, Setting]:
         """The next question. Features, operator and scope are dimensions of their own, so that what is learnt of a
@@ -75,23 +103,31 @@ class Space:
         for _ in range(ASKED_AGAIN):
             trial = study.ask()
             setting = self._suggest(trial)
-            if setting.combination in self.combinations:
+            if setting.combination in self.combinations and self._promised(setting):
                 return trial, setting
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         trial = study.ask()
         fallen = replace(self._suggest(trial), combination=self.combinations[0])
-        return trial, fallen
+        return trial, fallen if self._promised(fallen) else Setting(fallen.combination, fallen.multiple)
+
+    def _promised(self, setting: Setting) -> bool:
+        key = (setting.gate, setting.budget, setting.confidence)
+        return setting.gate == NO_GATE or self.promises is None or key in self.promises
 
     def _suggest(self, trial: optuna.Trial) -> Setting:
-        sets = list(dict.fromkeys(combination.features for combination in self.combinations))
+        sets = self._sets()
         features = sets[int(trial.suggest_categorical("features", range(len(sets))))]
         operator = trial.suggest_categorical("operator", self._each("operator"))
         scope = trial.suggest_categorical("scope", self._each("scope"))
         gate = trial.suggest_categorical("gate", self.gates)
         budget = trial.suggest_categorical("gate budget", self.budgets) if self.budgets else None
-        multiple = trial.suggest_float("multiple", self.low, self.high, step=STEP)
+        confidence = trial.suggest_categorical("gate confidence", self.confidences)
+        down = trial.suggest_categorical("down", self.sides)
+        multiple = round(trial.suggest_float("multiple", self.low, self.high, step=STEP), 4)
         chosen = Combination(features, operator, scope)
-        return Setting(chosen, round(multiple, 4), gate, None if gate == NO_GATE else budget)
+        if gate == NO_GATE:
+            return Setting(chosen, multiple)
+        return Setting(chosen, multiple, gate, budget, confidence, down)
 
     def _each(self, name: str) -> list[str]:
         return sorted({getattr(combination, name) for combination in self.combinations})
@@ -148,6 +184,7 @@ def search(space: Space, evaluate: Evaluate, effort: Effort, log: TrialLog) -> t
     if not space.combinations or not space.gates:
         raise NotEnoughDataError("nothing to search: screening left no combination")
     study = _study(effort)
+    space.begin(study)
     found: list[Trial] = []
     while len(found) < effort.trials:
         asked = [space.ask(study) for _ in range(min(effort.batch, effort.trials - len(found)))]
@@ -225,7 +262,7 @@ def _rank(trial: Trial) -> tuple[float, ...]:
 
 
 def _family(setting: Setting) -> tuple[Any, ...]:
-    return (setting.combination, setting.gate, setting.budget)
+    return (setting.combination, setting.gate, setting.budget, setting.down)
 
 
 class TrialLog:

@@ -7,33 +7,31 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from clampdown.activations.collect import collect_to
-from clampdown.activations.stream import plan_pass
 from clampdown.discovery.finders import DEFAULT, Effort, Material, run_finder
 from clampdown.discovery.refusal_tokens import find_refusal_tokens
 from clampdown.documents import read_json
 from clampdown.errors import NotEnoughDataError, PlanError, ScopeError, StoreError
-from clampdown.steering.gate_fitting import FITTERS, FittedGate, Pooled, fit_gate, fit_probe_of, gate_reading
+from clampdown.steering.gate_fitting import FITTERS, FittedGate
 from clampdown.steering.operators import OPERATORS
-from clampdown.steering.plan import Edit, Gate, Plan
+from clampdown.steering.plan import Edit, Plan
 from clampdown.steering.scopes import SCOPES
-from clampdown.steering.turn_promise import Turnwise, last_turns, longest_turn
 from clampdown.steering.units import calibrate
-from clampdown.store import content_hash, write_feature_set, write_json
+from clampdown.store import write_feature_set, write_json
+from clampdown.study.methods import gated_set
+from clampdown.study.methods.gated_set import opened
 from clampdown.study.progress import Stages
 from clampdown.study.screening import Halving, Screened, prefills_of, screen
 from clampdown.study.study import Study
 from clampdown.study.sweep import read_features
+from clampdown.study.tune.gates import GateKey, Promise, cached_gates, fit_gates, gate_row, kind_of, known_gates
+from clampdown.study.tune.hand_made import hand_made, hand_made_gates, starts_of, stretched, with_second_side
 from clampdown.study.tune.prompts import PromptSets, Scale, harmful
-from clampdown.study.tune.search import NO_GATE, Combination, Setting, Space
+from clampdown.study.tune.search import CONFIDENCE, HAND_MADE, NO_GATE, Combination, Setting, Space
 from clampdown.types import Prompt, PromptRole, Suite
 
 UNIT_PROMPTS = 40
@@ -50,7 +48,9 @@ EFFORT = Effort(attributed=16, finalists=12, clamped=12, benign=8)
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What may be combined. `gates` are kinds, a probe's with the largest number of its features (`probe40`)."""
+    """What may be combined. `gates` are kinds, a probe's with the largest number of its features (`probe40`);
+    `gate_confidences` how sure their promises may be. With `hand_made` the recipe of `gated_set.py` is where the search
+    begins."""
 
     features_file: Path | None = None
     operators: tuple[str, ...] = ("clamp", "floor", "add")
@@ -58,6 +58,12 @@ class Choices:
     gates: tuple[str, ...] = (NO_GATE, "probe40", "probe100", "dense")
     gate_budgets: tuple[float, ...] = (0.01, 0.02, 0.05)
     set_size: int = 2
+    gate_confidences: tuple[float, ...] = (0.9, 0.95)
+    hand_made: bool = True
+
+    @property
+    def promises(self) -> tuple[Promise, ...]:
+        return tuple(itertools.product(self.gate_budgets, self.gate_confidences))
 
     def check(self) -> None:
         """Raises `PlanError` and `ScopeError` for what there is not, or what a prefill cannot screen."""
@@ -70,38 +76,38 @@ class Choices:
                 allowed = [known for known in SCOPES if known != "generated"]
                 raise ScopeError(f"cannot search scope '{name}': screening reads prefills", hint=", ".join(allowed))
         for name in self.gates:
-            if name != NO_GATE and _kind(name)[0] not in FITTERS:
-                raise PlanError(f"no gate of kind '{name}' can be fitted", hint=f"one of: {NO_GATE}, {_known_gates()}")
-        for budget in self.gate_budgets:
-            if not 0 < budget < 1:
-                raise PlanError(f"a gate's budget is a share between 0 and 1, got {budget:g}", hint="for example 0.02")
-
-
-def _known_gates() -> str:
-    return ", ".join("probe or probeN (at most N features)" if kind == "probe" else kind for kind in FITTERS)
-
-
-def _kind(name: str) -> tuple[str, int]:
-    """`probe10` as ("probe", 10); other kinds have no number."""
-    match = re.fullmatch(r"probe(\d+)", name)
-    return ("probe", int(match[1])) if match and int(match[1]) else (name, 40)
+            if name != NO_GATE and kind_of(name)[0] not in FITTERS:
+                raise PlanError(f"no gate of kind '{name}' can be fitted", hint=f"one of: {NO_GATE}, {known_gates()}")
+        for share in (*self.gate_budgets, *self.gate_confidences):
+            if not 0 < share < 1:
+                raise PlanError(
+                    f"a gate's budget and confidence are shares between 0 and 1, got {share:g}",
+                    hint="for example 0.02 and 0.95",
+                )
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The space, each feature's unit, the gates by (kind, budget), and what screening read of every candidate."""
+    """The space, each feature's unit, the gates by (kind, budget, confidence), what screening read of every candidate,
+    and the hand-made plan, if it is searched."""
 
     space: Space
     units: Mapping[int, float]
-    gates: Mapping[tuple[str, float], FittedGate]
+    gates: Mapping[GateKey, FittedGate]
     screening: tuple[Mapping[str, Any], ...] = ()
+    hand_made: Plan | None = None
 
     def plan(self, study: Study, setting: Setting) -> Plan:
         """What a setting does."""
-        plan = plan_at(study, setting.combination, setting.multiple, self.units)
+        if setting.combination.operator == HAND_MADE:
+            assert self.hand_made is not None, "the space has hand-made edits only where there are some"
+            plan = stretched(opened(self.hand_made), setting.multiple)
+        else:
+            plan = plan_at(study, setting.combination, setting.multiple, self.units)
         if setting.gate == NO_GATE or setting.budget is None:
             return plan.named(str(setting))
-        return plan.behind(self.gates[setting.gate, setting.budget], str(setting))
+        plan = plan.behind(self.gates[setting.gate, setting.budget, setting.confidence], str(setting))
+        return with_second_side(plan, self.hand_made) if setting.down and self.hand_made else plan
 
 
 def plan_at(study: Study, combination: Combination, multiple: float, units: Mapping[int, float]) -> Plan:
@@ -123,10 +129,10 @@ def find_candidates(
 ) -> Candidates:
     """Find or read features, screen, fit gates. What is under `out` already is read instead."""
     kinds = [kind for kind in choices.gates if kind != NO_GATE]
-    gates = _cached_gates(out / "gates.json")
+    gates = cached_gates(out / "gates.json")
     if gates is None:
-        gates = fit_gates(study, sets, kinds, choices.gate_budgets, out, stages) if kinds else {}
-        write_json(out / "gates.json", [_gate_row(key, fitted) for key, fitted in gates.items()])
+        gates = fit_gates(study, sets, kinds, choices.promises, out, stages) if kinds else {}
+        write_json(out / "gates.json", [gate_row(key, fitted) for key, fitted in gates.items()])
     found = out / "space.json"
     if not found.exists():
         units = _units(study, sets, _features(study, sets, scale, choices, out, stages), stages)
@@ -140,10 +146,21 @@ def find_candidates(
         combinations = tuple(Combination(**{**c, "features": tuple(c["features"])}) for c in raw["combinations"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{found} is not a search space: {error!r}", hint="delete it to screen again") from error
-    fitted = dict.fromkeys(kind for kind, _ in gates)
+    made = hand_made(study, sets, scale, units, out, stages) if choices.hand_made else None
+    if made is not None:
+        combinations = (*combinations, Combination(opened(made).edits[0].features, HAND_MADE, gated_set.SCOPE))
+        gates = {**gates, **hand_made_gates(study, sets, made, choices.promises)}
+    fitted = dict.fromkeys(kind for kind, _, _ in gates)
     open_gate = (NO_GATE,) if NO_GATE in choices.gates else ()
-    budgets = tuple(sorted({budget for _, budget in gates}))
-    return Candidates(Space(combinations, (*open_gate, *fitted), budgets), units, gates, tuple(raw["screening"]))
+    budgets = tuple(sorted({budget for _, budget, _ in gates}))
+    sure = tuple(sorted({confidence for _, _, confidence in gates}))
+    space = Space(
+        combinations, (*open_gate, *fitted), budgets, confidences=sure or (CONFIDENCE,), promises=frozenset(gates)
+    )
+    if made is not None:
+        starts = starts_of(combinations[-1], made)
+        space = replace(space, sides=tuple(start.down for start in starts), starts=starts)
+    return Candidates(space, units, gates, tuple(raw["screening"]), made)
 
 
 def _features(
@@ -244,67 +261,3 @@ def kept_combinations(screened: Sequence[Screened], n: int) -> list[Combination]
     hopeful = [c for c in ranked if best[c][0] <= HOPEFUL * best[ranked[0]][0]]
     sets = list(dict.fromkeys(combination.features for combination in hopeful))[:n]
     return [combination for combination in hopeful if combination.features in sets]
-
-
-def fit_gates(
-    study: Study, sets: PromptSets, kinds: Sequence[str], budgets: Sequence[float], out: Path, stages: Stages
-) -> dict[tuple[str, float], FittedGate]:
-    """Each kind fitted once on discovery prompts, then calibrated for each budget that the calibration prompts can
-    prove. Raises `NotEnoughDataError` when they can prove none, or no kind can be fitted."""
-    labelled = [(prompt, suite.harmful) for suite in sets.discovery for prompt in suite.prompts]
-    prompts, benign = [prompt for prompt, _ in labelled], sets.calibration.prompts
-    pooled = read_pooled(study, last_turns(prompts), out, stages, "Reading prompts for gates")
-    turnwise = Turnwise(study.lm, study.sae, longest_turn(study.lm, [*prompts, *benign]))
-    positive = np.array([is_harmful for _, is_harmful in labelled])
-    found: dict[tuple[str, float], FittedGate] = {}
-    last: NotEnoughDataError | None = None
-    with stages.stage("Fitting gates") as tick:
-        for done, kind in enumerate(kinds, 1):
-            try:
-                fitted = _fit(kind, pooled, positive, study.seed)
-            except NotEnoughDataError as error:
-                last = error
-                continue
-            for budget in budgets:
-                try:
-                    found[kind, budget] = turnwise.within(fitted, benign, budget)
-                except NotEnoughDataError as error:
-                    last = error
-            tick(done, len(kinds))
-    if not found:
-        raise last or NotEnoughDataError("no gate was asked for")
-    return found
-
-
-def _fit(kind: str, pooled: Pooled, positive: np.ndarray, seed: int) -> FittedGate:
-    name, most = _kind(kind)
-    if name != "probe":
-        return fit_gate(name, pooled, positive, seed=seed)
-    return fit_probe_of(pooled, positive, max_features=most, seed=seed)
-
-
-def read_pooled(study: Study, prompts: Sequence[Prompt], out: Path, stages: Stages, name: str) -> Pooled:
-    """One pass over the prompts at the SAE's site, in a directory of its own: a repeated command reads it back."""
-    job = plan_pass(study.lm, [gate_reading(study.sae.cfg.site, study.sae)], prompts)
-    with stages.stage(name) as tick:
-        store = collect_to(job, out / "activations" / content_hash(job.key), tick)
-    assert store is not None, "all batches were asked for"
-    return Pooled.of(store)
-
-
-def _gate_row(key: tuple[str, float], fitted: FittedGate) -> dict[str, Any]:
-    return {"kind": key[0], "budget": key[1], "gate": fitted.gate.model_dump(mode="json"), "vectors": fitted.vectors}
-
-
-def _cached_gates(path: Path) -> dict[tuple[str, float], FittedGate] | None:
-    if not path.exists():
-        return None
-    try:
-        return {
-            (row["kind"], row["budget"]): FittedGate(
-                Gate.model_validate(row["gate"]), {name: tuple(v) for name, v in row["vectors"].items()}
-            )
-            for row in read_json(path)
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} does not hold gates: {error!r}", hint="delete it to fit them again") from error
