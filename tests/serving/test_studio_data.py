@@ -39,7 +39,7 @@ from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Branch, read_plan, write_plan
 from clampdown.store import write_json
 from clampdown.study.frontier import write_plans
-from clampdown.study.gate import promise as in_words
+from clampdown.study.gate_table import promise as in_words
 from clampdown.types import ArmKind, Interval, Message, Prompt, Provenance, Receipt, Split
 
 GATED = read_plan(PLANS_DIR / "clamp-352-gated.toml")
