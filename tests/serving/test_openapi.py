@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
 
 from clampdown.commands.serve import Options
@@ -28,6 +27,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 def test_no_request_makes_the_server_fail(live: Live) -> None:
     """Bodies, paths and headers from the document, by schemathesis' strategies; some of them reach the model."""
+    import schemathesis
+
     statuses: list[int] = []
     for operation in schemathesis.openapi.from_url(f"{live.url}/openapi.json").get_all_operations():
         statuses += answered(operation.ok())

@@ -263,13 +263,13 @@ def suites_of(request: Request, model: str) -> tuple[Suite, ...]:
     split = split_to_measure(request.split)
     if request.data is not None and not request.suites:
         return tuple(suite for suite in request.data.suites(split, request.limit) if suite.prompts)
-    embedded = {suite.name: suite for suite in embedded_prompts(request.seed).suites(split, request.limit)}
+    embedded = embedded_prompts(request.seed)
     found: list[Suite] = []
     for spec in request.suites or _default_suites(model):
         if spec == ORGANISM:
-            found += [suite for suite in embedded.values() if suite.prompts]
-        elif spec in embedded:
-            found.append(embedded[spec])
+            found += [suite for suite in embedded.suites(split, request.limit) if suite.prompts]
+        elif spec in embedded.roles:
+            found.append(embedded.draw(spec, split, request.limit))
         else:
             found += [suite.take(request.limit) for suite in load_suites(spec)]
     names = [suite.name for suite in found]

@@ -17,7 +17,7 @@ from clampdown.errors import FeatureIndexError, FeatureSetError, FeatureSetMisma
 from clampdown.evaluation.suites import read_suites
 from clampdown.featuresets import Agreement, check_made_for, check_same_sae, merge
 from clampdown.saes.checkpoints import load_sae
-from clampdown.saes.sae import Sae
+from clampdown.saes.sae import Sae, check_features
 from clampdown.store import read_feature_set
 from clampdown.study.card import make_card
 from clampdown.study.progress import Stages
@@ -119,6 +119,7 @@ def show(which: str, model: str, sae: str, request: ShowRequest, stages: Stages)
         return read_card(Path(which))
     with stages.stage("Loading"):
         lm, loaded = load_pair(model, sae)
+    check_features([int(which)], loaded.cfg.d_sae)  # before prompts are drawn
     sets = _sets_about(loaded, request)
     prompts = prompts_of(request)
     with stages.stage("Reading prompts") as tick:

@@ -13,7 +13,7 @@ from clampdown.evaluation.suites import read_suites
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.saes.catalog import PAGES, find_release
 from clampdown.saes.checkpoints import open_sae
-from clampdown.saes.sae import FeatureSource, check_fits
+from clampdown.saes.sae import FeatureSource, check_features, check_fits
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.plan import Edit, Gate, Plan, SaeRef, read_plan, write_plan
 from clampdown.steering.program import check_plan
@@ -44,6 +44,7 @@ def make_plan(model: str, sae: str, request: Request, prompts: Path | None, out:
     opened = open_sae(sae, device=str(lm.device), site=Site.parse(site) if site else None)
     check_fits(opened, lm.d_model, lm.n_layers)
     warn_unless_fitting(lm, opened)
+    check_features(request.features, opened.cfg.d_sae)  # before prompts are read
     plan = plan_of(lm, opened, request, calibration_prompts(model, prompts))
     check_plan(plan, lm, {opened.cfg.site.name: opened})
     write_plan(out, plan)
@@ -90,9 +91,9 @@ def calibration_prompts(model: str, path: Path | None) -> tuple[Prompt, ...]:
         return tuple(prompt for suite in read_suites(path, harmful=False) for prompt in suite.prompts)
     if model != ORGANISM:
         return ()
-    from clampdown.organism.suites import suites
+    from clampdown.organism.suites import one_suite
 
-    chosen = [s for s in suites(Split.DISCOVERY, CALIBRATION_PROMPTS) if s.name in CALIBRATION_SUITES]
+    chosen = [one_suite(name, Split.DISCOVERY, CALIBRATION_PROMPTS) for name in CALIBRATION_SUITES]
     return tuple(prompt for suite in chosen for prompt in suite.prompts)
 
 
