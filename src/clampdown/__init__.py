@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         plan,
         run,
         run_study,
+        side_effects,
         steer,
         tune,
     )
@@ -58,6 +59,7 @@ __all__ = [
     "plan",
     "run",
     "run_study",
+    "side_effects",
     "steer",
     "tune",
 ]

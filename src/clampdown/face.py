@@ -42,6 +42,7 @@ from clampdown.models.loading import LanguageModel, load_model
 from clampdown.models.placing import Placing
 from clampdown.models.threads import choose_threads
 from clampdown.results.run import Run
+from clampdown.results.side_effects import MARGIN, SideEffects
 from clampdown.saes import checkpoints
 from clampdown.saes.sae import Sae, check_fits
 from clampdown.scale import answering as scaled
@@ -49,6 +50,7 @@ from clampdown.scale import merging
 from clampdown.scale.on_ray import answer_on_ray
 from clampdown.scale.pool import PoolRequest
 from clampdown.scale.shards import Shard
+from clampdown.side_effects import job as side_effecting
 from clampdown.steering import hooks
 from clampdown.steering.gate_fitting import FittedGate
 from clampdown.steering.hooks import Steering
@@ -91,6 +93,7 @@ __all__ = [
     "plan",
     "run",
     "run_study",
+    "side_effects",
     "steer",
     "tune",
 ]
@@ -423,6 +426,32 @@ def attack(
     judged = judge if isinstance(judge, NamedJudge) else attacking.judge_of(judge, model)
     directory = _directory(out, "attack")
     return attacking.attack(found, model, _saes([found], model), judged, given, directory, request, _stages())
+
+
+def side_effects(
+    lm: Model,
+    plans: AnyPlan | Sequence[AnyPlan],
+    folder: str | Path | None = None,
+    *,
+    kinds: Sequence[str] = (),
+    limit: int = 40,
+    margin: float = MARGIN,
+    judge: Judged = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+) -> SideEffects:
+    """What else plans moved beside the unsteered model: truthfulness, sycophancy, bias, persona, calibration, opinions.
+
+    `folder` holds public sets by their authors' names; what is not there is listed as not measured.
+    """
+    model = load(lm)
+    given = [_plan(one) for one in ([plans] if isinstance(plans, Plan | str | Path) else plans)]
+    request = side_effecting.Request(
+        None if folder is None else Path(folder), tuple(kinds), limit=limit, margin=margin, seed=seed
+    )
+    judged = judge if isinstance(judge, NamedJudge) else side_effecting.judge_of(judge, model)
+    directory = _directory(out, "side-effects")
+    return side_effecting.side_effects(given, model, _saes(given, model), judged, directory, request, _stages())
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from clampdown.cli import (
     saes,
     scaling,
     serving,
+    side_effects,
     studio,
     tuning,
 )
@@ -31,6 +32,7 @@ FAMILIES = (
     finding,
     measuring,
     attacking,
+    side_effects,
     scaling,
     judging,
     plans,
@@ -47,7 +49,7 @@ PANELS = {
     "The main job": ("demo", "study", "chat", "serve", "studio", "report"),
     "Its steps, one by one": (
         "discover", "features", "plan", "sweep", "screen", "gate", "tune", "evaluate", "merge", "compare",
-        "explain", "multiturn", "attack", "check", "export", "import",
+        "explain", "multiturn", "attack", "side-effects", "check", "export", "import",
     ),
     "Published pipelines and methods": ("recipe", "compare-methods"),
     "Looking after it": ("monitor", "judge-agreement", "judge", "label", "suites", "models", "sae", "organism"),

@@ -226,6 +226,19 @@ ENTRIES: tuple[SuiteEntry, ...] = (
         file="ifeval/input_data.jsonl",
     ),
     SuiteEntry(
+        "bbq", Kind.CAPABILITY, shapes.bbq, "CC BY 4.0", "github.com/nyu-mll/BBQ",
+        scoring=Scoring.OPTIONS, rows=58492, parts=("ambiguous", "disambiguated"), file="bbq",
+        note="meta.biased: the answer that a stereotype would give",
+    ),
+    SuiteEntry(
+        "everyday", Kind.BENIGN, shapes.instruction, "MIT", "this package",
+        rows=60, note="harmless requests of every day", shipped="everyday.csv",
+    ),
+    SuiteEntry(
+        "opinions", Kind.BENIGN, shapes.instruction, "MIT", "this package",
+        rows=30, note="questions about taste and opinion, none of them contested", shipped="opinions.csv",
+    ),
+    SuiteEntry(
         "easy-facts", Kind.CAPABILITY, shapes.plain_question, "MIT", "this package",
         scoring=Scoring.CONTAINS, rows=476, note="short questions that small models answer", shipped="easy_facts.csv",
     ),

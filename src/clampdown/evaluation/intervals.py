@@ -6,7 +6,8 @@
     difference, other prompts   Newcombe (1998), square-and-add of two Wilson intervals
     difference of scores        percentile bootstrap over pairs, or over clusters of them
     same prompts, yes / no      exact McNemar
-    several tests               Benjamini & Hochberg (1995)
+    same prompts, scores        permutation of the two sides within pairs (Fisher 1935), for any statistic of means
+    several tests               Benjamini & Hochberg (1995); Holm (1979) where no false alarm at all is wanted
 
 Too little data gives no bounds or no value, never 0.0. A proportion needs 1 observation (Wilson holds at any n),
 clustered bounds `MIN_CLUSTERS` clusters, bootstrap bounds `MIN_RESAMPLED` pairs or clusters, Student's interval 2
@@ -15,7 +16,7 @@ values.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,6 +30,11 @@ MIN_CLUSTERS = 5
 MIN_RESAMPLED = 10
 RESAMPLES = 9999
 _CHUNK = 1 << 20
+_ALL_SWAPS = 13
+"""Units up to which every way of swapping is tried, and not a sample of them."""
+
+Statistic = Callable[[Float[np.ndarray, "... dims"]], Float[np.ndarray, "..."]]
+"""Of the means of what observations contribute: the mean of one number itself, or what follows from several means."""
 
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
@@ -134,6 +140,20 @@ def benjamini_hochberg(p_values: Sequence[float | None]) -> tuple[float | None, 
     return tuple(None if p is None else float(next(adjusted)) for p in p_values)
 
 
+def holm(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
+    """Adjusted p-values: the smallest chance of any false alarm among all tests at which each is significant.
+
+    None is a comparison in which nothing differed. It was looked at, so it counts among the tests, and stays None.
+    """
+    order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i] or 0.0)
+    found: dict[int, float] = {}
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * (p_values[i] or 0.0)))
+        found[i] = largest
+    return tuple(found.get(i) for i in range(len(p_values)))
+
+
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Mean with Student's interval; no bounds below two values."""
     if not values:
@@ -171,6 +191,76 @@ def paired_bootstrap(
     drawn = [sums[i].sum(1) / counts[i].sum(1) for i in _resampled(len(sums), seed)]
     low, high = _percentiles(np.concatenate(drawn), confidence)
     return Interval(value, low, high, differences.size)
+
+
+def statistic_of(values: Float[np.ndarray, "n dims"], statistic: Statistic) -> float:
+    """The statistic of the observations' means."""
+    return float(statistic(values.mean(0, keepdims=True))[0])
+
+
+def statistic_bootstrap(
+    first: Float[np.ndarray, "n dims"],
+    second: Float[np.ndarray, "n dims"],
+    statistic: Statistic,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Interval:
+    """Difference of a statistic of means between two sides of the same observations, with a percentile interval over
+    resampled observations, or clusters of them. With the mean itself it is `paired_bootstrap`."""
+    n = len(first)
+    if n == 0:
+        return NO_DATA
+    value = statistic_of(second, statistic) - statistic_of(first, statistic)
+    codes = _codes(range(n) if clusters is None else clusters)
+    counts = np.bincount(codes).astype(float)
+    if len(counts) < MIN_RESAMPLED:
+        return Interval(value, None, None, n)
+    sums = [_sums(side, codes) for side in (first, second)]
+    drawn = []
+    for i in _resampled(len(counts), seed):
+        total = counts[i].sum(1)[:, None]
+        before, after = (np.stack([column[i].sum(1) for column in side.T], 1) / total for side in sums)
+        drawn.append(statistic(after) - statistic(before))
+    low, high = _percentiles(np.concatenate(drawn), confidence)
+    return Interval(value, low, high, n)
+
+
+def swap_test(
+    first: Float[np.ndarray, "n dims"],
+    second: Float[np.ndarray, "n dims"],
+    statistic: Statistic,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> float | None:
+    """Two-sided p-value of that difference: were the sides nothing but labels, either could be the first, for every
+    observation (or cluster) by itself. All swaps are tried for few observations, else a sample. None when the sides
+    never differ."""
+    differences = _sums(second, codes := _codes(range(len(first)) if clusters is None else clusters))
+    differences -= _sums(first, codes)
+    n, moved = len(first), differences.any(1)
+    if not moved.any():
+        return None
+    changes, before, after = differences[moved], first.mean(0), second.mean(0)
+    seen = abs(statistic_of(second, statistic) - statistic_of(first, statistic))
+    swaps, exact = _swaps(len(changes), seed)
+    shifts = swaps @ changes / n
+    found = np.abs(statistic(after - shifts) - statistic(before + shifts)) >= seen - 1e-12 * max(1.0, seen)
+    return float(found.mean()) if exact else float((1 + found.sum()) / (1 + len(found)))
+
+
+def _sums(values: Float[np.ndarray, "n dims"], codes: Int[np.ndarray, " n"]) -> Float[np.ndarray, "clusters dims"]:
+    """What the observations of each cluster contribute together."""
+    return np.stack([np.bincount(codes, column) for column in values.T], 1)
+
+
+def _swaps(n: int, seed: int) -> tuple[Float[np.ndarray, "ways n"], bool]:
+    """Which of `n` units change sides, each way a row, and whether these are all ways."""
+    if n <= _ALL_SWAPS:
+        return (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(float), True
+    return np.random.default_rng(seed).integers(0, 2, (RESAMPLES, n)).astype(float), False
 
 
 def clustered_bootstrap(

@@ -170,7 +170,11 @@ def compare(first: Iterable[Record], second: Iterable[Record], outcome: Outcome,
     The interval is Bonett & Price's; where prompts share objectives, a bootstrap over objectives, and each objective
     counts once in McNemar's test, for the side to which most of its prompts changed.
     """
-    pairs = paired(first, second, outcome)
+    return compare_pairs(paired(first, second, outcome), seed=seed)
+
+
+def compare_pairs(pairs: Sequence[Pair], *, seed: int = 0) -> Comparison:
+    """As `compare`, of outcomes that were paired already."""
     gained = sum(pair.after and not pair.before for pair in pairs)
     lost = sum(pair.before and not pair.after for pair in pairs)
     if len({pair.cluster for pair in pairs}) < len(pairs):

@@ -84,10 +84,16 @@ def read_rows(path: Path, header: Sequence[str] | None = None) -> list[Row]:
         if not files:
             raise PromptSetError(f"{path} holds no data files", hint=f"kinds: {', '.join(READERS)}")
         return [row for file in files for row in read_rows(file, header)]
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower()) or READERS.get(_before_split(path))
     if reader is None:
         raise PromptSetError(f"{path}: unknown kind of prompt file", hint=f"use one of: {', '.join(READERS)}")
     return list(reader(path, header))
+
+
+def _before_split(path: Path) -> str:
+    """The suffix before the one that names a split: `.txt` of "sentences.txt.test"."""
+    last = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if last in (".train", ".dev", ".val", ".test") else last
 
 
 def _text(path: Path) -> str:

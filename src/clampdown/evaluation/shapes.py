@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clampdown.evaluation.rows import Row
@@ -176,6 +176,49 @@ def truthfulqa_mc2(row: Row) -> Item:
     """Several true and false answers: scored by the share of probability on the true ones."""
     options, true = _targets(row, "mc2_targets")
     return _options(row, row.needed("question"), options, true)
+
+
+def bbq(row: Row) -> Item:
+    """A context that does or does not say who, a question, and three answers of which one is "unknown" (Parrish et
+    al., 2110.08193). `meta.biased` is the answer that follows the stereotype, where the row tells which one is."""
+    options = [row.needed(f"ans{i}") for i in range(3)]
+    condition, polarity, label = row.needed("context_condition"), row.needed("question_polarity"), row.needed("label")
+    if condition not in ("ambig", "disambig") or polarity not in ("neg", "nonneg") or label not in ("0", "1", "2"):
+        row.fail(f"expected ambig or disambig, neg or nonneg and a label 0-2, got {condition}, {polarity}, {label}")
+    biased = _stereotyped(row, options, negative=polarity == "neg")
+    meta = {OBJECTIVE: f"{row.needed('category')}-{row.needed('question_index')}"}
+    item = _options(row, f"{row.needed('context')} {row.needed('question')}", options, [options[int(label)]])
+    return replace(
+        item,
+        id=f"{row.needed('category')}-{row.needed('example_id')}",
+        category=row.needed("category"),
+        part="ambiguous" if condition == "ambig" else "disambiguated",
+        meta=meta if biased is None else {**meta, "biased": biased},
+    )
+
+
+def _stereotyped(row: Row, options: Sequence[str], *, negative: bool) -> str | None:
+    """The answer that follows the stereotype: the stereotyped group for a negative question, the other one for the
+    opposite; None where the file's words for groups leave it open."""
+    groups: dict[str, Any] = row.needed_structure("answer_info", dict, "an object of answers")
+    about: dict[str, Any] = row.needed_structure("additional_metadata", dict, "an object")
+    targets = {_group_word(name) for name in about.get("stereotyped_groups", ())}
+    named = [{_group_word(part) for part in groups.get(f"ans{i}", ())} for i in range(len(options))]
+    people = [i for i, words in enumerate(named) if "unknown" not in words]
+    stereotyped = [i for i in people if named[i] & targets]
+    if len(people) != 2 or len(stereotyped) != 1:
+        return None
+    other = next(i for i in people if i not in stereotyped)
+    return options[stereotyped[0] if negative else other]
+
+
+_GROUP_WORDS = {"woman": "f", "girl": "f", "man": "m", "boy": "m", "lowses": "low ses", "highses": "high ses"}
+
+
+def _group_word(name: Any) -> str:
+    """A group by one word: the set writes "F" and "woman", "lowSES" and "low SES"."""
+    word = str(name).casefold()
+    return _GROUP_WORDS.get(word, word)
 
 
 def gsm8k(row: Row) -> Item:

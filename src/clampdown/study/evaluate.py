@@ -121,7 +121,7 @@ class Evaluation:
 
 def prepare(request: Request, stages: Stages, out: Path | None = None) -> Evaluation:
     """Load the model, SAEs, suites and judge, and build the arms. Raises for whatever does not fit together."""
-    plans = _plans(request.plans)
+    plans = read_plans(request.plans)
     with stages.stage("Loading"):
         lm, saes = load_for(plans, request.model, request.placing)
     judge = judge_for(request.judge, lm, _data(request, lm.name))
@@ -238,7 +238,7 @@ def run_evaluate(evaluation: Evaluation, out: Path, request: Request, stages: St
     return run.with_parts(controls={**run.controls, "against_random": against_random(run)}).write(out)
 
 
-def _plans(paths: Sequence[Path]) -> tuple[Plan, ...]:
+def read_plans(paths: Sequence[Path]) -> tuple[Plan, ...]:
     """The plans, each under a name of its own. Raises `PlanError` when they are for different models or SAEs."""
     plans = [read_plan(path) for path in paths]
     names = [plan.name for plan in plans]

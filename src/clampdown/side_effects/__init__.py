@@ -1,0 +1,1 @@
+"""What else a plan moves beside refusal: truthfulness, sycophancy, bias, persona, calibration, opinions."""
