@@ -50,7 +50,8 @@ RANK = {
     "interop": 7,
     "scale": 7,
     "commands": 8,
-    "face": 8,
+    "interactive": 8,
+    "face": 8.5,
     "cli": 9,
     "__main__": 10,
 }
@@ -84,7 +85,8 @@ CEILING = {
     "scale": 6,
     "organism": 2,
     "commands": 7,
-    "face": 7,
+    "interactive": 7,
+    "face": 8,
     "cli": 8,
     "__main__": 9,
 }

@@ -38,9 +38,7 @@ def discover(
     seed: SeedOption = 0,
 ) -> None:
     """Find refusal features by clamping, gradients, contrasts or one prompt; refine them into a plan."""
-    from clampdown.reports.terminal import print_features
     from clampdown.study import discover as job
-    from clampdown.study.refining import refinement_table
 
     request = job.Request(
         finders=job.finder_names(finder),
@@ -57,6 +55,23 @@ def discover(
         limit=limit,
         placing=placing.value(),
     )
+    _discovered(model, sae, request, out, machines, command_of(context), scan=scan, dry_run=dry_run)
+
+
+def _discovered(
+    model: str,
+    sae: str,
+    request: Any,
+    out: Path,
+    machines: MachineOptions,
+    command: Any,
+    *,
+    scan: bool,
+    dry_run: bool,
+) -> None:
+    """Run a request, or the part of it that this machine is asked for."""
+    from clampdown.study import discover as job
+
     progress, shard, pool = stages(), machines.parsed(), machines.pool()
     if dry_run:
         job.dry_run(model, sae, request, progress)
@@ -69,7 +84,7 @@ def discover(
     if shard:
         from clampdown.scale.reading import discover_shard
 
-        directory = discover_shard(model, sae, request, out, shard, progress, command_of(context))
+        directory = discover_shard(model, sae, request, out, shard, progress, command)
         console.print(f"written: {directory}", soft_wrap=True)
         return
     how = job.in_this_process
@@ -77,7 +92,14 @@ def discover(
         from clampdown.scale.on_ray import read_on_ray
 
         how = partial(read_on_ray, request=pool)
-    discovered = job.run_discover(model, sae, request, out, progress, how)
+    _show_found(job.run_discover(model, sae, request, out, progress, how))
+
+
+def _show_found(discovered: Any) -> None:
+    """The features, and the plan that they were refined into."""
+    from clampdown.reports.terminal import print_features
+    from clampdown.study.refining import refinement_table
+
     if discovered.sinks:
         console.print(discovered.sinks, soft_wrap=True, highlight=False)
     for path, found in discovered.written:

@@ -3,127 +3,157 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clampdown.cli.app import app, console, errors, escaped, stages
+from clampdown.cli.options import asks
 from clampdown.config import ORGANISM
 
 if TYPE_CHECKING:
     from clampdown.commands.monitor import Request
     from clampdown.commands.serve import Options
+    from clampdown.serving.inline import Bounds
+    from clampdown.serving.limits import Limits
+    from clampdown.serving.worker import Limits as EngineLimits
 
 
-_MaxMultiple = Annotated[
-    float, typer.Option("--max-multiple", min=0, help="Strongest edit in a request, in multiples of p99.")
-]
-_MaxEditNorm = Annotated[
-    float, typer.Option("--max-edit-norm", min=0, help="Furthest that an edit may move the residual.")
-]
-_MaxBody = Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a request's body.")]
-_MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens that one choice may have.")]
-_MaxChoices = Annotated[int, typer.Option("--max-choices", min=1, help="Prompts times n that one request may ask for.")]
-_MaxConcurrent = Annotated[int, typer.Option("--max-concurrent", min=1, help="HTTP requests that may be open at once.")]
-_MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="Choices that decode together.")]
-_MaxQueue = Annotated[int, typer.Option("--max-queue", min=1, help="Choices that may wait for a place.")]
-_MaxConnections = Annotated[int, typer.Option("--max-connections", min=1, help="Connections that may be open.")]
-_ReceiveTimeout = Annotated[
-    float,
-    typer.Option("--receive-timeout", min=0.1, help="Seconds in which a request's head, and its body, must come."),
-]
-_AllowHost = Annotated[
-    list[str] | None, typer.Option("--allow-host", help="A name under which the server may be asked; repeatable.")
-]
-_Canaries = Annotated[
-    Path | None, typer.Option("--canaries", help="Prompts that are asked on a schedule; default: the model's own.")
-]
-_CanaryEvery = Annotated[str, typer.Option("--canary-every", help="How often: 15m, 1h; 'never' for no canaries.")]
+@dataclass(frozen=True, slots=True)
+class LimitOptions:
+    """What the server takes: which requests, how large, how many, how slow, and under which names."""
 
-_GatedScoring = Annotated[
-    str,
-    typer.Option(
-        "--gated-scoring",
-        help="What a gate reads of a text that is scored: 'read' (all, token by token), 'context', or 'off'.",
-    ),
-]
-_Raw = Annotated[bool, typer.Option("--raw/--no-raw", help="Take /v1/completions: prompts without the chat template.")]
+    raw: Annotated[
+        bool, typer.Option("--raw/--no-raw", help="Take /v1/completions: prompts without the chat template.")
+    ] = True
+    gated_scoring: Annotated[
+        str,
+        typer.Option(
+            "--gated-scoring",
+            help="What a gate reads of a text that is scored: 'read' (all, token by token), 'context', or 'off'.",
+        ),
+    ] = "read"
+    max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a request's body.")] = 1 << 20
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens that one choice may have.")] = 1024
+    max_choices: Annotated[
+        int, typer.Option("--max-choices", min=1, help="Prompts times n that one request may ask for.")
+    ] = 64
+    max_concurrent: Annotated[
+        int, typer.Option("--max-concurrent", min=1, help="HTTP requests that may be open at once.")
+    ] = 256
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Choices that decode together.")] = 64
+    max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Choices that may wait for a place.")] = 256
+    max_connections: Annotated[int, typer.Option("--max-connections", min=1, help="Connections that may be open.")] = (
+        1024
+    )
+    receive_timeout: Annotated[
+        float,
+        typer.Option("--receive-timeout", min=0.1, help="Seconds in which a request's head, and its body, must come."),
+    ] = 20.0
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", help="A name under which the server may be asked; repeatable.")
+    ] = None
+
+    def of_server(self, host: str) -> Limits:
+        """As the API holds them."""
+        from clampdown.serving.limits import Limits, allowed_hosts, scoring_mode
+
+        return Limits(
+            body_bytes=self.max_body,
+            tokens=self.max_tokens,
+            choices=self.max_choices,
+            concurrent=self.max_concurrent,
+            raw=self.raw,
+            gated_scoring=scoring_mode(self.gated_scoring),
+            connections=self.max_connections,
+            receive_seconds=self.receive_timeout,
+            hosts=allowed_hosts(host, self.allow_host or ()),
+        )
+
+    def of_engine(self) -> EngineLimits:
+        """As the engine holds them."""
+        from clampdown.serving.worker import Limits
+
+        return Limits(rows=self.max_batch, queue=self.max_queue)
 
 
-_Run = Annotated[Path | None, typer.Argument(help="A finished study's directory: its model and plans are served.")]
-_Model = Annotated[str | None, typer.Option("--model", help="Default: the study's, else the embedded one.")]
-_Sae = Annotated[str | None, typer.Option("--sae", help="Default: those that the plans name.")]
-_Plans = Annotated[
-    list[Path] | None, typer.Option("--plans", help="A plan.toml or a directory of them; repeat for several.")
-]
-_Name = Annotated[str | None, typer.Option("--name", help="What clients call the model.")]
-_Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
-_Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")]
-_ApiKeyFile = Annotated[Path | None, typer.Option("--api-key-file", help="Lines NAME KEY; default: anybody may ask.")]
-_Audit = Annotated[Path | None, typer.Option("--audit", help="Append a line per request to this file.")]
-_LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write prompts and replies into the audit log too.")]
-_RequirePlan = Annotated[bool, typer.Option("--require-plan", help="Refuse requests that would not be steered.")]
-_Inline = Annotated[bool, typer.Option("--inline/--no-inline", help="Take edits in requests.")]
-_Prompts = Annotated[Path | None, typer.Option("--prompts", help="Calibration prompts for edits in requests.")]
-_JudgeShare = Annotated[
-    float, typer.Option("--judge-share", min=0, max=1, help="Share of replies that the learned judge reads.")
-]
-_Drain = Annotated[float, typer.Option("--drain", min=0, help="Seconds to finish in when told to stop.")]
+@dataclass(frozen=True, slots=True)
+class EditOptions:
+    """Edits that requests bring along, and how far they may go."""
+
+    inline: Annotated[bool, typer.Option("--inline/--no-inline", help="Take edits in requests.")] = True
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="Calibration prompts for edits in requests.")] = None
+    max_multiple: Annotated[
+        float, typer.Option("--max-multiple", min=0, help="Strongest edit in a request, in multiples of p99.")
+    ] = 4.0
+    max_edit_norm: Annotated[
+        float, typer.Option("--max-edit-norm", min=0, help="Furthest that an edit may move the residual.")
+    ] = 4.0
+
+    def bounds(self) -> Bounds | None:
+        """None: requests bring none."""
+        from clampdown.serving.inline import Bounds
+
+        return Bounds(self.max_multiple, self.max_edit_norm) if self.inline else None
+
+
+@dataclass(frozen=True, slots=True)
+class WatchOptions:
+    """What is written down of every request, and what is asked on a schedule."""
+
+    audit: Annotated[Path | None, typer.Option("--audit", help="Append a line per request to this file.")] = None
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Write prompts and replies into the audit log too.")
+    ] = False
+    judge_share: Annotated[
+        float, typer.Option("--judge-share", min=0, max=1, help="Share of replies that the learned judge reads.")
+    ] = 1.0
+    canaries: Annotated[
+        Path | None, typer.Option("--canaries", help="Prompts that are asked on a schedule; default: the model's own.")
+    ] = None
+    canary_every: Annotated[
+        str, typer.Option("--canary-every", help="How often: 15m, 1h; 'never' for no canaries.")
+    ] = "15m"
+
+    def every(self) -> float | None:
+        """Seconds between canaries; None: there are none."""
+        from clampdown.commands.monitor import duration
+
+        return None if self.canary_every == "never" else duration(self.canary_every)
 
 
 @app.command()
+@asks(limits=LimitOptions, edits=EditOptions, watch=WatchOptions)
 def serve(
-    run: _Run = None,
-    model: _Model = None,
-    sae: _Sae = None,
-    plans: _Plans = None,
-    name: _Name = None,
-    host: _Host = "127.0.0.1",
-    port: _Port = 8000,
-    api_key_file: _ApiKeyFile = None,
-    audit: _Audit = None,
-    log_prompts: _LogPrompts = False,
-    require_plan: _RequirePlan = False,
-    inline: _Inline = True,
-    prompts: _Prompts = None,
-    raw: _Raw = True,
-    gated_scoring: _GatedScoring = "read",
-    max_multiple: _MaxMultiple = 4.0,
-    max_edit_norm: _MaxEditNorm = 4.0,
-    max_body: _MaxBody = 1 << 20,
-    max_tokens: _MaxTokens = 1024,
-    max_choices: _MaxChoices = 64,
-    max_concurrent: _MaxConcurrent = 256,
-    max_batch: _MaxBatch = 64,
-    max_queue: _MaxQueue = 256,
-    max_connections: _MaxConnections = 1024,
-    receive_timeout: _ReceiveTimeout = 20.0,
-    allow_host: _AllowHost = None,
-    judge_share: _JudgeShare = 1.0,
-    canaries: _Canaries = None,
-    canary_every: _CanaryEvery = "15m",
-    drain: _Drain = 30.0,
+    limits: LimitOptions,
+    edits: EditOptions,
+    watch: WatchOptions,
+    run: Annotated[
+        Path | None, typer.Argument(help="A finished study's directory: its model and plans are served.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Default: the study's, else the embedded one.")] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="Default: those that the plans name.")] = None,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plans", help="A plan.toml or a directory of them; repeat for several.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="What clients call the model.")] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="Lines NAME KEY; default: anybody may ask.")
+    ] = None,
+    require_plan: Annotated[
+        bool, typer.Option("--require-plan", help="Refuse requests that would not be steered.")
+    ] = False,
+    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds to finish in when told to stop.")] = 30.0,
 ) -> None:
     """Serve the model and its plans behind an OpenAI-compatible API."""
     from clampdown.commands import serve as job
     from clampdown.commands.finished import finished
-    from clampdown.commands.monitor import duration
-    from clampdown.serving.inline import Bounds
-    from clampdown.serving.limits import Limits, allowed_hosts, scoring_mode
-    from clampdown.serving.worker import Limits as EngineLimits
 
-    limits = Limits(
-        body_bytes=max_body,
-        tokens=max_tokens,
-        choices=max_choices,
-        concurrent=max_concurrent,
-        raw=raw,
-        gated_scoring=scoring_mode(gated_scoring),
-        connections=max_connections,
-        receive_seconds=receive_timeout,
-        hosts=allowed_hosts(host, allow_host or ()),
-    )
+    asked = limits.of_server(host)  # a wrong limit is said before a study's directory is read
     studied = finished(run) if run else None
     named = (*(studied.plans if studied else ()), *(plans or ()))
     options = job.Options(
@@ -132,16 +162,16 @@ def serve(
         plans=named or None,
         name=name,
         api_keys=api_key_file,
-        limits=limits,
-        engine=EngineLimits(rows=max_batch, queue=max_queue),
-        inline=Bounds(max_multiple, max_edit_norm) if inline else None,
-        prompts=prompts,
+        limits=asked,
+        engine=limits.of_engine(),
+        inline=edits.bounds(),
+        prompts=edits.prompts,
         allow_base=not require_plan,
-        audit=audit,
-        log_prompts=log_prompts,
-        judge_share=judge_share,
-        canaries=canaries,
-        canary_every=None if canary_every == "never" else duration(canary_every),
+        audit=watch.audit,
+        log_prompts=watch.log_prompts,
+        judge_share=watch.judge_share,
+        canaries=watch.canaries,
+        canary_every=watch.every(),
     )
     _serve(options, host, port, drain)
 
