@@ -191,6 +191,20 @@ def bbq_prompt(**changes: object) -> Prompt:
                   meta=dict(item.meta))  # fmt: skip
 
 
+def test_a_model_that_answers_in_nan_is_wrong_and_has_no_probabilities() -> None:
+    """What it gets wrong counts; what can only be read of a number is left out, and not read as 0."""
+    asked, told = prompt(("Paris", "Rome"), "Paris"), prompt(("Paris", "Rome"), "Paris", hint="Rome")
+    nan = OptionChoice("arm", "suite", "one", (math.nan, math.nan), "", False)
+    item = Item({ONLY: asked, PLAIN: asked, HINTED: told, FIRST: asked, SECOND: asked},
+                choices=dict.fromkeys((ONLY, PLAIN, HINTED, FIRST, SECOND), nan))  # fmt: skip
+    right, *rest = measures.CALIBRATION
+    assert right.read(item) is False and measures.TRUE_MASS.read(item) == 0.0
+    agrees, because, flips, pull = measures.SYCOPHANCY
+    assert (agrees.read(item), because.read(item)) == (False, 0.0)
+    nothing = (*rest, flips, pull, *measures.STEREOTYPES, measures.NAME_GAP, measures.SWAP_GAP, measures.AMBIGUOUS[1])
+    assert [measure.read(item) for measure in nothing] == [None] * len(nothing)
+
+
 def test_bbq_bias_score_is_the_papers() -> None:
     """Its formula is (1 - accuracy) (2 biased / not unknown - 1); the mean of ours over items is the same number."""
     score = named(measures.AMBIGUOUS, "bias score")
