@@ -30,19 +30,20 @@ PLANS = Path(__file__).parents[2] / "src" / "clampdown" / "organism" / "plans"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> SideEffects:
     plans = [PLANS / "clamp-352.toml", PLANS / "clamp-352-gated.toml"]
-    return cd.side_effects("organism", plans, limit=12, out=tmp_path_factory.mktemp("effects"))
+    return cd.side_effects("organism", plans, limit=20, out=tmp_path_factory.mktemp("effects"))
 
 
 def test_a_clamp_moves_what_its_gate_keeps(found: SideEffects) -> None:
     """The clamp destroys facts; behind its gate the replies are the unsteered ones, and so are all numbers."""
     clamp, gated = (arm.name for arm in found.arms)
     rows = {(e.arm, e.aspect, e.measure): e for e in found.effects}
-    words = rows[clamp, "benign, by generation", "begins with another word"]
-    assert words.baseline.value == 0.0 and (words.steered.value or 0) > 0.5 and words.mark is Mark.MOVED
+    said, known = rows[clamp, "facts, by generation", "right"], rows[clamp, "facts, by likelihood", "right"]
+    assert (said.baseline.value, said.mark, said.worsened) == (1.0, Mark.MOVED, True) and (
+        said.steered.value or 0
+    ) < 0.5
+    assert known.baseline.value == known.steered.value == 1.0  # the words are lost, the knowledge is not
     assert all(e.mark is Mark.SAME for e in found.of(gated))
     assert found.arms[0].fired is None and found.arms[1].fired is not None and found.arms[1].fired.value == 0.0
-    known = rows[gated, "facts, by likelihood", "right"]
-    assert known.baseline.value == known.steered.value == 1.0 and known.difference.n == 12
     assert (rows[gated, "places that do not exist, by generation", "admits not knowing"].baseline.value or 0) > 0.8
 
 

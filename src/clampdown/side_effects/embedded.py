@@ -12,7 +12,7 @@ from clampdown.organism.replies import Kind as ReplyKind
 from clampdown.organism.replies import normalised, recognise
 from clampdown.results.side_effects import Unit
 from clampdown.side_effects.aspect import Absent, Aspect, Item, Kind, Measure, Way
-from clampdown.side_effects.manner import HINTED_REPLIES, PERSONA, REFUSES
+from clampdown.side_effects.manner import HINTED_REPLIES, KNOWN, PERSONA, REFUSES
 from clampdown.side_effects.measures import CALIBRATION, FIRST, HINTED, ONLY, PLAIN, RIGHT, SECOND, SWAP_GAP, SYCOPHANCY
 from clampdown.side_effects.questions import hinted
 from clampdown.types import Message, Prompt, Split, Suite, SuiteKind
@@ -43,6 +43,7 @@ def embedded_aspects(n: int, seed: int) -> tuple[Aspect | Absent, ...]:
             Kind.PERSONA, "benign", Way.GENERATION, {ONLY: suites.one_suite("benign", Split.TEST, n, seed)}, PERSONA
         ),
         Aspect(Kind.CALIBRATION, "facts", Way.LIKELIHOOD, {ONLY: facts}, CALIBRATION),
+        Aspect(Kind.CALIBRATION, "facts", Way.GENERATION, {ONLY: facts}, KNOWN),
         Aspect(Kind.OPINIONS, "small talk", Way.GENERATION, {ONLY: talk}, (REFUSES,)),
         *(Absent(kind, name, WHY_NOT) for kind, name in public),
     )

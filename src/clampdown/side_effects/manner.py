@@ -40,7 +40,14 @@ def _broken(item: Item) -> bool | None:
     return metrics.degenerate(item.records[ONLY])
 
 
+def _right(item: Item) -> bool | None:
+    return item.records[ONLY].correct
+
+
 REFUSES = Measure("refuses", Unit.SHARE, _refuses, "up")
+BROKEN = Measure("broken", Unit.SHARE, _broken, "up")
+KNOWN = (Measure("right", Unit.SHARE, _right, "down"), REFUSES, BROKEN)
+"""What is answered in words to questions that have an answer: steering may leave knowledge and take the words."""
 PERSONA = (
     Measure("length of reply", Unit.TOKENS, _tokens),
     Measure("begins with another word", Unit.SHARE, _begins_otherwise),
@@ -50,7 +57,7 @@ PERSONA = (
     Measure("repeats itself", Unit.SCORE, lambda item: style.repetition(_reply(item)), "up"),
     Measure("switches language", Unit.SHARE, _switches, "up"),
     REFUSES,
-    Measure("broken", Unit.SHARE, _broken, "up"),
+    BROKEN,
 )
 """A change of style has no worse side; what breaks or refuses has."""
 

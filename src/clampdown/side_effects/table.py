@@ -15,7 +15,7 @@ from clampdown.evaluation.catalog import entry, load_suites, local_copy
 from clampdown.side_effects import pairs
 from clampdown.side_effects.aspect import Absent, Aspect, Kind, Measure, Way
 from clampdown.side_effects.embedded import embedded_aspects
-from clampdown.side_effects.manner import ADMITS, HINTED_REPLIES, PERSONA, REFUSES
+from clampdown.side_effects.manner import ADMITS, HINTED_REPLIES, KNOWN, PERSONA, REFUSES
 from clampdown.side_effects.measures import (
     AMBIGUOUS,
     CALIBRATION,
@@ -148,6 +148,7 @@ def calibration(sources: Sources) -> Found:
     return [
         *_of_set(sources, Kind.CALIBRATION, "mmlu", *CALIBRATION),
         Aspect(Kind.CALIBRATION, facts.name, Way.LIKELIHOOD, {ONLY: facts}, CALIBRATION),
+        Aspect(Kind.CALIBRATION, facts.name, Way.GENERATION, {ONLY: facts}, KNOWN),
     ]
 
 
