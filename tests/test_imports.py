@@ -44,7 +44,7 @@ RANK = {
     "organism": 5,
     "study": 6,
     "attacks": 7,
-    "side_effects": 7,
+    "effects": 7,
     "sae_training": 7,
     "serving": 7,
     "interop": 7,
@@ -77,7 +77,7 @@ CEILING = {
     "evaluation": 3,  # not discovery: what finds features must not be what measures them
     "study": 5,
     "attacks": 6,
-    "side_effects": 6,
+    "effects": 6,
     "sae_training": 6,
     "reports": TOP_OF_RANK_0,  # a report is made from files, anywhere
     "serving": 3,

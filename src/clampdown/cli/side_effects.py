@@ -36,9 +36,9 @@ def side_effects(
     seed: SeedOption = 0,
 ) -> None:
     """Measure what else plans moved: truthfulness, sycophancy, bias, persona, calibration, opinions."""
+    from clampdown.effects import job
     from clampdown.reports.side_effects_page import PAGE
     from clampdown.reports.side_effects_terminal import side_effects_summary
-    from clampdown.side_effects import job
     from clampdown.store import write_json
 
     request = job.Request(

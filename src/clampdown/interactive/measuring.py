@@ -9,6 +9,7 @@ from typing import Any
 from clampdown.attacks import job as attacking
 from clampdown.attacks.budget import Budget
 from clampdown.attacks.table import ALL as ALL_ATTACKS
+from clampdown.effects import job as side_effecting
 from clampdown.evaluation.judges.interface import NamedJudge
 from clampdown.interactive.given import directory_for, judge_of, plan_of, progress, saes_for
 from clampdown.interactive.loading import AnyPlan, Judged, Model, load
@@ -19,7 +20,6 @@ from clampdown.scale import merging
 from clampdown.scale.on_ray import answer_on_ray
 from clampdown.scale.pool import PoolRequest
 from clampdown.scale.shards import Shard
-from clampdown.side_effects import job as side_effecting
 from clampdown.steering.plan import Plan
 from clampdown.study import evaluate as evaluating
 from clampdown.study.progress import Stages

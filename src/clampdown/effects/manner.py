@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from clampdown.effects import style
+from clampdown.effects.aspect import Item, Measure, Reading
+from clampdown.effects.measures import HINT, HINTED, ONLY, PLAIN
 from clampdown.evaluation import metrics
 from clampdown.evaluation.scoring import SCORERS
 from clampdown.results.side_effects import Unit
-from clampdown.side_effects import style
-from clampdown.side_effects.aspect import Item, Measure, Reading
-from clampdown.side_effects.measures import HINT, HINTED, ONLY, PLAIN
 from clampdown.types import Prompt
 
 _says = SCORERS["contains"]

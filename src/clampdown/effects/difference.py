@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from clampdown.effects.aspect import Aspect, Item, Measure, Reading, Way, cluster_of
 from clampdown.evaluation import metrics
 from clampdown.evaluation.intervals import clustered, holm, statistic_bootstrap, statistic_of, swap_test
 from clampdown.results.side_effects import Effect, NotMeasured, Unit, marked
-from clampdown.side_effects.aspect import Aspect, Item, Measure, Reading, Way, cluster_of
 from clampdown.types import Interval, OptionChoice, Prompt, Record
 
 Key = tuple[str, str, str]

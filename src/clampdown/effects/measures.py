@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from clampdown.effects.aspect import Item, Measure
 from clampdown.evaluation.scoring import option_mass
 from clampdown.results.side_effects import Unit
-from clampdown.side_effects.aspect import Item, Measure
 from clampdown.types import OptionChoice
 
 ONLY, PLAIN, HINTED, FIRST, SECOND = "only", "plain", "hinted", "first", "second"

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from clampdown.effects.aspect import Absent, Aspect, Item, Kind, Measure, Way
+from clampdown.effects.manner import HINTED_REPLIES, KNOWN, PERSONA, REFUSES
+from clampdown.effects.measures import CALIBRATION, FIRST, HINTED, ONLY, PLAIN, RIGHT, SECOND, SWAP_GAP, SYCOPHANCY
+from clampdown.effects.questions import hinted
 from clampdown.organism import capability_items, knowledge, safety_items, suites
 from clampdown.organism.items import Item as CorpusItem
 from clampdown.organism.items import Sampler, draw
 from clampdown.organism.replies import Kind as ReplyKind
 from clampdown.organism.replies import normalised, recognise
 from clampdown.results.side_effects import Unit
-from clampdown.side_effects.aspect import Absent, Aspect, Item, Kind, Measure, Way
-from clampdown.side_effects.manner import HINTED_REPLIES, KNOWN, PERSONA, REFUSES
-from clampdown.side_effects.measures import CALIBRATION, FIRST, HINTED, ONLY, PLAIN, RIGHT, SECOND, SWAP_GAP, SYCOPHANCY
-from clampdown.side_effects.questions import hinted
 from clampdown.types import Message, Prompt, Split, Suite, SuiteKind
 
 WHY_NOT = "its words are not those of the embedded model's corpus"

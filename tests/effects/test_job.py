@@ -10,19 +10,19 @@ import pytest
 from rich.console import Console
 
 import clampdown as cd
+from clampdown.effects import pairs
+from clampdown.effects.aspect import Absent, Aspect, Kind, Measure
+from clampdown.effects.difference import Answers, effects_of
+from clampdown.effects.embedded import embedded_aspects, swapped_sums
+from clampdown.effects.questions import drawn, hinted, with_options
+from clampdown.effects.table import BUILDERS, Sources, aspects_for
 from clampdown.errors import ClampdownError, PlanError, PromptSetError, StoreError
 from clampdown.reports.side_effects_page import build_side_effects_page
 from clampdown.reports.side_effects_terminal import side_effects_summary
 from clampdown.results.side_effects import Mark, SideEffects, Unit
-from clampdown.side_effects import pairs
-from clampdown.side_effects.aspect import Absent, Aspect, Kind, Measure
-from clampdown.side_effects.difference import Answers, effects_of
-from clampdown.side_effects.embedded import embedded_aspects, swapped_sums
-from clampdown.side_effects.questions import drawn, hinted, with_options
-from clampdown.side_effects.table import BUILDERS, Sources, aspects_for
 from clampdown.steering.plan import Plan, read_plan
 from clampdown.types import OptionChoice
-from tests.side_effects.test_measures import BBQ, an_aspect, question, suite
+from tests.effects.test_measures import BBQ, an_aspect, question, suite
 
 PLANS = Path(__file__).parents[2] / "src" / "clampdown" / "organism" / "plans"
 

@@ -12,6 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clampdown.config import CODE_VERSION
+from clampdown.effects.aspect import Absent, Aspect, Kind, Way
+from clampdown.effects.difference import Answers, effects_of
+from clampdown.effects.style import first_word
+from clampdown.effects.table import Sources, aspects_for
 from clampdown.errors import PlanError
 from clampdown.evaluation import runner
 from clampdown.evaluation.intervals import wilson
@@ -23,10 +27,6 @@ from clampdown.models.placing import Placing
 from clampdown.reports.side_effects_page import PAGE, write_side_effects_page
 from clampdown.results.side_effects import MARGIN, Effect, NotMeasured, SideEffects, Steered
 from clampdown.saes.sae import Sae
-from clampdown.side_effects.aspect import Absent, Aspect, Kind, Way
-from clampdown.side_effects.difference import Answers, effects_of
-from clampdown.side_effects.style import first_word
-from clampdown.side_effects.table import Sources, aspects_for
 from clampdown.steering.arms import BASELINE, Arm
 from clampdown.steering.plan import Plan
 from clampdown.store import RecordLog, key_of, prompts_hash

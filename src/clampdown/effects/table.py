@@ -10,13 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clampdown.errors import PromptSetError
-from clampdown.evaluation.catalog import entry, load_suites, local_copy
-from clampdown.side_effects import pairs
-from clampdown.side_effects.aspect import Absent, Aspect, Kind, Measure, Way
-from clampdown.side_effects.embedded import embedded_aspects
-from clampdown.side_effects.manner import ADMITS, HINTED_REPLIES, KNOWN, PERSONA, REFUSES
-from clampdown.side_effects.measures import (
+from clampdown.effects import pairs
+from clampdown.effects.aspect import Absent, Aspect, Kind, Measure, Way
+from clampdown.effects.embedded import embedded_aspects
+from clampdown.effects.manner import ADMITS, HINTED_REPLIES, KNOWN, PERSONA, REFUSES
+from clampdown.effects.measures import (
     AMBIGUOUS,
     CALIBRATION,
     FIRST,
@@ -31,7 +29,9 @@ from clampdown.side_effects.measures import (
     TRUE_MASS,
     lean_on,
 )
-from clampdown.side_effects.questions import drawn, hinted, invented_places, with_options
+from clampdown.effects.questions import drawn, hinted, invented_places, with_options
+from clampdown.errors import PromptSetError
+from clampdown.evaluation.catalog import entry, load_suites, local_copy
 from clampdown.types import Suite
 
 KINDS = tuple(kind.value for kind in Kind)

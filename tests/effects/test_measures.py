@@ -9,14 +9,14 @@ from random import Random
 import numpy as np
 import pytest
 
+from clampdown.effects import manner, measures, style
+from clampdown.effects.aspect import Aspect, Item, Kind, Measure, Way, the_mean
+from clampdown.effects.difference import Both, effect_of
+from clampdown.effects.measures import FIRST, HINTED, ONLY, PLAIN, SECOND
 from clampdown.evaluation.intervals import holm, paired_bootstrap, statistic_bootstrap, statistic_of, swap_test
 from clampdown.evaluation.rows import Row
 from clampdown.evaluation.shapes import bbq, truthfulqa_mc1, truthfulqa_mc2
 from clampdown.results.side_effects import Mark, Unit, marked
-from clampdown.side_effects import manner, measures, style
-from clampdown.side_effects.aspect import Aspect, Item, Kind, Measure, Way, the_mean
-from clampdown.side_effects.difference import Both, effect_of
-from clampdown.side_effects.measures import FIRST, HINTED, ONLY, PLAIN, SECOND
 from clampdown.types import Interval, Message, OptionChoice, Prompt, Record, Split, Suite, SuiteKind, Verdict
 
 LOG = math.log

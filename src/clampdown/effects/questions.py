@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
-from clampdown.side_effects.measures import HINT
+from clampdown.effects.measures import HINT
 from clampdown.types import OBJECTIVE, Message, Prompt, Suite, SuiteKind, balanced
 
 OPTIONS = 4
