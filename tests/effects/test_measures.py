@@ -299,6 +299,11 @@ def test_no_difference_among_few_promises_nothing() -> None:
     measure = Measure("score", Unit.SCORE, lambda _item: 0.5)
     row = effect_of("arm", an_aspect(measure), measure, [Both(0.5, 0.5, i) for i in range(12)])
     assert (row.difference.low, row.difference.high, row.p_value, row.mark) == (None, None, None, Mark.SAME)
+    share = Measure("share", Unit.SHARE, lambda _item: False)
+    alone = effect_of("arm", an_aspect(share), share, [Both(False, False, i) for i in range(12)])
+    assert alone.difference.high is not None and alone.difference.high > 0.1  # no pair differed: up to so many might
+    twins = effect_of("arm", an_aspect(share), share, [Both(False, False, i // 2) for i in range(24)])
+    assert (twins.difference.low, twins.difference.high, twins.mark) == (None, None, Mark.SAME)
 
 
 def test_json_of_true_options_is_what_the_shape_wrote() -> None:

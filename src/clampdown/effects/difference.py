@@ -91,9 +91,12 @@ def _shares(both: Sequence[Both], seed: int) -> Compared:
     clusters = [("cluster", repr(one.cluster)) for one in both]
     pairs = [metrics.Pair(bool(one.before), bool(one.after), name) for one, name in zip(both, clusters, strict=True)]
     found = metrics.compare_pairs(pairs, seed=seed)
+    difference = found.difference
+    if found.p_value is None and len(set(clusters)) < len(pairs):  # as for scores: bootstrapped zeros promise too much
+        difference = Interval(difference.value, None, None, difference.n)
     before = clustered([pair.before for pair in pairs], clusters)
     after = clustered([pair.after for pair in pairs], clusters)
-    return before, after, found.difference, found.p_value
+    return before, after, difference, found.p_value
 
 
 def _scores(measure: Measure, both: Sequence[Both], seed: int) -> Compared:
