@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from clampdown.effects import pairs
 from clampdown.effects.aspect import Absent, Aspect, Kind, Measure
 from clampdown.effects.difference import Answers, effects_of
 from clampdown.effects.embedded import embedded_aspects, swapped_sums
+from clampdown.effects.job import WHY_NO_LIKELIHOOD
 from clampdown.effects.questions import drawn, hinted, with_options
 from clampdown.effects.table import BUILDERS, Sources, aspects_for
 from clampdown.errors import ClampdownError, PlanError, PromptSetError, StoreError
@@ -57,7 +59,7 @@ def test_what_was_not_measured_is_named_and_nothing_is_said_of_it(found: SideEff
 
 
 def test_tables_fit_a_terminal_and_files_come_back(found: SideEffects, tmp_path: Path) -> None:
-    console = Console(width=80, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(side_effects_summary(found))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80 and "moved" in text and "not measured: " in text
@@ -89,7 +91,8 @@ def test_a_plan_that_likelihoods_cannot_show_is_not_shown_by_them(tmp_path: Path
     late = with_scope(read_plan(PLANS / "clamp-352.toml"), "generated")
     found = cd.side_effects("organism", late, kinds=("sycophancy",), limit=4, out=tmp_path)
     assert {effect.aspect for effect in found.effects} == {"facts, by generation"}
-    assert [row.aspect for row in found.not_measured if row.arm == "late"] == ["facts, by likelihood"]
+    why = {row.aspect: row.why for row in found.not_measured if row.arm == "late"}
+    assert why["facts, by likelihood"] == WHY_NO_LIKELIHOOD
 
 
 @pytest.mark.parametrize(
