@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.checked import checked
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,9 +33,11 @@ os.environ |= {
 # Every annotated type and tensor shape of the package is checked at every call while the tests run. The hook wants the
 # checker as an expression. Its two exceptions: an int is a float (PEP 484), and `Self` is anything, because the hook
 # decorates methods one by one and beartype can resolve `Self` only for whole classes.
-install_import_hook(
+jaxtyping.jaxtyped = checked  # type: ignore[assignment]  (what the hook puts around functions and dataclasses)
+jaxtyping.install_import_hook(
     "clampdown",
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, "
+    "violation_type=__import__('jaxtyping').TypeCheckError, "
     "hint_overrides=beartype.FrozenDict({__import__('typing').Self: object})))",
 )
 
@@ -45,7 +50,7 @@ settings.load_profile("clampdown")
 
 
 # Groups of tests that take longest, first: a process that begins one of them at the end keeps the other waiting.
-LONGEST = ("peers", "studio")
+LONGEST = ("peers", "studio", "tests/test_notebooks.py", "tests/study/test_golden.py", "tests/serving/test_api.py")
 
 
 class ByFile(LoadScopeScheduling):
@@ -67,6 +72,12 @@ def group_of(file: str) -> str:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     config.option.loadscopereorder = False  # as collected
     return ByFile(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and the collector of garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
