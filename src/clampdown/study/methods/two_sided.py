@@ -136,8 +136,9 @@ class Reading:
     def _read(cls, ground: Groundwork, split: Split, n: int) -> Reading:
         study = ground.study
         prompts = (*study.prompts(split, n, *ASKED), *study.prompts(split, n, *HARMLESS))
-        turns = last_turns(prompts)
-        return cls(prompts, Pooled.of(collect(plan_pass(study.lm, [gate_reading(study.site, study.sae)], turns))))
+        job = plan_pass(study.lm, [gate_reading(study.site, study.sae)], last_turns(prompts))
+        with ground.stages.stage(f"Reading {split} prompts") as tick:
+            return cls(prompts, Pooled.of(collect(job, tick)))
 
     def are(self, fires: Callable[[Prompt], bool]) -> Bool[np.ndarray, " prompts"]:
         return np.array([fires(prompt) for prompt in self.prompts], dtype=bool)
