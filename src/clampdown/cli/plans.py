@@ -129,7 +129,7 @@ def gate_calibrate(
     ] = InDoubt.READ,
     wrapped: Annotated[
         int, typer.Option("--wrapped", min=0, help="Learn from so many copies of each prompt in random wrappers.")
-    ] = 1,
+    ] = 0,
     members: Annotated[
         str, typer.Option("--members", help="An ensemble's members: KIND or KIND@SITE, separated by commas.")
     ] = "",

@@ -81,7 +81,7 @@ class Request:
     inverse_penalty: float | None = None
     turns: int = TURNS
     in_doubt: str = "read"
-    wrapped: int = 1
+    wrapped: int = 0
     family_out: bool = False
     data: StudyPrompts | None = None
     members: tuple[str, ...] = ()

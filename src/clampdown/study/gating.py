@@ -1,8 +1,8 @@
 """The gate of a study's plan: a sparse probe on SAE features, fitted on discovery prompts, promising on benign ones.
 
-It learns from harmful and harmless prompts as they are, and from copies of both inside the same random wrappers
-(`wrapping.py`), so that it has to read the request. Neither the fit nor the threshold ever sees a harmful prompt in a
-wrapper family that is held out for testing. Too few
+It learns from harmful and harmless prompts as they are, from earlier turns of harmless conversations, and, where that
+is asked for, from copies of both sides inside the same random wrappers (`wrapping.py`). Neither the fit nor the
+threshold ever sees a harmful prompt in a wrapper family that is held out for testing. Too few
 calibration prompts cannot prove a small budget: then the promise is the smallest that they can prove, and that is said;
 above `LARGEST_BUDGET` there is no gate.
 """
@@ -45,7 +45,7 @@ class GateChoice:
     confidence: float = 0.95
     max_features: int = 80
     turns: int = TURNS
-    wrapped: int = 1
+    wrapped: int = 0
 
 
 def gate_plan(ground: Groundwork, plan: Plan, choice: GateChoice | None = None, name: str | None = None) -> Plan:

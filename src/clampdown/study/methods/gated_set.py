@@ -5,7 +5,7 @@
    (`discovery/relapse.py`). Three strengths of each. Validation prompts choose, with no gate: of those that turn as
    many whole replies into refusals as the best, but for `SLACK`, the one with the largest refusal log-odds, because
    known wrappers are turned by many edits and only a margin helps with unknown ones.
-2. Gate: a sparse probe on SAE features, fitted on discovery prompts, plain and in random wrappers; its threshold
+2. Gate: a sparse probe on SAE features, fitted on discovery prompts; its threshold
    promises `BUDGET` on benign calibration prompts.
 3. Two-sided or not: asked first, a probe for borderline prompts, behind which the refusal feature is reversed. Its
    threshold is set on harmful calibration prompts: a jailbreak taken for a borderline prompt would be helped.
@@ -58,8 +58,8 @@ DOWN_BUDGET = 0.002
 CONFIDENCE = 0.95
 PROBE_FEATURES = 300
 PROBE_PENALTY = 0.3
-WRAPPED = 1
-"""Copies of each prompt in random wrappers."""
+WRAPPED = 0
+"""Copies of each prompt in random wrappers: they gained nothing on unseen families and cost the second side."""
 MORE = 6.25
 """Gates read this many times the prompts that finders read: what many seen wrappers share is what unseen ones have."""
 SLACK = 0.005
