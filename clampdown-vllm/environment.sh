@@ -17,5 +17,7 @@ printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" > "$sit
   pytest pytest-timeout "setuptools>=77"
 "$venv/bin/pip" install --quiet --no-deps --no-build-isolation -e .. -e .
 # A system library that is missing shows here, before any test.
-"$venv/bin/python" -c 'import vllm._C, vllm.entrypoints.cli.main, clampdown_vllm.plugin' || {
+"$venv/bin/python" -c 'import torch; from vllm.platforms import current_platform as here
+here.import_kernels(); torch.ops._C.silu_and_mul  # the build for this CPU
+import vllm.entrypoints.cli.main, clampdown_vllm.plugin' || {
   echo "vLLM was installed into $venv and cannot be imported there" >&2; exit 1; }

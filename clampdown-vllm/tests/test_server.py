@@ -83,6 +83,7 @@ def test_every_plan_is_a_model(server: Server, rows: list[Row]) -> None:
     [
         ({"steering": "no-such-plan"}, 400),
         ({"vllm_xargs": {"clampdown": "no-such-plan"}}, 400),
+        ({"steering": None, "vllm_xargs": {"clampdown": "no-such-plan"}}, 400),
         ({"steering": {"operator": "clamp"}}, 400),
         ({"steering": {"id": "i", "plan": "clamp-352", "digest": "d", "mode": "act", "length": 3}}, 400),
         ({"steering": 3}, 400),

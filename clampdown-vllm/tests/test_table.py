@@ -82,7 +82,7 @@ def test_so_it_is_as_graphs_capture_it(bent: bool, reference: Reference, tmp_pat
         for name in BENT:
             (plans / f"{name}.toml").unlink()
     rows.write_text(json.dumps([row for row in reference.rows if bent or row["plan"] not in BENT]))
-    options = ("--runner", "v2", "--captured", "--rounds", "1", "--every", "12")
+    options = ("--runner", "v2", "--captured", "--rounds", "1", "--every", "11")
     seen = found("eager", plans, rows, tmp_path / "found.json", *options)
     assert seen["rows"] > 5 and seen["wrong"] == seen["receipts"] == []
     read_only = {site for site in seen["sites"] if site.startswith("blocks.1.hook_resid")}

@@ -12,6 +12,7 @@ from clampdown.errors import PromptSetError
 from clampdown.evaluation.catalog import load_suites, local_copy
 from clampdown.evaluation.dealing import split_of
 from clampdown.study.composing import BENIGN_WRAPPED, BLANKS, SCRIPTS, read_templates
+from clampdown.study.gating import benign_once
 from clampdown.study.prompts import Composed, StudyPrompts, prompts_from
 from clampdown.types import PromptRole, Split
 
@@ -145,3 +146,34 @@ def test_easy_facts_come_with_the_package() -> None:
     assert len(facts.prompts) == 476
     assert all(p.answer and p.meta["scoring"] == "contains" for p in facts.prompts)
     assert len({p.text for p in facts.prompts}) == 476
+
+
+def test_a_promise_counts_every_benign_request_once(made: StudyPrompts) -> None:
+    """In its template where it has one, plain where it has none."""
+    once = benign_once(made, None)
+    every = made.prompts(Split.CALIBRATION, None, PromptRole.BENIGN)
+    requests = [prompt.meta.get("target", prompt.text) for prompt in once]
+    assert len(set(requests)) == len(requests) < len(every)
+    assert set(requests) == {prompt.meta.get("target", prompt.text) for prompt in every}
+
+
+def test_what_is_made_of_several_suites_keeps_each_ones_splits_and_no_two_share_an_id(tmp_path: Path) -> None:
+    """One file says its splits, the other has none; both count from 0."""
+    with (tmp_path / "split.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "prompt", "split"])
+        writer.writerows([i, text, list(Split)[i % 4].value] for i, text in enumerate(BENIGN[:60]))
+    with (tmp_path / "plain.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "prompt"])
+        writer.writerows(enumerate(BENIGN[60:]))
+    templates = [f"You are machine {i}. {BLANKS[i % len(BLANKS)]} Answer as machine {i}." for i in range(8)]
+    made = prompts_from(
+        harmful=_csv(tmp_path / "harmful.csv", "goal", REQUESTS),
+        benign=[tmp_path / "split.csv", tmp_path / "plain.csv"],
+        composed=Composed(templates=str(_csv(tmp_path / "templates.csv", "text", templates)), wrap_benign=True),
+    )
+    own = {p.text: split for split in Split for p in made.prompts(split, None, PromptRole.BENIGN) if not p.meta}
+    found = [p for split in Split for p in made.draw(BENIGN_WRAPPED, split, None).prompts]
+    assert len({p.id for p in found}) == len(found) == 120
+    assert all(p.split is own[p.meta["target"]] for p in found)

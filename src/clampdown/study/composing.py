@@ -87,7 +87,7 @@ def wrapped(requests: Sequence[Prompt], templates: Sequence[Template], held_out:
     """Every request in one template, and every test request in one of those that are held out too. Hashes choose."""
     unseen, seen = parted(templates, held_out)
     prompts = []
-    for request in _with_splits(requests):
+    for request in with_splits(requests):
         prompts.append(_in_template(request, seen))
         if request.split is Split.TEST:
             prompts.append(_in_template(request, unseen))
@@ -105,7 +105,7 @@ def wrapped_benign(requests: Sequence[Prompt], templates: Sequence[Template], he
     """Short harmless requests in the same templates: what reads the template alone takes them for attacks. Test
     requests are in held-out templates, all others in the rest."""
     unseen, seen = parted(templates, held_out)
-    short = [request for request in _with_splits(requests) if len(request.text) <= LONGEST_BENIGN]
+    short = [request for request in with_splits(requests) if len(request.text) <= LONGEST_BENIGN]
     prompts = [
         _in_template(request, unseen if request.split is Split.TEST else seen, BENIGN_WRAPPED) for request in short
     ]
@@ -127,7 +127,7 @@ def _in_template(request: Prompt, templates: Sequence[Template], suite: str = Pr
 def escalated(requests: Sequence[Prompt]) -> Suite:
     """Every request at the end of one of `SCRIPTS`."""
     prompts = []
-    for request in _with_splits(requests):
+    for request in with_splits(requests):
         script = place_of(request.text) % len(SCRIPTS)
         said = [Message(role, text) for pair in SCRIPTS[script] for role, text in zip(("user", "assistant"), pair,
                 strict=True)]  # fmt: skip
@@ -150,14 +150,14 @@ def pooled(role: PromptRole, suites: Sequence[Suite]) -> Suite:
     prompts = [
         replace(prompt, id=f"{suite.name}/{prompt.id}", suite=name, category=suite.name)
         for suite in suites
-        for prompt in _with_splits(suite.prompts)
+        for prompt in with_splits(suite.prompts)
     ]
     # In the order of a hash, so that the first n of a split are of every set, in proportion to what it holds.
     prompts.sort(key=lambda prompt: place_of(f"{prompt.id} {prompt.text}"))
     return replace(suites[0], name=name, prompts=tuple(prompts))
 
 
-def _with_splits(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+def with_splits(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     return tuple(prompts) if has_splits(prompts) else dealt(prompts)
 
 

@@ -237,7 +237,7 @@ def _check_sides(request: Request) -> None:
 def _check_kind(request: Request) -> None:
     for member in request.members:
         member_of(member)
-    if (request.kind == ENSEMBLE) != (len(request.members) > 1):
+    if (request.kind == ENSEMBLE) != bool(request.members) or len(request.members) == 1:
         raise PlanError(
             "an ensemble has two members or more, a gate of another kind none",
             hint="--kind ensemble --members probe,dense",
@@ -284,7 +284,8 @@ def read(
     whole = [prompts[row] for row in np.flatnonzero(found)]
     fitted, data = last_turns(whole), request.data or embedded_prompts(request.seed)
     wrapped = copies(fitted, data.parts, request.wrapped, request.seed)
-    more = (*wrapped, *earlier_turns(whole, harmful[found].tolist()))
+    skipped = [bool(h) or p.suite in data.over_refused for p, h in zip(whole, harmful[found], strict=True)]
+    more = (*wrapped, *earlier_turns(whole, skipped))
     shown = [*fitted, *(copy.prompt for copy in more)]
     elsewhere = {named for member in request.members if (named := member_of(member)[1])} - {site.name}
     readings = (gate_reading(site, sae), *(gate_reading(Site.parse(name), None) for name in sorted(elsewhere)))

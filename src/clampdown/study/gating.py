@@ -20,12 +20,15 @@ from clampdown.activations.collect import collect
 from clampdown.activations.stream import plan_pass, read_sae
 from clampdown.errors import NotEnoughDataError
 from clampdown.evaluation.intervals import wilson
+from clampdown.evaluation.suites import TARGET
 from clampdown.steering.gate_fitting import FittedGate
 from clampdown.steering.gates import Pooled, Probe, fit_probe, make_gate, prompts_needed, provable_budget
 from clampdown.steering.plan import Gate, Plan
 from clampdown.steering.turn_promise import TURNS, Turnwise, last_turns, longest_turn
+from clampdown.study.composing import BENIGN_WRAPPED
 from clampdown.study.family_out import touched
 from clampdown.study.groundwork import Groundwork
+from clampdown.study.prompts import StudyPrompts
 from clampdown.study.study import Study
 from clampdown.study.wrapping import copies, earlier_turns
 from clampdown.types import ATTACKS, SAFE, Interval, Prompt, PromptRole, Record, Split
@@ -79,7 +82,8 @@ class Lessons:
     def of(cls, study: Study, harmful: Sequence[Prompt], harmless: Sequence[Prompt], wrapped: int) -> Lessons:
         prompts = [*harmful, *harmless]
         own, labels = last_turns(prompts), np.arange(len(prompts)) < len(harmful)
-        more = [*copies(own, study.data.parts, wrapped, study.seed), *earlier_turns(prompts, labels.tolist())]
+        skipped = [bool(h) or p.suite in study.data.over_refused for p, h in zip(prompts, labels, strict=True)]
+        more = [*copies(own, study.data.parts, wrapped, study.seed), *earlier_turns(prompts, skipped)]
         asked = np.array([labels[copy.of] for copy in more], dtype=bool)
         known = study.data.roles_of(PromptRole.JAILBROKEN)
         families = [touched(turn, known) for turn in own]
@@ -102,7 +106,7 @@ def ungauged(study: Study, probe: Probe) -> FittedGate:
 def calibrate(ground: Groundwork, probe: Probe, read: Sequence[Prompt], choice: GateChoice) -> Gate:
     """The threshold with its guarantee on conversations of benign calibration prompts. `read` was fitted on."""
     study, n = ground.study, ground.sizes.calibration
-    benign = study.prompts(Split.CALIBRATION, n, PromptRole.BENIGN) or study.prompts(Split.CALIBRATION, n, *SAFE)
+    benign = benign_once(study.data, n)
     least = check_provable(len(benign), choice.budget, confidence=choice.confidence)
     if least > choice.budget:
         ground.stages.leave_out(
@@ -113,6 +117,14 @@ def calibrate(ground: Groundwork, probe: Probe, read: Sequence[Prompt], choice: 
     window = longest_turn(study.lm, [*read, *benign])
     turnwise = Turnwise(study.lm, study.sae, window, choice.confidence, choice.turns)
     return turnwise.within(ungauged(study, probe), benign, max(choice.budget, least)).gate
+
+
+def benign_once(data: StudyPrompts, n: int | None) -> list[Prompt]:
+    """Benign calibration prompts (or other harmless ones where there are none), every request in one form: in a
+    template where it has one. A promise counts prompts that are independent of each other."""
+    found = data.prompts(Split.CALIBRATION, n, PromptRole.BENIGN) or data.prompts(Split.CALIBRATION, n, *SAFE)
+    wrapped = {prompt.meta[TARGET] for prompt in found if prompt.suite == BENIGN_WRAPPED}
+    return [prompt for prompt in found if prompt.suite == BENIGN_WRAPPED or prompt.text not in wrapped]
 
 
 def check_provable(n: int, budget: float, on: str = "benign", confidence: float = 0.95) -> float:

@@ -37,7 +37,7 @@ SEARCHED, LEAST_PROMPTS = 128, 4
 class Groundwork:
     """A study with its sizes, and what was read of its discovery prompts. `only` is the prompt for the single-prompt
     finder; `settings` are those of the contrast; `refusal_judge` tells refusals where the study's own judge should
-    not."""
+    not; `benign_budget` is the share of benign requests on which a gate may fire."""
 
     study: Study
     sizes: Sizes
@@ -46,6 +46,7 @@ class Groundwork:
     settings: ContrastSettings = field(default_factory=ContrastSettings)
     effort: Effort = EFFORT
     refusal_judge: Judge | None = None
+    benign_budget: float = 0.02
 
     @cached_property
     def harmful(self) -> tuple[Prompt, ...]:

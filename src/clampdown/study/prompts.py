@@ -30,6 +30,7 @@ from clampdown.study.composing import (
     parted,
     pooled,
     read_templates,
+    with_splits,
     wrapped,
     wrapped_benign,
 )
@@ -195,11 +196,11 @@ class Composed:
                 role: suites if role is PromptRole.CAPABILITY else [pooled(role, suites)]
                 for role, suites in by_role.items()
             }
-        requests = [prompt for suite in by_role.get(PromptRole.HARMFUL, ()) for prompt in suite.prompts]
+        requests = _each_once(by_role.get(PromptRole.HARMFUL, ()))
         if self.templates is not None:
             templates = self._read_templates()
             by_role.setdefault(PromptRole.JAILBROKEN, []).append(wrapped(requests, templates, self.held_out))
-            benign = [prompt for suite in by_role.get(PromptRole.BENIGN, ()) for prompt in suite.prompts]
+            benign = _each_once(by_role.get(PromptRole.BENIGN, ()))
             if self.wrap_benign and benign:
                 by_role[PromptRole.BENIGN].append(wrapped_benign(benign, templates, self.held_out))
         if self.escalate:
@@ -306,6 +307,15 @@ def role_of(suite: Suite) -> PromptRole:
         if suite.harmful == role.harmful and (suite.name == role.value or suite.name.startswith(f"{role.value}_")):
             return role
     return PromptRole.HARMFUL if suite.harmful else PromptRole.BORDERLINE
+
+
+def _each_once(suites: Sequence[Suite]) -> list[Prompt]:
+    """The prompts of several suites with the split that each has in its own, and ids that no two share."""
+    return [
+        prompt if len(suites) == 1 else replace(prompt, id=f"{suite.name}/{prompt.id}")
+        for suite in suites
+        for prompt in with_splits(suite.prompts)
+    ]
 
 
 def _listed(sources: Sources | None) -> list[Source]:

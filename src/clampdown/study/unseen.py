@@ -19,9 +19,9 @@ from clampdown.steering.gates import fit_probe
 from clampdown.steering.plan import Gate
 from clampdown.steering.turn_promise import last_turns
 from clampdown.study.family_out import Learnt, leave_families_out, promising
-from clampdown.study.gating import GateChoice, Lessons, read_pooled, ungauged
+from clampdown.study.gating import GateChoice, Lessons, benign_once, read_pooled, ungauged
 from clampdown.study.groundwork import Groundwork
-from clampdown.types import Interval, PromptRole, Record, Split
+from clampdown.types import Interval, PromptRole, Record
 
 KEY = "unseen_wrappers"
 
@@ -36,7 +36,7 @@ def estimated(ground: Groundwork, gate: Gate, choice: GateChoice) -> dict[str, A
     )
     tested[learnt.n_own :] = False
     pooled = Pooled(site, read_pooled(study, learnt.turns), {})
-    benign = last_turns(study.prompts(Split.CALIBRATION, ground.sizes.calibration, PromptRole.BENIGN))
+    benign = last_turns(benign_once(study.data, ground.sizes.calibration))
     if not benign or gate.guarantee is None:
         raise NotEnoughDataError("there are no benign calibration prompts to set thresholds on")
     shown, promise = Pooled(site, read_pooled(study, benign), {}), gate.guarantee

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any
 
+from clampdown.errors import SteeringNotAppliedError
 from clampdown.serving.replies import agreed
 from clampdown_vllm.front.async_engine import prove
 from clampdown_vllm.front.configuring import DESKS, desk_of
@@ -80,6 +81,11 @@ def _list_plans(before: Any, self: Any, engine_client: Any, base_model_paths: An
         desk.bases = tuple(base.name for base in bases)
         for base in bases:
             for name in desk.book.plans:
+                if f"{base.name}:{name}" in desk.bases:
+                    raise SteeringNotAppliedError(
+                        f"a model is served as '{base.name}:{name}', which names a plan",
+                        hint="serve it, or the plan, by another name",
+                    )
                 self.base_model_paths.append(type(base)(name=f"{base.name}:{name}", model_path=base.model_path))
 
 
@@ -90,7 +96,8 @@ def _desk() -> Desk | None:
 
 def requested(request: Any, extra: Mapping[str, Any] | None) -> Any:
     """What a request says of steering: the field, `vllm_xargs`, or its model's name; None when it says nothing."""
-    given = (request.model_extra or {}).get("steering", (extra or {}).get(KEY))
+    given = (request.model_extra or {}).get("steering")  # clients send fields that are not set as null
+    given = (extra or {}).get(KEY) if given is None else given
     desk = _desk()
     return _in_name(desk, request.model or "") if given is None and desk is not None else given
 
@@ -120,7 +127,7 @@ async def _check_model(before: Any, self: Any, request: Any) -> Any:
 async def _from_body(before: Any, self: Any, request: Any, raw_request: Any = None, **kwargs: Any) -> Any:
     """Endpoints whose requests drop fields that they do not know: what was asked for stands in the body alone."""
     body = await raw_request.json() if raw_request is not None and _desk() is not None else {}
-    if body.get("steering", (body.get("vllm_xargs") or {}).get(KEY)) not in (None, OFF):
+    if any(given not in (None, OFF) for given in (body.get("steering"), (body.get("vllm_xargs") or {}).get(KEY))):
         return self.create_error_response(NO_PLACE, param="steering")
     return await before(self, request, raw_request, **kwargs)
 

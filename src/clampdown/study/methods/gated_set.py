@@ -36,7 +36,7 @@ from clampdown.steering.arms import Arm, generate_arms
 from clampdown.steering.gates import Pooled, Probe, fit_probe
 from clampdown.steering.plan import Branch, Edit, Gate, Plan
 from clampdown.steering.turn_promise import Turnwise, longest_turn
-from clampdown.study.gating import HARMLESS, Lessons, check_provable, read_pooled, ungauged
+from clampdown.study.gating import HARMLESS, Lessons, benign_once, check_provable, read_pooled, ungauged
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.methods.method import Method, arm_of
 from clampdown.study.strengths import Candidate
@@ -219,7 +219,7 @@ def at_strengths(plan: Plan, up: Plan, name: str) -> Plan:
 
 def up_gate(ground: Groundwork, read: Discovery) -> Gate:
     """The gate of harmful prompts, at the module's step 2."""
-    benign = ground.study.prompts(Split.CALIBRATION, 2 * ground.sizes.calibration, PromptRole.BENIGN)
+    benign = benign_once(ground.study.data, 2 * ground.sizes.calibration)
     budget = max(BUDGET, check_provable(len(benign), BUDGET))
     fitted = ungauged(ground.study, _probe(ground, read, read.learnt.harmful))
     return _turnwise(ground, read, benign).within(fitted, benign, budget).gate

@@ -9,9 +9,10 @@
    one that leaves the fewest refusals of over-refused prompts. Neither may break more than `DEGENERATE_LIMIT` of
    replies.
 4. Gates, fitted on discovery prompts, each of `KINDS`. Up: attacks against everything harmless; its threshold promises
-   `BUDGET` on benign calibration prompts, and lets at most `SPARED` of over-refused ones through. Down: over-refused
-   prompts against all others; its threshold promises `DOWN_BUDGET` on harmful calibration prompts, and lets at most
-   `DOWN_SPARED` of the benign ones through. The kind with the better AUROC on validation prompts is taken.
+   the study's budget (2 %) on benign calibration requests, and lets at most `SPARED` of over-refused ones through.
+   Down: over-refused prompts against all others; its threshold promises `DOWN_BUDGET` on harmful calibration prompts,
+   and lets at most `DOWN_SPARED` of the benign ones through. The kind with the better AUROC on validation prompts is
+   taken.
 5. Arms: up alone behind its gate, and both. Validation prompts choose: refusals of attacks minus wrong refusals.
 
 Nothing here searches with many forward passes: on a model of 0.5 B parameters it takes minutes of one core.
@@ -36,11 +37,11 @@ from clampdown.steering.gate_fitting import FittedGate, Pooled, auroc, fit_gate,
 from clampdown.steering.plan import Branch, Edit, Plan
 from clampdown.steering.turn_promise import Turnwise, last_turns, longest_turn
 from clampdown.steering.turn_reading import read_prompts
-from clampdown.study.gating import HARMLESS, check_provable
+from clampdown.study.gating import HARMLESS, benign_once, check_provable
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.methods.method import Method
 from clampdown.study.strengths import Candidate
-from clampdown.types import ATTACKS, SAFE, ArmKind, Prompt, PromptRole, Split, Verdict
+from clampdown.types import ATTACKS, ArmKind, Prompt, PromptRole, Split, Verdict
 
 NAME = "two-sided"
 UP_ONLY, BOTH, FEATURES_ONLY = "gated, up only", "gated, up and down", "gated set of features, up only"
@@ -49,7 +50,7 @@ SIZES_UP, SIZES_DOWN = (1.0, 2.0, 3.0, 4.0), (1.0, 2.0)
 """Multiples of the direction's own length, and (the first two) of each feature's largest activation."""
 SET_SIZES = (1, 5)
 KINDS = ("dense", "probe")
-BUDGET, DOWN_BUDGET, SPARED, DOWN_SPARED, CONFIDENCE = 0.02, 0.02, 0.05, 0.1, 0.95
+DOWN_BUDGET, SPARED, DOWN_SPARED, CONFIDENCE = 0.02, 0.05, 0.1, 0.95
 SLACK = 0.05
 DEGENERATE_LIMIT = 0.02
 LEAST = 5
@@ -306,8 +307,8 @@ class Gates:
         """Fires on attacks; see the module's step 4."""
         study, n = self.ground.study, self.ground.sizes.calibration
         fitted = self._best("up", lambda prompt: study.data.roles[prompt.suite] in ATTACKS)
-        benign = study.prompts(Split.CALIBRATION, n, PromptRole.BENIGN) or study.prompts(Split.CALIBRATION, n, *SAFE)
-        budget = max(BUDGET, check_provable(len(benign), BUDGET))
+        benign, wanted = benign_once(study.data, n), self.ground.benign_budget
+        budget = max(wanted, check_provable(len(benign), wanted))
         found = self._turnwise(benign).within(fitted, benign, budget)
         return self._sparing(found, _over_refused(self.ground, Split.CALIBRATION), SPARED)
 

@@ -253,15 +253,22 @@ def _firing(study: Study, plan: Plan, prompts: Sequence[Prompt]) -> frozenset[tu
 
 
 def _benign_kl(bench: Bench, arms: Sequence[Arm], triggers: _Triggers) -> dict[str, BenignKl]:
-    """Text by text, gates held open; and how often each gate fires on benign prompts."""
+    """Text by text, gates held open, of two sides the dearer one; and how often each gate fires on benign prompts."""
     study, benign = bench.study, bench.sets.benign_of(bench.sets.fresh)
     always = [replace(arm, plan=opened(arm.plan)) for arm in arms if arm.plan]
+    down = [
+        replace(arm, plan=arm.plan.changed(gate=None, otherwise=None))
+        for arm in arms
+        if arm.plan and arm.plan.otherwise
+    ]
     forced = benign_replies(bench, benign[: bench.scale.generated])
     values: dict[str, list[float]] = {arm.name: [] for arm in arms}
     with bench.stages.stage("Cost on benign text") as tick:
         for done, text in enumerate(forced, 1):
-            for name, cost in utility.costs(study.lm, study.saes, always, [text]).items():
-                values[name].append(float("inf") if cost.kl is None else cost.kl)
+            sides = [utility.costs(study.lm, study.saes, each, [text]) for each in (always, down) if each]
+            for name in values.keys() & sides[0].keys() if sides else ():
+                read = [side[name].kl for side in sides if name in side]
+                values[name].append(max(float("inf") if kl is None else kl for kl in read))
             tick(done, len(forced))
     found = {}
     for arm in arms:

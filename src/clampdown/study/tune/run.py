@@ -151,7 +151,8 @@ def choose_tuned(study: Study, request: Request, out: Path, stages: Stages) -> C
         trials = search(found.space, Trials(bench), effort, TrialLog(out / "trials.jsonl"))
         starts = trials[: len(found.space.starts)]
         best = finalists(trials, request.scale.finalists)
-        confirmed = confirm(bench, (*(start for start in starts if start not in best), *best))
+        able = [start for start in starts if start.score.refusal is not None and start not in best]
+        confirmed = confirm(bench, (*able, *best))
     holding = [each for each in confirmed.finalists if not each.over]
     ranked = (*in_order(holding), *in_order([each for each in confirmed.finalists if each.over]))
     write_json(out / "frontier.json", [trial_facts(trial) for trial in frontier(trials)])

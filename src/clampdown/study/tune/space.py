@@ -146,7 +146,11 @@ def find_candidates(
         combinations = tuple(Combination(**{**c, "features": tuple(c["features"])}) for c in raw["combinations"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{found} is not a search space: {error!r}", hint="delete it to screen again") from error
-    made = hand_made(study, sets, scale, units, out, stages) if choices.hand_made else None
+    made = (
+        hand_made(study, sets, scale, units, out, stages)
+        if choices.hand_made and set(choices.gates) != {NO_GATE}
+        else None
+    )
     if made is not None:
         combinations = (*combinations, Combination(opened(made).edits[0].features, HAND_MADE, gated_set.SCOPE))
         gates = {**gates, **hand_made_gates(study, sets, made, choices.promises)}
