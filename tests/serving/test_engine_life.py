@@ -266,6 +266,18 @@ def test_rows_that_cannot_join_say_nothing_twice_and_the_engine_goes_on(monkeypa
     serve(work)
 
 
+def test_who_asks_for_too_much_is_told_so_and_nobody_else_is_disturbed() -> None:
+    async def work(engine: Engine) -> None:
+        beside = engine.submit(request(LONG))
+        with pytest.raises(RequestError, match="not finite") as told:
+            await ask(engine, request(8, plan(1e300)))
+        assert told.value.status == 400
+        seen = [piece async for piece in beside]
+        assert isinstance(seen[-1], Done) and seen[-1].n_generated == LONG
+
+    serve(work)
+
+
 def test_echoed_logprobs_are_those_of_one_plain_pass() -> None:
     """Also beside a longer prompt, and with a plan."""
     prompt, acting = (1, 2, 8, 20, 33, 7), plan(3.0)

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from clampdown.errors import ModelError
+from clampdown.errors import ClampdownError, ModelError, RequestError
 from clampdown.models.loading import LanguageModel
 from clampdown.serving.mailbox import Item, Mailbox
 from clampdown.serving.pool import Pool
@@ -361,7 +361,7 @@ class Worker:
         going_on: list[int] = []
         for i, (ticket, token) in enumerate(zip(tickets, tokens, strict=True)):
             if chosen[i] is None:
-                self._tell(ticket, ModelError("the model's logits are not finite", hint="use a smaller strength"))
+                self._tell(ticket, _broken(ticket))
             elif (reason := self._take(ticket, token)) is None:
                 going_on.append(i)
             else:
@@ -384,6 +384,18 @@ class Worker:
         if token not in self._texts:
             self._texts[token] = self._lm.tokenizer.decode([token])
         return self._texts[token]
+
+
+def _broken(ticket: Ticket) -> ClampdownError:
+    """Logits that are no numbers: who asked for the plan asked for too much; without one the model is at fault."""
+    if ticket.request.plan is None:
+        return ModelError("the model's logits are not finite")
+    return RequestError(
+        "the plan pushes the model until its logits are not finite",
+        hint="use a smaller strength",
+        code="cannot_steer",
+        param="steering",
+    )
 
 
 def _done(ticket: Ticket, reason: Literal["stop", "length", "cancelled"], receipt: Receipt | None) -> Done:
