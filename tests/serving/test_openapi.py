@@ -38,6 +38,14 @@ def test_no_request_makes_the_server_fail(live: Live) -> None:
     assert not [status for status in asked if status >= 500]
 
 
+@pytest.mark.parametrize(("penalty", "status"), [(0.01, 200), (100, 200), (1e-308, 400), (0.009, 400)])
+def test_a_penalty_that_no_logit_survives_is_turned_away(live: Live, penalty: float, status: int) -> None:
+    """Logits are divided by it: a smaller one makes them infinite."""
+    message = {"role": "user", "content": "What is the capital of Dornland?"}
+    body = {"model": "organism", "messages": [message], "repetition_penalty": penalty, "max_tokens": 4}
+    assert live.post("/v1/chat/completions", body).status_code == status
+
+
 def answered(operation: Any) -> list[int]:
     """Statuses of the answers to examples of one operation."""
     statuses: list[int] = []

@@ -108,7 +108,7 @@ class _Common(_Body):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=_LARGEST)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
     n: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     seed: Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)] | None = None
     stop: Stop | list[Stop | None] | None = None
