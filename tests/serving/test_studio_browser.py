@@ -201,6 +201,7 @@ def test_a_link_brings_the_plan_and_the_same_answers(visit: Visit) -> None:
 
 def test_features_are_found_by_ones_own_words(visit: Visit) -> None:
     visit.tab("Features")
+    expect(visit.page.locator("#features .more")).to_contain_text("shown")  # the list that the tab opens with has come
     visit.page.locator("#by-words :is(textarea, input)").fill(TRICK)
     visit.page.keyboard.press("Enter")
     expect(visit.page.locator("#features .more")).to_contain_text("your words")
