@@ -21,7 +21,7 @@ def world(clamps):
 
 
 measure = Measure(
-    gain=lambda sets: [world(clamps).gain for clamps in sets], cost=lambda sets: [world(clamps).cost for clamps in sets]
+    lambda sets: [world(clamps).gain for clamps in sets], lambda sets: [world(clamps).cost for clamps in sets]
 )
 
 
@@ -97,6 +97,17 @@ def test_a_search_measures_no_more_sets_than_it_may(sets):
     if sets == 10**6:
         unlimited = refine(single(3, 2, 1), measure, lambda _: single(3, 2, 1, 5), Limits(9.0, 0.01, max_size=2))
         assert found == unlimited
+
+
+@pytest.mark.parametrize("sets", [0, 1, 2, 4])
+def test_the_limit_holds_for_a_step_by_itself(sets):
+    """Not for `refine` alone: whoever calls `optimise` with a limit gets it, whatever measured before."""
+    limits = Limits(9.0, min_gain=0.01, multiples=(0.5, 1.0), sets=sets)
+    mine = Measure(measure.gains, measure.costs)
+    found = optimise(single(4, 1), mine, limits)
+    assert (found is not None) == (sets == 4), "only 1, which comes second, gains"
+    assert mine.measured == sets + (2 if found else 0), "two more, closer to the best, are always tried"
+    assert optimise(single(1), mine, limits) is None, "the count goes on"
 
 
 def test_interactions_are_the_pair_minus_its_parts():

@@ -114,7 +114,9 @@ def test_a_search_reads_as_many_prompts_as_it_can_afford_and_leaves_the_longest_
 
     def read(tokens_per_plan):
         sizes = replace(QUICK, search_flops=2.0 * parameters * groundwork.SEARCHED * tokens_per_plan)
-        return Groundwork(study, sizes, Stages(Console(quiet=True))).tempting
+        ground = Groundwork(study, sizes, Stages(Console(quiet=True)))
+        assert ground.tempting_tokens == sum(len(encode(study.lm, prompt.messages)) for prompt in ground.tempting)
+        return ground.tempting
 
     every = read(10**6)
     lengths = {prompt.id: len(encode(study.lm, prompt.messages)) for prompt in every}

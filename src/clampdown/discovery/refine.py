@@ -87,8 +87,8 @@ class Round:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`budget`: the cost that is allowed. `min_gain`: less is no gain. `multiples`: strengths that are tried. `sets`:
-    how many sets the whole search may measure (None: any number); the pool's last are left out. `shares`: at which
-    shares of their own strengths a set and a newcomer are joined."""
+    how many sets the measure may have measured in all (None: any number); the pool's last are left out. `shares`: at
+    which shares of their own strengths a set and a newcomer are joined."""
 
     budget: float
     min_gain: float
@@ -97,6 +97,10 @@ class Limits:
     multiples: tuple[float, ...] = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
     sets: int | None = None
     shares: tuple[tuple[float, float], ...] = ((0.9, 0.4), (0.7, 0.7))
+
+    def left(self, measured: int) -> int | None:
+        """How many more sets may be measured after so many."""
+        return None if self.sets is None else max(0, self.sets - measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,37 +115,21 @@ class Refined:
 Many = Callable[[Sequence[Clamps]], Sequence[float]]
 
 
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """What many sets gain, and what they cost, set by set. Larger gains are better, smaller costs."""
-
-    gain: Many
-    cost: Many
-
-
 @dataclass(slots=True)
-class _Left:
-    """How many sets may still be measured."""
+class Measure:
+    """What many sets gain, and what they cost, set by set. Larger gains are better, smaller costs. `measured` counts
+    the sets whose gain was asked for."""
 
-    sets: int | None
+    gains: Many
+    costs: Many
+    measured: int = 0
 
+    def gain(self, sets: Sequence[Clamps]) -> list[float]:
+        self.measured += len(sets)
+        return list(self.gains(sets))
 
-@dataclass(frozen=True, slots=True)
-class _Counted(Measure):
-    """A measure of so many sets and no more."""
-
-    left: _Left
-
-    @classmethod
-    def of(cls, measure: Measure, limits: Limits) -> _Counted:
-        left = _Left(limits.sets)
-
-        def gain(sets: Sequence[Clamps]) -> Sequence[float]:
-            if left.sets is not None:
-                left.sets -= len(sets)
-            return measure.gain(sets)
-
-        return cls(gain, measure.cost, left)
+    def cost(self, sets: Sequence[Clamps]) -> list[float]:
+        return list(self.costs(sets))
 
 
 Pool = Sequence[Clamps]
@@ -154,7 +142,7 @@ def refine(pool: Pool, measure: Measure, rescore: Rescore, limits: Limits) -> Re
 
     Raises `NotEnoughDataError` when no candidate of the first pool gains anything within the budget.
     """
-    measure, best = _Counted.of(measure, limits), None
+    best: Tried | None = None
     rounds: list[Round] = []
     for _ in range(limits.max_rounds):
         grown = grow(best, pool, measure, limits)
@@ -214,9 +202,7 @@ def _joined(current: Clamps, pool: Pool, limits: Limits) -> list[Clamps]:
 def optimise(sets: Sequence[Clamps], measure: Measure, limits: Limits) -> Tried | None:
     """The set and multiple of its strengths with the largest gain within the budget; None when none gains."""
     tried = [clamps.scaled(multiple) for clamps in sets for multiple in limits.multiples]
-    if isinstance(measure, _Counted) and measure.left.sets is not None:
-        tried = tried[: max(0, measure.left.sets)]
-    best = _best(tried, measure, limits.budget)
+    best = _best(tried[: limits.left(measure.measured)], measure, limits.budget)
     if best is None:
         return None
     closer = _best([best.clamps.scaled(multiple) for multiple in (0.93, 1.07)], measure, limits.budget)
@@ -227,7 +213,7 @@ def _best(sets: Sequence[Clamps], measure: Measure, budget: float) -> Tried | No
     """The set with the largest positive gain whose cost is within the budget."""
     if not sets:
         return None
-    gains = list(measure.gain(sets))
+    gains = measure.gain(sets)
     order = sorted((i for i, gain in enumerate(gains) if gain > 0), key=lambda i: -gains[i])
     for start in range(0, len(order), COSTED):
         some = order[start : start + COSTED]
@@ -256,7 +242,7 @@ def interactions(clamps: Clamps, measure: Measure) -> tuple[Interaction, ...]:
     if not pairs:
         return ()
     sets = [clamps.only([f]) for f in clamps.features] + [clamps.only(pair) for pair in pairs]
-    gains = list(measure.gain(sets))
+    gains = measure.gain(sets)
     alone = dict(zip(clamps.features, gains, strict=False))
     together = gains[len(clamps.features) :]
     return tuple(Interaction(a, b, gain, alone[a] + alone[b]) for (a, b), gain in zip(pairs, together, strict=True))

@@ -126,10 +126,15 @@ class Groundwork:
             decoder=given.sae.W_dec.float().cpu().numpy(),
         )
 
-    @cached_property
+    @property
     def tempting(self) -> list[Prompt]:
         """Validation attacks on which first tokens are read: as many as a search can afford."""
-        return self.searchable(self.study.prompts(Split.VALIDATION, self.sizes.causal_prompts, *ATTACKS))
+        return [prompt for prompt, _ in self._searched]
+
+    @property
+    def tempting_tokens(self) -> int:
+        """How long they are together, as the model reads them."""
+        return sum(length for _, length in self._searched)
 
     @property
     def benign(self) -> list[Prompt]:
@@ -140,9 +145,12 @@ class Groundwork:
         )
         return [prompt for prompt in found if prompt.suite != BENIGN_WRAPPED]
 
-    def searchable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Those on which `SEARCHED` plans may be tried, the longest left out first; never fewer than `LEAST_PROMPTS`.
-        Only large models feel it: a jailbreak of 500 tokens costs ten times what the bare request does."""
+    @cached_property
+    def _searched(self) -> list[tuple[Prompt, int]]:
+        """Attacks on which `SEARCHED` plans may be tried, with their lengths; the longest are left out first, and there
+        are never fewer than `LEAST_PROMPTS`. Only large models feel it: a jailbreak of 500 tokens costs ten times what
+        the bare request does."""
+        prompts = self.study.prompts(Split.VALIDATION, self.sizes.causal_prompts, *ATTACKS)
         lengths = [len(encode(self.study.lm, prompt.messages)) for prompt in prompts]
         left = self.sizes.search_flops / (2 * self._parameters * SEARCHED)
         kept: set[int] = set()
@@ -151,15 +159,11 @@ class Groundwork:
             if left < 0 and len(kept) >= LEAST_PROMPTS:
                 break
             kept.add(place)
-        return [prompt for place, prompt in enumerate(prompts) if place in kept]
+        return [(prompts[place], lengths[place]) for place in sorted(kept)]
 
     def tries(self, tokens: int) -> int:
         """How many plans a search may try on so many tokens."""
         return int(self.sizes.search_flops / (2 * self._parameters * max(1, tokens)))
-
-    def tokens_of(self, prompts: Sequence[Prompt]) -> int:
-        """Tokens of the prompts as the model reads them."""
-        return sum(len(encode(self.study.lm, prompt.messages)) for prompt in prompts)
 
     @cached_property
     def _parameters(self) -> int:

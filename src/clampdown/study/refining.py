@@ -72,7 +72,7 @@ def make_measure(given: Material, tempting: Sequence[Prompt], benign: Sequence[P
     def plans(sets: Sequence[Clamps]) -> list[Plan]:
         return [plan_of(given.lm, given.sae, clamps, given.effort.scope) for clamps in sets]
 
-    return Measure(gain=lambda sets: refusal(plans(sets)), cost=lambda sets: kl(plans(sets)))
+    return Measure(lambda sets: refusal(plans(sets)), lambda sets: kl(plans(sets)))
 
 
 def _units(given: Material, found: FeatureSet) -> dict[int, float]:

@@ -94,7 +94,7 @@ def _refined(
 
     budget = ground.effort.kl if settings.kl is None else settings.kl
     sizes = tuple(sorted({abs(multiple) for multiple in settings.multiples}))
-    most = ground.tries(ground.tokens_of(ground.tempting))
+    most = ground.tries(ground.tempting_tokens)
     limits = Limits(budget, settings.min_gain, settings.set_size, settings.rounds, multiples=sizes, sets=most)
     try:
         return refine(_both_signs(found.ranking[: settings.features], units), measure, rescore, limits).best
