@@ -12,12 +12,13 @@ from rich.console import Console
 from clampdown.models.chat import encode
 from clampdown.steering.plan import Plan
 from clampdown.study import groundwork
+from clampdown.study.gating import Lessons
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.methods import two_sided as method
 from clampdown.study.progress import Stages
 from clampdown.study.sizes import QUICK
 from clampdown.study.study import Study, make_study
-from clampdown.types import PromptRole, Split
+from clampdown.types import ATTACKS, PromptRole, Split
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,13 @@ def ground(study: Study) -> Groundwork:
 
 
 @pytest.fixture(scope="module")
-def read(ground: Groundwork) -> method.Reading:
-    return method.Reading.of(ground)
+def readings(ground: Groundwork) -> tuple[method.Reading, method.Reading]:
+    return method.read_discovery(ground)
+
+
+@pytest.fixture(scope="module")
+def read(readings: tuple[method.Reading, method.Reading]) -> method.Reading:
+    return readings[0]
 
 
 def test_the_direction_is_refused_minus_answered_within_each_side(
@@ -62,8 +68,11 @@ def test_the_direction_is_refused_minus_answered_within_each_side(
     assert all(peak > 0 for peak in found.features.values())
 
 
-def test_a_gate_fires_on_its_side_and_spares_the_other(ground: Groundwork, read: method.Reading) -> None:
-    gates = method.Gates(ground, read, method.Reading.validation(ground))
+def test_a_gate_fires_on_its_side_and_spares_the_other(
+    ground: Groundwork, readings: tuple[method.Reading, method.Reading]
+) -> None:
+    read = readings[0]
+    gates = method.Gates(ground, *readings, method.read_validation(ground))
     raised, lowered = gates.up(), gates.down()
     study = ground.study
     harmful = read.are(lambda prompt: study.data.roles[prompt.suite] is PromptRole.HARMFUL)
@@ -79,6 +88,25 @@ def test_a_gate_fires_on_its_side_and_spares_the_other(ground: Groundwork, read:
     assert raised.gate.guarantee.on == "benign"
     assert lowered.gate.guarantee is not None
     assert lowered.gate.guarantee.on == "harmful"
+
+
+def test_gates_learn_from_copies_in_random_wrappers_when_that_is_asked_for(
+    ground: Groundwork, readings: tuple[method.Reading, method.Reading]
+) -> None:
+    """The same prompts as they are, whatever was asked for; behind them each in two wrappers, with its own label."""
+    few = replace(ground, sizes=replace(ground.sizes, discovery=4))
+    plain, both = method.read_discovery(few), method.read_discovery(replace(few, wrapped=2))
+    n, study = len(plain[0].prompts), few.study
+    assert both[0].prompts == plain[0].prompts
+    np.testing.assert_allclose(both[0].pooled.residual["mean"], plain[0].pooled.residual["mean"], atol=1e-4)
+    assert both[1].prompts == Lessons.of(study, both[0].prompts[:8], both[0].prompts[8:], wrapped=2).turns
+    copies = both[1].prompts[n : 3 * n]
+    assert [copy.suite for copy in copies] == [prompt.suite for prompt in plain[0].prompts for _ in range(2)]
+    assert [*plain[1].prompts[:n], *copies, *plain[1].prompts[n:]] == [*both[1].prompts]
+    assert both[1].pooled.n == plain[1].pooled.n + 2 * n
+    gates = [method.Gates(few, *each, method.read_validation(few)) for each in (plain, both)]
+    one, other = (each._best("up", lambda p: study.data.roles[p.suite] in ATTACKS) for each in gates)
+    assert one.gate != other.gate
 
 
 def test_the_weakest_of_about_the_most_refusals_is_taken(study: Study) -> None:

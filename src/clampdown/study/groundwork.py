@@ -37,7 +37,8 @@ SEARCHED, LEAST_PROMPTS = 128, 4
 class Groundwork:
     """A study with its sizes, and what was read of its discovery prompts. `only` is the prompt for the single-prompt
     finder; `settings` are those of the contrast; `refusal_judge` tells refusals where the study's own judge should
-    not; `benign_budget` is the share of benign requests on which a gate may fire."""
+    not; `benign_budget` is the share of benign requests on which a gate may fire; `wrapped` is how many copies of each
+    prompt in random wrappers the methods' gates learn from."""
 
     study: Study
     sizes: Sizes
@@ -47,6 +48,7 @@ class Groundwork:
     effort: Effort = EFFORT
     refusal_judge: Judge | None = None
     benign_budget: float = 0.02
+    wrapped: int = 0
 
     @cached_property
     def harmful(self) -> tuple[Prompt, ...]:

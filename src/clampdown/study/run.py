@@ -218,7 +218,8 @@ def take_test(study: Study, test: FrozenTest, out: Path, stages: Stages, **more:
 
 
 def _groundwork(study: Study, request: StudyRequest, stages: Stages) -> Groundwork:
-    ground = Groundwork(study, request.sizes, stages, benign_budget=request.gate.budget)
+    gate = request.gate
+    ground = Groundwork(study, request.sizes, stages, benign_budget=gate.budget, wrapped=gate.wrapped)
     return request.published.prepared(ground) if request.published else ground
 
 

@@ -58,8 +58,6 @@ DOWN_BUDGET = 0.002
 CONFIDENCE = 0.95
 PROBE_FEATURES = 300
 PROBE_PENALTY = 0.3
-WRAPPED = 0
-"""Copies of each prompt in random wrappers: they gained nothing on unseen families and cost the second side."""
 MORE = 6.25
 """Gates read this many times the prompts that finders read: what many seen wrappers share is what unseen ones have."""
 SLACK = 0.005
@@ -78,7 +76,7 @@ class Discovery:
     def read(cls, ground: Groundwork) -> Discovery:
         n = int(MORE * ground.sizes.discovery)
         prompts = [p for roles in (ATTACKS, HARMLESS) for p in ground.study.prompts(Split.DISCOVERY, n, *roles)]
-        learnt = Lessons.discovery(ground, n, WRAPPED)
+        learnt = Lessons.discovery(ground, n, ground.wrapped)
         return cls(tuple(prompts), learnt, read_pooled(ground.study, learnt.turns))
 
     @property

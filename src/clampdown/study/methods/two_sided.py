@@ -8,11 +8,11 @@
    down), at several sizes, at every token. Up, the weakest within `SLACK` of the most refusals of attacks. Down, the
    one that leaves the fewest refusals of over-refused prompts. Neither may break more than `DEGENERATE_LIMIT` of
    replies.
-4. Gates, fitted on discovery prompts, each of `KINDS`. Up: attacks against everything harmless; its threshold promises
-   the study's budget (2 %) on benign calibration requests, and lets at most `SPARED` of over-refused ones through.
-   Down: over-refused prompts against all others; its threshold promises `DOWN_BUDGET` on harmful calibration prompts,
-   and lets at most `DOWN_SPARED` of the benign ones through. The kind with the better AUROC on validation prompts is
-   taken.
+4. Gates, fitted on discovery prompts (as every gate of a study: `gating.Lessons`), each of `KINDS`. Up: attacks against
+   everything harmless; its threshold promises the study's budget (2 %) on benign calibration requests, and lets at most
+   `SPARED` of over-refused ones through. Down: over-refused prompts against all others; its threshold promises
+   `DOWN_BUDGET` on harmful calibration prompts, and lets at most `DOWN_SPARED` of the benign ones through. The kind
+   with the better AUROC on validation prompts is taken.
 5. Arms: up alone behind its gate, and both. Validation prompts choose: refusals of attacks minus wrong refusals.
 
 Nothing here searches with many forward passes: on a model of 0.5 B parameters it takes minutes of one core.
@@ -37,7 +37,7 @@ from clampdown.steering.gate_fitting import FittedGate, Pooled, auroc, fit_gate,
 from clampdown.steering.plan import Branch, Edit, Plan
 from clampdown.steering.turn_promise import Turnwise, last_turns, longest_turn
 from clampdown.steering.turn_reading import read_prompts
-from clampdown.study.gating import HARMLESS, benign_once, check_provable
+from clampdown.study.gating import HARMLESS, Lessons, benign_once, check_provable
 from clampdown.study.groundwork import Groundwork
 from clampdown.study.methods.method import Method
 from clampdown.study.strengths import Candidate
@@ -68,12 +68,12 @@ def two_sided(ground: Groundwork) -> Method:
     the discovery prompts or all of them."""
     if not _over_refused(ground, Split.DISCOVERY) or not _over_refused(ground, Split.VALIDATION):
         raise NotEnoughDataError("no borderline prompts", hint="without wrong refusals there is no second side")
-    read = Reading.of(ground)
+    read, learnt = read_discovery(ground)
     tried = Tried(ground, refusing_direction(ground, read))
     with ground.stages.stage("Choosing edits up and down") as tick:
         up, down = tried.best_up(tick), tried.best_down(tick)
     with ground.stages.stage("Fitting gates"):
-        gates = Gates(ground, read, Reading.validation(ground))
+        gates = Gates(ground, read, learnt, read_validation(ground))
         raised, lowered = gates.up(), gates.down()
     plans = [up.behind(raised, UP_ONLY), _both(ground, up, raised, down, lowered)]
     if (features := tried.best_features) is not None and features.digest != up.digest:
@@ -118,31 +118,37 @@ def _over_refused(ground: Groundwork, split: Split, n: int | None = None) -> lis
 
 @dataclass(frozen=True)
 class Reading:
-    """Prompts of one split, and what one pass pooled of the last turn of each."""
+    """Prompts, and what one pass pooled of the last turn of each."""
 
     prompts: tuple[Prompt, ...]
     pooled: Pooled
 
-    @classmethod
-    def of(cls, ground: Groundwork) -> Reading:
-        """Discovery prompts."""
-        return cls._read(ground, Split.DISCOVERY, ground.sizes.discovery)
-
-    @classmethod
-    def validation(cls, ground: Groundwork) -> Reading:
-        """Validation prompts, on which kinds of gates are compared."""
-        return cls._read(ground, Split.VALIDATION, 2 * ground.sizes.validation)
-
-    @classmethod
-    def _read(cls, ground: Groundwork, split: Split, n: int) -> Reading:
-        study = ground.study
-        prompts = (*study.prompts(split, n, *ASKED), *study.prompts(split, n, *HARMLESS))
-        job = plan_pass(study.lm, [gate_reading(study.site, study.sae)], last_turns(prompts))
-        with ground.stages.stage(f"Reading {split} prompts") as tick:
-            return cls(prompts, Pooled.of(collect(job, tick)))
-
     def are(self, fires: Callable[[Prompt], bool]) -> Bool[np.ndarray, " prompts"]:
         return np.array([fires(prompt) for prompt in self.prompts], dtype=bool)
+
+
+def read_discovery(ground: Groundwork) -> tuple[Reading, Reading]:
+    """Discovery prompts as they are, and all that gates learn from: those first, and what `Lessons` adds to them."""
+    study, n = ground.study, ground.sizes.discovery
+    asked, harmless = (study.prompts(Split.DISCOVERY, n, *roles) for roles in (ASKED, HARMLESS))
+    learnt = Lessons.of(study, asked, harmless, ground.wrapped)
+    pooled = _pooled(ground, learnt.turns, Split.DISCOVERY)
+    own = pooled.at(np.arange(len(learnt.turns)) < learnt.n_own)
+    return Reading((*asked, *harmless), own), Reading(learnt.turns, pooled)
+
+
+def read_validation(ground: Groundwork) -> Reading:
+    """Validation prompts, on which kinds of gates are compared."""
+    study, n = ground.study, 2 * ground.sizes.validation
+    prompts = (*study.prompts(Split.VALIDATION, n, *ASKED), *study.prompts(Split.VALIDATION, n, *HARMLESS))
+    return Reading(prompts, _pooled(ground, last_turns(prompts), Split.VALIDATION))
+
+
+def _pooled(ground: Groundwork, turns: Sequence[Prompt], split: Split) -> Pooled:
+    study = ground.study
+    job = plan_pass(study.lm, [gate_reading(study.site, study.sae)], turns)
+    with ground.stages.stage(f"Reading {split} prompts") as tick:
+        return Pooled.of(collect(job, tick))
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,10 +302,12 @@ def _weakest(plans: Sequence[Plan], refused: Mapping[str, int], n: int) -> Plan:
 
 @dataclass(frozen=True)
 class Gates:
-    """Both gates, from discovery prompts; `checked` are validation prompts. `facts` keeps how well each kind does."""
+    """Both gates. `read` are discovery prompts, `learnt` what gates learn from, and `checked` validation prompts.
+    `facts` keeps how well each kind does."""
 
     ground: Groundwork
     read: Reading
+    learnt: Reading
     checked: Reading
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -323,8 +331,8 @@ class Gates:
 
     def _best(self, side: str, fires: Callable[[Prompt], bool]) -> FittedGate:
         """The kind that tells the sides apart best on validation prompts."""
-        positive, truth = self.read.are(fires), self.checked.are(fires)
-        fitted = {kind: fit_gate(kind, self.read.pooled, positive, seed=self.ground.study.seed) for kind in KINDS}
+        positive, truth = self.learnt.are(fires), self.checked.are(fires)
+        fitted = {kind: fit_gate(kind, self.learnt.pooled, positive, seed=self.ground.study.seed) for kind in KINDS}
         quality = {kind: auroc(gate.scores(self.checked.pooled), truth) for kind, gate in fitted.items()}
         self.facts[f"gate {side}, AUROC on validation"] = quality
         return fitted[max(KINDS, key=lambda kind: quality[kind])]
@@ -342,5 +350,5 @@ class Gates:
 
     def _turnwise(self, calibration: Sequence[Prompt]) -> Turnwise:
         study = self.ground.study
-        window = longest_turn(study.lm, [*self.read.prompts, *calibration])
+        window = longest_turn(study.lm, [*self.read.prompts, *self.learnt.prompts, *calibration])
         return Turnwise(study.lm, study.sae, window, CONFIDENCE)

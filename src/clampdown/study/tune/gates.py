@@ -18,7 +18,6 @@ from clampdown.steering.plan import Gate
 from clampdown.steering.turn_promise import Turnwise, longest_turn
 from clampdown.store import content_hash
 from clampdown.study.gating import Lessons
-from clampdown.study.methods.gated_set import WRAPPED
 from clampdown.study.progress import Stages
 from clampdown.study.study import Study
 from clampdown.study.tune.prompts import PromptSets, prompts_of
@@ -43,10 +42,10 @@ def kind_of(name: str) -> tuple[str, int]:
 def fit_gates(
     study: Study, sets: PromptSets, kinds: Sequence[str], promises: Sequence[Promise], out: Path, stages: Stages
 ) -> dict[GateKey, FittedGate]:
-    """Each kind fitted once on discovery prompts, plain and in random wrappers, then calibrated for each promise
-    that the calibration prompts can prove. Raises `NotEnoughDataError` without any."""
+    """Each kind fitted once on discovery prompts, then calibrated for each promise that the calibration prompts can
+    prove. Raises `NotEnoughDataError` without any."""
     sides = [[p for s in sets.discovery if s.harmful is harmful for p in s.prompts] for harmful in (True, False)]
-    learnt, benign = Lessons.of(study, *sides, wrapped=WRAPPED), sets.calibration.prompts
+    learnt, benign = Lessons.of(study, *sides, wrapped=0), sets.calibration.prompts
     pooled = read_pooled(study, learnt.turns, out, stages, "Reading prompts for gates")
     window = longest_turn(study.lm, [*prompts_of(sets.discovery), *learnt.turns, *benign])
     found: dict[GateKey, FittedGate] = {}
