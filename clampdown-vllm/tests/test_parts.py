@@ -147,6 +147,7 @@ def sae() -> Sae:
 
 
 OPERATORS = ("clamp", "clamp_active", "floor", "scale", "add")
+DENSE = ("add_direction", "ablate_direction", "clamp_direction", "floor_direction")
 
 
 def test_every_operator_is_that_of_the_general_way(lm: LanguageModel, sae: Sae) -> None:
@@ -157,7 +158,7 @@ def test_every_operator_is_that_of_the_general_way(lm: LanguageModel, sae: Sae) 
     ]
     drawn = torch.Generator().manual_seed(1)
     vectors = {"v": tuple(torch.randn(lm.d_model, generator=drawn).tolist())}
-    edits += [Edit(site=site, operator=o, vector="v", strengths=(0.7,)) for o in ("add_direction", "ablate_direction")]
+    edits += [Edit(site=site, operator=o, vector="v", strengths=(0.7,)) for o in DENSE]
     edits += [Edit(site=site, operator="add", features=(9,), strengths=(5.0,), error_term="drop")]
     plans = [Plan.of(lm, [sae], [edit], str(i), vectors=vectors) for i, edit in enumerate(edits)]
     ours = SiteEdits(site, plans, sae, lm.d_model, len(plans) + 1, "cpu")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from clampdown.interactive.exchanging import export, import_plan
 from clampdown.interactive.loading import data, load, load_sae, plan, run
-from clampdown.interactive.making import add, card, clamp, find, gate
+from clampdown.interactive.making import add, along, card, clamp, find, gate
 from clampdown.interactive.measuring import attack, evaluate, evaluate_shard, merge, side_effects
 from clampdown.interactive.replying import generate, steer
 from clampdown.interactive.searching import run_study, tune
@@ -28,6 +28,7 @@ __all__ = [
     "Budgets",
     "Placing",
     "add",
+    "along",
     "attack",
     "card",
     "clamp",

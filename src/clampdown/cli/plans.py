@@ -26,11 +26,18 @@ from clampdown.config import ORGANISM
 
 @plan_app.command("make")
 def plan_make(
-    feature: Annotated[list[int], typer.Option("--feature", help="Feature to steer; repeat for several.")],
     strength: Annotated[
         list[str], typer.Option("--strength", help="12, 1.5p99, 1.5max, 0.1resid or 5%; one for all or one for each.")
     ],
-    operator: Annotated[str, typer.Option("--operator", help="clamp, clamp_active, floor, scale or add.")] = "clamp",
+    feature: Annotated[
+        list[int] | None, typer.Option("--feature", help="Feature to steer; repeat for several.")
+    ] = None,
+    directions: Annotated[
+        int, typer.Option("--directions", min=0, help="Edit along so many directions of refusal, found on --prompts.")
+    ] = 0,
+    operator: Annotated[
+        str | None, typer.Option("--operator", help="clamp (default), floor, add, ..., floor_direction, ...")
+    ] = None,
     scope: Annotated[str, typer.Option("--scope", help="all, prompt, generated, assistant, last_user.")] = "all",
     error_term: Annotated[str, typer.Option("--error-term", help="keep or drop the SAE's error.")] = "keep",
     prompts: Annotated[
@@ -42,12 +49,13 @@ def plan_make(
     sae: SaeOption = ORGANISM,
     site: Annotated[str | None, typer.Option("--site", help="Where the SAE reads, if its files do not say.")] = None,
 ) -> None:
-    """Write a plan that steers features, with its strengths resolved to raw values."""
+    """Write a plan that steers features, or along directions, with its strengths resolved to raw values."""
     from clampdown.steering.units import Strength
     from clampdown.study import plan as job
 
     strengths = tuple(Strength.parse(text) for text in strength)
-    request = job.Request(tuple(feature), strengths, operator, scope, error_term, name)
+    operator = operator or ("floor_direction" if directions else "clamp")
+    request = job.Request(tuple(feature or ()), strengths, operator, scope, error_term, name, directions)
     with stages().stage("Calibrating"):
         job.make_plan(model, sae, request, prompts, out, site)
     _show_plan(out)

@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 Row = tuple[Arm, Prompt]
 
 # Operators whose effect does not depend on the feature being active: with a strength other than 0 they must act.
-_ALWAYS_ACT = frozenset({"clamp", "add", "add_direction", "ablate_direction"})
+_ALWAYS_ACT = frozenset({"clamp", "add", "add_direction", "ablate_direction", "clamp_direction"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 from clampdown.cards import Card
 from clampdown.config import ORGANISM
 from clampdown.discovery.finders import DEFAULT, run_finder
+from clampdown.discovery.subspace import find_subspace
 from clampdown.errors import StrengthError
 from clampdown.interactive.given import ground_of, own_prompts, pair_of, plan_of, progress, saes_for, study_of
 from clampdown.interactive.loading import AnyPlan, AnySae, Feature, Judged, Model, load
@@ -19,7 +20,9 @@ from clampdown.steering.gate_fitting import FittedGate
 from clampdown.steering.plan import Edit, Plan
 from clampdown.steering.units import Strength, Unit, calibrate, resolve
 from clampdown.study import gate as gating
+from clampdown.study.along import Along, plan_along
 from clampdown.study.card import make_card
+from clampdown.study.plan import DIRECTION_PROMPTS
 from clampdown.study.prompts import StudyPrompts, embedded_prompts
 from clampdown.study.sizes import Sizes
 from clampdown.types import FeatureScore, FeatureSet, PromptRole, Split
@@ -93,6 +96,32 @@ def clamp(
 def add(lm: Model, sae: AnySae, feature: Feature | Sequence[Feature], strength: str | float, **options: Any) -> Plan:
     """A plan that adds features' decoder rows at constant amounts (2511.00029); options as for `clamp`."""
     return clamp(lm, sae, feature, strength, operator="add", **{"scope": "all", **options})
+
+
+def along(
+    lm: Model,
+    sae: AnySae,
+    data: StudyPrompts,
+    directions: int = 3,
+    strength: str | float = "1gap",
+    *,
+    operator: str = "floor_direction",
+    scope: str = "prompt",
+    name: str = "",
+) -> Plan:
+    """A plan that edits along several directions of refusal at the SAE's site, found on discovery prompts.
+
+    `1gap` is as far as harmful prompts are, 0 where harmless ones are. Raises `NotEnoughDataError` when there are fewer
+    directions, `PlanError` for an operator on features, `StrengthError`.
+    """
+    model, loaded = pair_of(lm, sae)
+    asked = Along(operator, Strength.parse(str(strength)), scope)
+    asked.check()
+    harmful, harmless = (
+        data.prompts(Split.DISCOVERY, DIRECTION_PROMPTS, role) for role in (PromptRole.HARMFUL, PromptRole.BENIGN)
+    )
+    found = find_subspace(model, harmful, harmless, loaded.cfg.site, directions)
+    return plan_along(model, loaded, found, asked, (*harmful, *harmless), name)
 
 
 def gate(

@@ -6,8 +6,9 @@
     scale(g)         (g - 1) a             g = 0 ablates, g < 0 reverses
     add(s)           s                     a constant amount, whatever the activation (2511.00029)
 
-The same two forms serve dense directions: adding v is `add` on the row v, ablating it (2406.11717) is
-`project_out` on the unit row, whose "activation" is the projection x . v.
+The same forms serve dense directions: adding v is `add` on the row v. The others act on the unit row, whose
+"activation" is the projection x . v: ablating it (2406.11717) is `project_out`, `clamp_direction` sets it,
+`floor_direction` raises it. Several with orthonormal vectors set the coordinates of a subspace, or edit into a cone.
 
 A new operator is one function and one row of `OPERATORS`. If it is a line in the activation, the row may say so: many
 such edits can then be added up before the activations are known.
@@ -80,7 +81,8 @@ class Operator:
     """An operator and what it acts on: features, or `dense` directions (`unit_row`: scaled to length 1 first).
 
     At the strength `neutral` it leaves every residual as it is; None: there is no such strength. `line` says the same
-    as `coefficient` when that is a line (a test holds them together).
+    as `coefficient` when that is a line (a test holds them together). `sets`: the strength is what an activation is to
+    be, not by how much it is to change.
     """
 
     coefficient: Coefficient
@@ -88,14 +90,17 @@ class Operator:
     unit_row: bool = False
     neutral: float | None = None
     line: Callable[[Tensor], Line] | None = None
+    sets: bool = False
 
 
 OPERATORS: dict[str, Operator] = {
-    "clamp": Operator(clamp, line=_falling),
-    "clamp_active": Operator(clamp_active),
-    "floor": Operator(floor),
+    "clamp": Operator(clamp, line=_falling, sets=True),
+    "clamp_active": Operator(clamp_active, sets=True),
+    "floor": Operator(floor, sets=True),
     "scale": Operator(scale, neutral=1.0, line=_scaling),
     "add": Operator(add, neutral=0.0, line=_flat),
     "add_direction": Operator(add, dense=True, neutral=0.0, line=_flat),
     "ablate_direction": Operator(project_out, dense=True, unit_row=True, neutral=0.0, line=_projecting),
+    "clamp_direction": Operator(clamp, dense=True, unit_row=True, line=_falling, sets=True),
+    "floor_direction": Operator(floor, dense=True, unit_row=True, sets=True),
 }

@@ -43,9 +43,12 @@ from clampdown.steering.scopes import SCOPES
 from clampdown.store import content_hash, write_atomic
 from clampdown.types import Site
 
-SCHEMA_VERSIONS = (1, 2, 3, 4)
+SCHEMA_VERSIONS = (1, 2, 3, 4, 5)
 """2 added gates of other kinds than `probe`, and `otherwise`; 3 added gates that read turn by turn, and `sinks`; 4
-added ensembles of gates. A plan is written in the oldest version that can say it."""
+added ensembles of gates; 5 added directions whose coordinate is set. A plan is written in the oldest version that can
+say it."""
+
+_OF_SCHEMA_5 = frozenset({"clamp_direction", "floor_direction"})
 
 MAX_EDITS = 1000
 """Edits of one branch. A large set of features is one edit; checking this many takes a tenth of a second."""
@@ -429,6 +432,8 @@ class Plan(_Part):
     @property
     def schema_version(self) -> int:
         """The oldest version of the format that can say what this plan says."""
+        if any(edit.operator in _OF_SCHEMA_5 for edit in self.all_edits):
+            return 5
         if any(gate.members for gate in self.gates):
             return 4
         if self.sinks != "leave_out" or any(gate.window for gate in self.gates):

@@ -11,11 +11,12 @@ Everything here is a function of values. Hooks, caches and counters are in `hook
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -315,26 +316,55 @@ def check_plan(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource])
     _check_edits(plan, lm, saes)
 
 
-_SETS = frozenset({"clamp", "clamp_active", "floor"})
-"""Operators that say what an activation is to be, not by how much it is to change."""
+RIGHT_ANGLE = 1e-3
+"""The largest cosine of two vectors that count as at right angles."""
 
 
-def contradict(one: Edit, other: Edit) -> bool:
-    """Whether both touch a feature of which one of them sets the activation: changes add up, and the sum of two would
-    be neither."""
-    shared = one.site == other.site and set(one.features) & set(other.features)
-    return bool(shared and _SETS & {one.operator, other.operator})
+Angles = Callable[[str, str], float]
+"""Of two of a plan's vectors, the cosine without its sign."""
+
+
+def angles(plan: Plan, edits: Iterable[Edit]) -> Angles:
+    """Between the vectors of edits. Vectors of no length, or of different ones, are refused elsewhere: here they are
+    taken for equal."""
+    names = [*dict.fromkeys(edit.vector for edit in edits if edit.vector is not None)]
+    row = {name: i for i, name in enumerate(names)}
+    widths = {len(plan.vectors[name]) for name in names}
+    if len(widths) != 1:
+        return lambda _one, _other: 1.0
+    rows = np.array([plan.vectors[name] for name in names], dtype=np.float64)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = np.divide(rows, lengths, out=np.ones_like(rows), where=lengths > 0)
+    cosines = np.abs(unit @ unit.T)
+    return lambda one, other: float(cosines[row[one], row[other]])
+
+
+def contradict(one: Edit, other: Edit, cosine: Angles) -> bool:
+    """Whether both touch what one of them sets, a feature's activation or the coordinate along a vector: changes add
+    up, and the sum of two would be neither. Vectors at right angles do not touch each other's coordinate."""
+    if one.site != other.site or not (OPERATORS[one.operator].sets or OPERATORS[other.operator].sets):
+        return False
+    if one.vector is not None and other.vector is not None:
+        return cosine(one.vector, other.vector) > RIGHT_ANGLE
+    return bool(set(one.features) & set(other.features))
 
 
 def _check_together(plan: Plan, edits: Sequence[Edit]) -> None:
+    cosine = angles(plan, edits)
     for one, other in combinations(edits, 2):
-        if contradict(one, other) and overlap(one.scope, other.scope):
-            feature = min(set(one.features) & set(other.features))
+        if contradict(one, other, cosine) and overlap(one.scope, other.scope):
             raise PlanError(
-                f"plan '{plan.name}' edits feature {feature} at {one.site} twice, by '{one.operator}' on {one.scope} "
-                f"and '{other.operator}' on {other.scope}: the changes would add up to neither",
-                hint="give the two edits scopes that do not overlap, or leave one out",
+                f"plan '{plan.name}' edits {_shared(one, other)} at {one.site} twice, by '{one.operator}' on "
+                f"{one.scope} and '{other.operator}' on {other.scope}: the changes would add up to neither",
+                hint="give the two edits scopes that do not overlap, or leave one out"
+                + ("; vectors at right angles may be edited together" if one.vector else ""),
             )
+
+
+def _shared(one: Edit, other: Edit) -> str:
+    if one.vector is None:
+        return f"feature {min(set(one.features) & set(other.features))}"
+    return f"the coordinates along '{one.vector}' and '{other.vector}', which are not at right angles,"
 
 
 def _check_edits(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource]) -> None:

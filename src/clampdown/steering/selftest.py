@@ -31,7 +31,7 @@ from clampdown.steering.hook_order import attach_in_order, hook_point
 from clampdown.steering.hooks import resolve_saes, steer
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.plan import Edit, Plan
-from clampdown.steering.program import contradict
+from clampdown.steering.program import angles, contradict
 from clampdown.types import Message, Receipt, Site
 
 PROMPT = "Hello, how are you?"
@@ -62,8 +62,8 @@ def self_test(
     """Try the plan on the model. Raises `PlanMismatchError` and its kin when the plan is for something else."""
     sources = resolve_saes([plan], saes, lm.device)
     ids = torch.tensor([encode(lm, [Message("user", PROMPT)])], device=lm.device)
-    bare = plan.ungated().changed(edits=_everywhere(plan.edits))
-    zero = bare.changed(edits=_everywhere([_zero(edit) for edit in plan.edits]))
+    bare = plan.ungated().changed(edits=_everywhere(plan, plan.edits))
+    zero = bare.changed(edits=_everywhere(plan, [_zero(edit) for edit in plan.edits]))
     try:
         plain = _run(lm, None, plan, sources, ids)
         identity = _run(lm, zero, plan, sources, ids)
@@ -99,14 +99,15 @@ def require_self_test(lm: LanguageModel, plan: Plan, saes: FeatureSource | Seque
             )
 
 
-def _everywhere(edits: Iterable[Edit]) -> tuple[Edit, ...]:
+def _everywhere(plan: Plan, edits: Iterable[Edit]) -> tuple[Edit, ...]:
     """The edits at every token. Of those that then do the same to the same channel, or would
     contradict each other there, one is tried."""
     seen: set[tuple[object, ...]] = set()
     kept: list[Edit] = []
+    cosine = angles(plan, plan.edits)
     for edit in edits:
         channels = {(edit.site, edit.operator, channel) for channel in edit.features or (edit.vector,)}
-        if not channels & seen and not any(contradict(edit, other) for other in kept):
+        if not channels & seen and not any(contradict(edit, other, cosine) for other in kept):
             kept.append(edit.changed(scope="all"))
             seen |= channels
     return tuple(kept)

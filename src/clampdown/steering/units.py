@@ -1,10 +1,12 @@
 """Strength units: what "1.5p99" or "5%" means in the raw units that act, measured on calibration prompts (methods, 2).
 
-    12        raw activation units; for `scale` the factor, for `ablate_direction` the share
+    12        raw activation units; for `scale` the factor, for `ablate_direction` the share; of a direction that is set
+              the coordinate x . v, which the units below count like an activation
     1.5max    multiples of the feature's largest activation
     1.5p99    multiples of its 99th percentile over the tokens where it is active (most features rest on most tokens)
     0.1resid  multiples of the residual's mean length
     5%        whatever moves the residual by this much: mean ||x' - x|| / ||x|| over the tokens that it changes
+    1gap      along a direction that was found: where harmful prompts are, 0 where harmless ones are (`study/along.py`)
 
 1. `calibrate` reads the residual once, at the prompts' content tokens and at the token where the reply is decided;
    attention sinks are left out (`sinks.py`), because one of them is longer than all other tokens together.
@@ -45,10 +47,11 @@ class Unit(StrEnum):
     P99 = "p99"
     RESID = "resid"
     PERCENT = "%"
+    GAP = "gap"
 
 
 _STRENGTH = re.compile(
-    r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?nan|[-+]?inf)\s*(raw|max|p99|resid|%)?", re.IGNORECASE
+    r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?nan|[-+]?inf)\s*(raw|max|p99|resid|%|gap)?", re.IGNORECASE
 )
 
 
@@ -64,7 +67,10 @@ class Strength:
         """Raises `StrengthError` for anything else, and for numbers that are not finite."""
         match = _STRENGTH.fullmatch(text.strip())
         if match is None:
-            raise StrengthError(f"'{text}' is not a strength", hint="for example 12, 1.5p99, 1.5max, 0.1resid or 5%")
+            raise StrengthError(
+                f"'{text}' is not a strength",
+                hint="for example 12, 1.5p99, 1.5max, 0.1resid, 5% or, along directions, 1gap",
+            )
         value = float(match[1])
         if not math.isfinite(value):
             raise StrengthError(f"strength {text} is not a finite number")
@@ -142,6 +148,8 @@ def resolve(asked: Sequence[Strength], operator: str, calibration: Calibration) 
     Raises `StrengthError` for a unit that means nothing here: a feature that never fired has no p99, a factor or share
     has no unit but itself and `%`, and not every edit can move the residual by every amount.
     """
+    if any(strength.unit is Unit.GAP for strength in asked):
+        raise StrengthError("a gap is a length along a direction that was found", hint="plan make --directions 3")
     channels = calibration.activations.shape[1]
     if len(asked) not in (1, channels):
         raise StrengthError(f"{len(asked)} strengths for {channels} features", hint="give one for all, or one for each")
@@ -163,16 +171,20 @@ def _units(asked: Sequence[Strength], operator: str, calibration: Calibration) -
     for strength, unit in zip(asked, units, strict=True):
         if strength.unit is Unit.RAW:
             continue
-        if operator == "scale" or OPERATORS[operator].dense:
+        if operator == "scale" or (OPERATORS[operator].dense and not OPERATORS[operator].sets):
             raise StrengthError(
                 f"the strength of '{operator}' is a plain number, not {strength}", hint="raw (or % of the residual)"
             )
         if not unit > 0:
             raise StrengthError(
-                f"a feature never fired on the calibration prompts: {strength} has no scale",
+                f"{_silent(operator)} on the calibration prompts: {strength} has no scale",
                 hint="give a raw strength, or prompts on which it fires",
             )
     return units
+
+
+def _silent(operator: str) -> str:
+    return "the coordinate was never above 0" if OPERATORS[operator].dense else "a feature never fired"
 
 
 def _resolve_percent(asked: Sequence[Strength], operator: str, calibration: Calibration) -> tuple[float, ...]:
@@ -221,9 +233,9 @@ def _factor(moved: Callable[[float], float], goal: float, asked: Strength) -> fl
 
 def measured(edit: Edit, calibration: Calibration) -> Edit:
     """The edit with its features' p99 and its mean ||x' - x|| / ||x|| written down, for whoever reads the plan."""
-    dense = OPERATORS[edit.operator].dense
+    has_p99 = OPERATORS[edit.operator].sets or not OPERATORS[edit.operator].dense
     norm = None if edit.error_term == "drop" else calibration.edit_norm(edit.operator, edit.strengths)
-    return Edit.model_validate({**edit.model_dump(), "p99": None if dense else calibration.p99, "edit_norm": norm})
+    return Edit.model_validate({**edit.model_dump(), "p99": calibration.p99 if has_p99 else None, "edit_norm": norm})
 
 
 _VERBS = {
@@ -234,6 +246,8 @@ _VERBS = {
     "add": "add {s} of feature {f}",
     "add_direction": "add {s} of the vector '{f}'",
     "ablate_direction": "remove {s} of the projection on the vector '{f}'",
+    "clamp_direction": "set the coordinate along the vector '{f}' to {s}",
+    "floor_direction": "raise the coordinate along the vector '{f}' to at least {s}",
 }
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from clampdown.activations.fit import warn_unless_fitting
 from clampdown.config import CODE_VERSION, ORGANISM
-from clampdown.errors import CheckpointError, PlanError
+from clampdown.discovery.subspace import find_subspace
+from clampdown.errors import CheckpointError, PlanError, PromptSetError
 from clampdown.evaluation.suites import read_suites
 from clampdown.models.loading import LanguageModel, load_model
 from clampdown.saes.catalog import PAGES, find_release
@@ -19,10 +20,13 @@ from clampdown.steering.plan import Edit, Gate, Plan, SaeRef, read_plan, write_p
 from clampdown.steering.program import check_plan
 from clampdown.steering.units import Strength, Unit, calibrate, in_words, measured, resolve
 from clampdown.store import prompts_hash
+from clampdown.study.along import Along, plan_along
 from clampdown.types import Prompt, Site, Split
 
 _PAGES_SHOWN = 10
 CALIBRATION_SUITES, CALIBRATION_PROMPTS = ("harmful", "jailbroken_seen", "benign"), 120
+DIRECTION_PROMPTS = 240
+NO_SAE = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +39,14 @@ class Request:
     scope: str = "all"
     error_term: str = "keep"
     name: str = ""
+    directions: int = 0
+    """How many directions of refusal are found and edited, in place of features."""
 
 
 def make_plan(model: str, sae: str, request: Request, prompts: Path | None, out: Path, site: str | None = None) -> Plan:
     """Resolve the strengths on calibration prompts and write the plan. Raises `PlanError`, `StrengthError` and kin."""
+    if request.directions:
+        return _make_along(model, sae, request, prompts, out, site)
     _check(request)
     lm = load_model(model)
     opened = open_sae(sae, device=str(lm.device), site=Site.parse(site) if site else None)
@@ -51,13 +59,62 @@ def make_plan(model: str, sae: str, request: Request, prompts: Path | None, out:
     return plan
 
 
+def _make_along(model: str, sae: str, request: Request, prompts: Path | None, out: Path, site: str | None) -> Plan:
+    """Along directions of refusal, found on the calibration prompts. Without an SAE (`none`) the site is named."""
+    asked = _along(request)
+    if sae == NO_SAE and site is None:
+        raise PlanError("without an SAE nothing says where to edit", hint="--site blocks.3.hook_resid_post")
+    lm = load_model(model)
+    where = Site.parse(site) if site else None
+    opened = None if sae == NO_SAE else open_sae(sae, device=str(lm.device), site=where)
+    if opened is not None:
+        check_fits(opened, lm.d_model, lm.n_layers)
+        where = opened.cfg.site
+    assert where is not None, "an SAE has a site, and without one it was named"
+    lm.layout.hook_point(where)
+    harmful, harmless = sides(model, prompts)
+    found = find_subspace(lm, harmful, harmless, where, request.directions)
+    shown = (*harmful, *harmless)
+    plan = plan_along(lm, opened, found, asked, shown, request.name)
+    made_from = {"strengths": str(asked.strength), "calibration": prompts_hash(shown), "code": CODE_VERSION}
+    plan = plan.changed(provenance=made_from)
+    check_plan(plan, lm, {} if opened is None else {where.name: opened})
+    write_plan(out, plan)
+    return plan
+
+
+def _along(request: Request) -> Along:
+    if request.features:
+        raise PlanError("a plan is made of features or of directions, not of both", hint="--feature or --directions")
+    if len(request.strengths) != 1 or request.error_term != "keep":
+        raise PlanError("directions have one strength for all, and do not pass through an SAE", hint="--strength 1gap")
+    asked = Along(request.operator, request.strengths[0], request.scope)
+    asked.check()
+    return asked
+
+
+def sides(model: str, path: Path | None) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Harmful and harmless prompts of a file (its discovery split, if it has one), for the embedded model by default
+    its own. Raises `PromptSetError`."""
+    if path is not None:
+        labelled = [(suite.harmful, prompt) for suite in read_suites(path) for prompt in suite.prompts]
+        labelled = [each for each in labelled if each[1].split is Split.DISCOVERY] or labelled
+        return tuple(p for side, p in labelled if side), tuple(p for side, p in labelled if not side)
+    if model != ORGANISM:
+        raise PromptSetError("directions are found on prompts", hint="--prompts FILE, with a column `harmful`")
+    from clampdown.organism.suites import one_suite
+
+    harmful, harmless = (one_suite(name, Split.DISCOVERY, DIRECTION_PROMPTS).prompts for name in ("harmful", "benign"))
+    return harmful, harmless
+
+
 def _check(request: Request) -> None:
     operator = OPERATORS.get(request.operator)
     if operator is None or operator.dense:
         known = ", ".join(name for name, row in OPERATORS.items() if not row.dense)
         raise PlanError(f"'{request.operator}' is not an operator on features", hint=f"one of: {known}")
     if not request.features:
-        raise PlanError("a plan needs a feature", hint="--feature N")
+        raise PlanError("a plan needs a feature, or directions", hint="--feature N or --directions K")
     if request.error_term not in ("keep", "drop"):
         raise PlanError(f"error term '{request.error_term}' is not known", hint="keep or drop")
 
