@@ -66,7 +66,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-$(VLLM_VENV)/.ready: clampdown-vllm/pyproject.toml clampdown-vllm/environment.sh
+$(VLLM_VENV)/.ready: clampdown-vllm/pyproject.toml clampdown-vllm/environment.sh clampdown-vllm/constraints.txt
 	@test -n "$(PYTHON)" || { echo "clampdown needs Python 3.11 or newer with the venv module" >&2; exit 1; }
 	clampdown-vllm/environment.sh $(VLLM_VENV) "$(PYTHON)"
 	@touch $@

