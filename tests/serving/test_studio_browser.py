@@ -201,11 +201,35 @@ def test_a_link_brings_the_plan_and_the_same_answers(visit: Visit) -> None:
 
 def test_features_are_found_by_ones_own_words(visit: Visit) -> None:
     visit.tab("Features")
-    expect(visit.page.locator("#features .more")).to_contain_text("shown")  # the list that the tab opens with has come
     visit.page.locator("#by-words :is(textarea, input)").fill(TRICK)
     visit.page.keyboard.press("Enter")
     expect(visit.page.locator("#features .more")).to_contain_text("your words")
     assert visit.page.locator("#features button[data-feature]").count() > 3
+
+
+def test_a_list_that_was_asked_for_earlier_and_comes_late_is_not_shown(visit: Visit) -> None:
+    """The request that opening the tab sends is held up until the words have their answer."""
+    held: list[Route] = []
+
+    def first_later(route: Route) -> None:
+        if held:
+            route.fallback()
+        else:
+            held.append(route)
+
+    visit.tab("Chat")
+    visit.page.route("**/queue/join*", first_later)
+    with visit.page.expect_request("**/queue/join*") as listing:
+        visit.tab("Features")
+    visit.page.locator("#by-words :is(textarea, input)").fill("Hello there.")
+    visit.page.keyboard.press("Enter")
+    expect(visit.page.locator("#features .more")).to_contain_text("your words")
+    held[0].fallback()
+    assert listing.value.response()
+    with visit.page.expect_response("**/queue/join*"):
+        visit.page.locator("#features button[data-feature]").first.click()
+    expect(visit.page.locator("#card iframe")).to_be_visible()
+    expect(visit.page.locator("#features .more")).to_contain_text("your words")
 
 
 def test_what_is_typed_is_shown_and_never_run(visit: Visit) -> None:

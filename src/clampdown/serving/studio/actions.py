@@ -16,6 +16,7 @@ from clampdown.serving.studio import figures, markup
 from clampdown.serving.studio.conversation import Conversation
 from clampdown.serving.studio.handlers import LISTED, Controls, Handlers
 from clampdown.serving.studio.links import Link
+from clampdown.serving.studio.newest import Newest
 from clampdown.serving.studio.settings import AS_PLANNED, operators_for
 from clampdown.serving.studio.workbench import Tick, Workbench
 from clampdown.steering.plan import Plan
@@ -162,39 +163,55 @@ class Actions:
 
     # ---- features -----------------------------------------------------------------------------------
 
-    def open_features(self, query: str, sort: str | None) -> list[Any]:
+    def open_features(self, query: str, sort: str | None, newest: Newest, at: float) -> list[Any]:
+        newest.ask(at)
+        return self._listed(query, sort, newest, at)
+
+    def _listed(self, query: str, sort: str | None, newest: Newest, at: float) -> list[Any]:
+        """How the list can be sorted, and the list. One that came late leaves the order that was chosen meanwhile."""
         explorer = self.bench.explorer
         if explorer is None:
             return [gr.skip(), '<p class="empty">There is no SAE here. Start with --sae.</p>']
         scores = list(explorer.scores)
         chosen = sort if sort in scores else next(iter(scores), None)
-        return [gr.update(choices=scores, value=chosen), self.list_features(query, chosen)]
+        order = gr.update(choices=scores) if sort and newest.passed(at) else gr.update(choices=scores, value=chosen)
+        return [order, self.list_features(query, chosen, newest, at)]
 
-    def list_features(self, query: str, sort: str | None) -> str:
+    def list_features(self, query: str, sort: str | None, newest: Newest, at: float) -> str:
+        newest.ask(at)
         if self.bench.explorer is None:
             return ""
         rows = self.bench.explorer.listed(query, sort or "")
-        return markup.feature_list(rows[:LISTED], sort or "index", len(rows))
+        return newest.shows(at, markup.feature_list(rows[:LISTED], sort or "index", len(rows)))
 
-    def features_on(self, words: str) -> str:
+    def features_on(self, words: str, newest: Newest, at: float) -> str:
         """Features that are active on somebody's own words."""
         explorer = self.bench.explorer
         if explorer is None or not words.strip():
             return gr.skip()  # type: ignore[return-value]
+        newest.ask(at)
         try:
             rows = explorer.on_text(words.strip())
         except ClampdownError as error:
-            return markup.notice(error.message, error.hint)
-        return markup.feature_list(rows[:LISTED], "their largest activation on your words", len(rows))
+            return newest.shows(at, markup.notice(error.message, error.hint))
+        return newest.shows(at, markup.feature_list(rows[:LISTED], "their largest activation on your words", len(rows)))
 
-    def find_features(self, query: str, sort: str | None, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+    def find_features(
+        self,
+        query: str,
+        sort: str | None,
+        newest: Newest,
+        at: float,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> list[Any]:
+        newest.ask(at)
         if self.bench.explorer is None:
-            return self.open_features(query, sort)
+            return self._listed(query, sort, newest, at)
         try:
             self.bench.explorer.find(ticking(progress, "Scoring features"))
         except ClampdownError as error:
-            return [gr.skip(), markup.notice(error.message, error.hint)]
-        return self.open_features(query, None)
+            return [gr.skip(), newest.shows(at, markup.notice(error.message, error.hint))]
+        return self._listed(query, sort if newest.passed(at) else None, newest, at)
 
     def show_card(self, event: gr.EventData, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
         feature = int(getattr(event, "feature", 0))

@@ -14,6 +14,7 @@ from clampdown.serving.studio import markup
 from clampdown.serving.studio.actions import Actions
 from clampdown.serving.studio.conversation import Conversation
 from clampdown.serving.studio.handlers import MOST, Controls
+from clampdown.serving.studio.newest import ASKED, Newest
 from clampdown.serving.studio.settings import AS_PLANNED, operators_for
 from clampdown.serving.studio.workbench import Workbench
 from clampdown.steering.scopes import SCOPES
@@ -133,6 +134,7 @@ class Page:
             )  # fmt: skip
 
     def _lay_out_features(self) -> None:
+        self.newest, self.asked = gr.State(Newest()), gr.Number(0.0, visible=False)
         with gr.Row():
             self.query = gr.Textbox(
                 label="Search", placeholder="a number, or a token it promotes", scale=3, min_width=150, elem_id="query"
@@ -225,14 +227,15 @@ class Page:
             control(self.act.recolour, [self.talk, self.coloured, self.feature], drawn[1:3], **QUIET)
 
     def _wire_features(self, blocks: gr.Blocks) -> None:
-        listed = [self.query, self.sort], [self.features]
-        self.features_tab.select(self.act.open_features, [self.query, self.sort], [self.sort, self.features], **PRIVATE)
+        asked = [self.newest, self.asked]
+        given, listed = [self.query, self.sort, *asked], [self.sort, self.features]
+        self.features_tab.select(self.act.open_features, given, listed, js=ASKED, **PRIVATE)
         for control in (self.query.change, self.sort.input):
-            control(self.act.list_features, *listed, **QUIET)
+            control(self.act.list_features, given, self.features, js=ASKED, **QUIET)
         card = [self.card, self.shown_feature, self.colour_by, self.steer_it]
         self.features.click(self.act.show_card, None, card, **PRIVATE)
-        self.words.submit(self.act.features_on, self.words, self.features, **QUIET)
-        self.find.click(self.act.find_features, listed[0], [self.sort, self.features], **PRIVATE)
+        self.words.submit(self.act.features_on, [self.words, *asked], self.features, js=ASKED, **QUIET)
+        self.find.click(self.act.find_features, given, listed, js=ASKED, **PRIVATE)
         self.colour_by.click(lambda f: (f, True), self.shown_feature, [self.feature, self.coloured], **QUIET)
         self.steer_it.click(self.act.steer_with, self.shown_feature, self.steering.loaded, **PRIVATE)
 
