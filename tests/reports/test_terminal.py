@@ -49,6 +49,17 @@ def test_many_controls_do_not_push_the_plan_off_the_table(run_of):
     assert len(lines) < 22
 
 
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_long_names_that_begin_alike_stay_apart(run_of, width):
+    names = ["clamp 352 x2, prompt only", "clamp 352 x2, prompt only, gated", "clamp 352 x1, every token"]
+    arms = [arm_json(name, "feature") for name in names]
+    lines = printed(trade_off_table(run_of(arm_json("baseline", "baseline"), *arms), width), width)
+    shown = [line[2:22].rstrip() for line in lines if line[2:].startswith("clamp")]
+    assert len(set(shown)) == 3
+    assert [name.rpartition("…")[2] in full for name, full in zip(shown, names, strict=True)]
+    assert shown[1].endswith("gated")
+
+
 def test_names_are_not_markup(run_of):
     run = run_of(arm_json("[bold]x[/bold]", "baseline"))
     assert "[bold]x[/bold]" in "\n".join(printed(trade_off_table(run, 80), 80))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,6 +93,14 @@ def show_run(directory: Path, progress: Stages) -> None:
 def names_in(text: str) -> tuple[str, ...]:
     """The names of a comma-separated list."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def show_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Headings with their texts beside them, wrapped between words, so that an address or a digest stays whole."""
+    for heading, text in facts:
+        wrapped = textwrap.wrap(text, max(20, console.width - 14), break_long_words=False, break_on_hyphens=False)
+        beside = ("\n" + " " * 14).join(wrapped)
+        console.print(f"[bold]{heading:>12}[/bold]  {escaped(beside)}", soft_wrap=True, highlight=False)
 
 
 def escaped(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clampdown.cli.app import app, console, escaped, stages
+from clampdown.cli.app import app, console, escaped, show_facts, stages
 from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def export_plan(
     asked = exporting.Lossy(prompts.load(), judge, limit) if lossy else None
     found = exporting.export(bound, to, out, progress, asked)
     for line in _lines(found):
-        console.print(escaped(line), soft_wrap=True, highlight=False)
+        console.print(escaped(line), highlight=False)
+    console.print(f"written: {found.path}, and {found.sidecar.name} beside it", soft_wrap=True, highlight=False)
 
 
 def _lines(found: Exported) -> list[str]:
@@ -58,7 +59,7 @@ def _lines(found: Exported) -> list[str]:
                 f"refusals of {row.suite}: {_rate(row.plan.value)} under the plan, {_rate(row.export.value)} exported "
                 f"(n = {row.plan.n}, {row.flipped} changed, {row.unjudged} not judged; {measured.judge})"
             )
-    return [*lines, f"written: {found.path}, and {found.sidecar.name} beside it"]
+    return lines
 
 
 def _rate(value: float | None) -> str:
@@ -99,6 +100,5 @@ def import_plan(
     write_plan(out, found)
     from clampdown.study import plan as job
 
-    for heading, text in job.lines(found):
-        console.print(f"[bold]{heading:>12}[/bold]  {escaped(text)}", soft_wrap=True, highlight=False)
+    show_facts(job.lines(found))
     console.print(f"written: {out}", soft_wrap=True)

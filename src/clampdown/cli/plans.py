@@ -14,10 +14,10 @@ from clampdown.cli.app import (
     SeedOption,
     app,
     console,
-    escaped,
     gate_app,
     names_in,
     plan_app,
+    show_facts,
     stages,
 )
 from clampdown.cli.options import JudgeOption, PromptOptions, asks_prompts
@@ -162,12 +162,12 @@ def gate_calibrate(
     for gate in found.plan.gates:
         console.print(f"gate: {table.what_it_reads(gate)}, fires above {gate.threshold:.4g}", highlight=False)
         if gate.guarantee:
-            console.print(table.promise(gate.guarantee, gate.turns_calibrated), soft_wrap=True, highlight=False)
+            console.print(table.promise(gate.guarantee, gate.turns_calibrated), highlight=False)
     if found.sinks:
         console.print(found.sinks, soft_wrap=True, highlight=False)
     console.print(table.shown(found))
     for line in table.family_lines(found):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, highlight=False)
     console.print(f"written: {out}", soft_wrap=True)
 
 
@@ -220,5 +220,4 @@ def chat(
 def _show_plan(path: Path) -> None:
     from clampdown.study import plan as job
 
-    for heading, text in job.show(path):
-        console.print(f"[bold]{heading:>12}[/bold]  {escaped(text)}", soft_wrap=True, highlight=False)
+    show_facts(job.show(path))

@@ -97,6 +97,8 @@ def _proof(receipt: Receipt | None) -> str:
     if receipt is None:
         return "not steered"
     gate = "" if receipt.gate_fired is None else f"gate {'fired' if receipt.gate_fired else 'did not fire'}, "
+    if not receipt.tokens_touched:
+        return f"{gate}no token changed"
     return f"{gate}{receipt.tokens_touched} tokens changed by {receipt.edit_norm:.0%} on average"
 
 

@@ -21,7 +21,7 @@ MARKS = {"baseline": "baseline", "clamp": "feature", "gated": "gated", "two-side
 WIDTH, HEIGHT, LEFT, BOTTOM = 440, 240, 44, 34
 WAYS = (
     ("success", "by text", "any query or any suffix"),
-    ("black_box", "queries", "words alone"),
+    ("black_box", "by queries", "words alone"),
     ("suffix", "suffix", "found with gradients, typed"),
     ("prefill", "begun reply", "needs an API that takes one"),
     ("soft_prompt", "soft prompt", "upper bound: vectors in place of a suffix"),

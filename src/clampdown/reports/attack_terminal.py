@@ -17,7 +17,10 @@ def attack_table(found: Mapping[str, Any]) -> Table:
     budget = found["budget"]
     shown = Table(
         title=f"attack success, {found['objectives']['n']} objectives, {budget['queries']} queries, "
-        f"{budget['steps']} gradient steps, scored by {found['judge']}"
+        f"{budget['steps']} gradient steps, scored by {found['judge']}",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for column in ("arm", *(title for _, title in ways), "gate fired", "gate missed", "edit failed"):
         shown.add_column(column, justify="left" if column == "arm" else "right")
@@ -30,8 +33,8 @@ def attack_table(found: Mapping[str, Any]) -> Table:
 
 
 def _cell(key: str, found: Interval | None) -> str:
-    """The first column with its bounds; the others' are on the page."""
+    """The first column with its bounds below; the others' are on the page."""
     if found is None:
         return "-"
     known = key == WAYS[0][0] and found.low is not None and found.high is not None
-    return f"{found:.2f} [{found.low:.2f}, {found.high:.2f}]" if known else f"{found:.2f}"
+    return f"{found:.2f}\n{found.low:.2f}–{found.high:.2f}" if known else f"{found:.2f}"

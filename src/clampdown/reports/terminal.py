@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -85,19 +86,25 @@ def trade_off_table(run: Run, width: int) -> Table:
     table.add_column("arm", width=min(NAME_WIDTH - 1, max(8, width - cell)), overflow="ellipsis", no_wrap=True)
     for column in columns:
         table.add_column(column.title, justify="right", width=cell - 1, no_wrap=True)
-    for arm in arms:
-        _add_row(table, arm, columns, sides, wide=cell == WIDE_CELL_WIDTH, strong=arm in found.arms)
+    names = _distinct([arm.name for arm in arms], min(NAME_WIDTH - 1, max(8, width - cell)) - 2)
+    for name, arm in zip(names, arms, strict=True):
+        marked = ("▸ " if arm in found.arms else "  ") + name
+        cells = [_cell(column.of(point(arm, sides)), wide=cell == WIDE_CELL_WIDTH) for column in columns]
+        table.add_row(escape(marked), *cells, style=STYLES[arm.kind])
     table.caption = _caption(run, arms, wide=cell == WIDE_CELL_WIDTH)
     table.caption_justify = "left"
     return table
 
 
-def _add_row(
-    table: Table, arm: ArmResult, columns: Sequence[_Column], sides: Sides, *, wide: bool, strong: bool
-) -> None:
-    at = point(arm, sides)
-    cells = [_cell(column.of(at), wide) for column in columns]
-    table.add_row(escape(("▸ " if strong else "  ") + arm.name), *cells, style=STYLES[arm.kind])
+def _distinct(names: Sequence[str], width: int) -> list[str]:
+    """Names that are too long lose their ends, or their middles where the beginnings are the same."""
+    begun = Counter(name[: width - 1] for name in names)
+    tail = (width - 1) // 3
+    return [
+        name if len(name) <= width or begun[name[: width - 1]] == 1
+        else f"{name[: width - 1 - tail]}…{name[len(name) - tail :]}"
+        for name in names
+    ]  # fmt: skip
 
 
 def _columns(run: Run, sides: Sides) -> list[_Column]:

@@ -177,7 +177,7 @@ class Run(Part):
         found = by_name or [arm for arm in self.arms if digest is not None and arm.plan == digest]
         if not found:
             raise StoreError(
-                f"the run has no arm '{name or which}'", hint=f"arms: {', '.join(arm.name for arm in self.arms)}"
+                f"the run has no arm '{name or which}'", hint=f"arms: {', '.join(repr(arm.name) for arm in self.arms)}"
             )
         return found[0]
 

@@ -49,7 +49,7 @@ class Recorded(RunDirectory):
         """Raises `StoreError` when the run has no such arm, or its records cannot be read."""
         found = tuple(record for record in self.records if record.arm == arm)
         if not found:
-            hint = self.notes.get("records.jsonl") or f"arms: {', '.join(self.arms)}"
+            hint = self.notes.get("records.jsonl") or f"arms: {', '.join(map(repr, self.arms))}"
             raise StoreError(f"{self.path} has no arm '{arm}'", hint=hint)
         return found
 

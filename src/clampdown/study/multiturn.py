@@ -157,9 +157,10 @@ def _succeeded(record: Record) -> bool | None:
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """Attack success by arm, with intervals, and what it took."""
+    """Attack success by arm, with intervals below, and what it took."""
     attacks = summary["objectives"]["n"] * summary["objectives"]["attempts"]
-    shown = Table(title=f"{summary['attacker']}, {attacks} conversations per arm, scored by {summary['judge']}")
+    title = f"{summary['attacker']}, {attacks} conversations per arm, scored by {summary['judge']}"
+    shown = Table(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("arm", "attack success", "first request refused", "turns", "backtracks", "degenerate", "gate fired"):
         shown.add_column(column, justify="left" if column == "arm" else "right")
     for arm, row in summary["arms"].items():
@@ -177,7 +178,7 @@ def table(summary: Mapping[str, Any]) -> Table:
 
 def _interval(row: Mapping[str, Any]) -> str:
     found = Interval(**row)
-    bounds = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
+    bounds = "" if found.low is None or found.high is None else f"\n{found.low:.2f}–{found.high:.2f}"
     return f"{found:.2f}{bounds}"
 
 
