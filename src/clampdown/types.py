@@ -285,6 +285,8 @@ class Receipt:
     what the second gate scored.
     `turns_read`, `worst_turn` (from 0) and `beyond_calibration` are for gates that read turn by turn: how many user
     turns, which of them decided, and whether the conversation was longer than any that the guarantee is about.
+    `factor` is what the edits of the branch that acted were multiplied with, for plans whose strength grows with a
+    gate's score.
     """
 
     plan: str
@@ -297,6 +299,7 @@ class Receipt:
     turns_read: int | None = None
     worst_turn: int | None = None
     beyond_calibration: bool | None = None
+    factor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def test_rows_keep_their_own_plan_branch_and_count(lm: LanguageModel, sae: Sae, 
     site = sae.site.name
     plans = [None, plan_of(edit(site)), plan_of(edit(site, "clamp", "generated")), plan_of(edit(site, scope="prompt"))]
     always = plan_of(edit(site, "clamp"))  # in a block of its own a token is a prompt, which 'generated' leaves alone
-    shut = Seat(plans[1], acts=(False, False), scores=(0.5, 0.0), fired=(False, False))
+    shut = Seat(plans[1], acts=(0.0, 0.0), scores=(0.5, 0.0), fired=(False, False))
     decoding = Decoding(lm, lambda _: [sae])
 
     def alone(plan: Plan | None, token: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from clampdown.steering.gate_fitting import Pooled, fit_gate, gate_reading
 from clampdown.steering.gates import choose_threshold
 from clampdown.steering.hooks import steer
 from clampdown.steering.plan import Edit, ModelRef, Plan, SaeRef, read_plan, write_plan
+from clampdown.steering.turn_reading import read_prompts
 from clampdown.study import gate as job
 from clampdown.study.progress import Stages
 from clampdown.study.prompts import prompts_from
@@ -67,6 +68,26 @@ def test_the_command_writes_a_two_sided_plan_and_says_how_often_it_acts(plans: P
     assert all(gate.guarantee and gate.guarantee.n == 60 and gate.guarantee.bound <= 0.1 for gate in plan.gates)
     assert "of 60 benign calibration prompts" in shown.output
     assert f"written: {out}" in shown.output
+
+
+def test_strength_that_grows_reaches_all_of_it_at_the_median_harmful_prompt(plans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grown.toml"
+    sizes = ["--budget", "0.1", "--n", "60", "--limit", "24"]
+    arguments = [str(plans / "up.toml"), "--kind", "dense", "--least", "0.3", "--out", str(out), *sizes]
+    shown = CliRunner().invoke(app, ["gate", "calibrate", *arguments], terminal_width=200)
+    assert shown.exit_code == 0, shown.output
+    assert "strength: 30% at the threshold" in shown.output
+    gate = read_plan(out).gate
+    assert gate and gate.full is not None
+    found = make_study(ORGANISM, ORGANISM).data.suites(Split.DISCOVERY, 24)
+    harmful = [prompt for suite in found if suite.harmful for prompt in suite.prompts]
+    lm, plan = make_study(ORGANISM, ORGANISM).lm, read_plan(out)
+    read = read_prompts(lm, gate, plan.vectors, None, harmful)
+    fired = [reading.score for reading in read if reading.opens]
+    assert gate.full == pytest.approx(float(np.median(fired)), abs=1e-4)
+    assert {reading.factor for reading in read if reading.score > gate.full} == {1.0}
+    with pytest.raises(PlanError, match="share of the whole"):
+        run(plans, out, least=1.5)
 
 
 def test_down_first_spares_harmful_prompts_and_asks_the_harm_gate_next(plans: Path, tmp_path: Path) -> None:

@@ -86,3 +86,8 @@ def check_book(book: Book, lm: LanguageModel) -> None:
                 f"plan '{plan.name}' has a gate of kind 'ensemble', which the plugin for vLLM cannot read",
                 hint="`clampdown serve` can; or calibrate a gate of one kind",
             )
+        if any(gate.full is not None for gate in plan.gates):
+            raise PlanError(
+                f"the strength of plan '{plan.name}' grows with its gate's score, which the plugin for vLLM cannot do",
+                hint="`clampdown serve` can; or calibrate the gate without --least",
+            )

@@ -142,6 +142,10 @@ def gate_calibrate(
         str, typer.Option("--members", help="An ensemble's members: KIND or KIND@SITE, separated by commas.")
     ] = "",
     combine: Annotated[str, typer.Option("--combine", help="How an ensemble makes one score: mean or max.")] = "mean",
+    least: Annotated[
+        float,
+        typer.Option("--least", help="Share of the strength at the threshold; grows with the score to all of it."),
+    ] = 1.0,
     family_out: Annotated[
         bool, typer.Option("--family-out", help="Estimate detection in unseen wrappers by leaving out families.")
     ] = False,
@@ -156,11 +160,13 @@ def gate_calibrate(
     kind = kind or (job.ENSEMBLE if chosen else "probe")
     request = job.Request(
         plan, kind, budget, confidence, otherwise, names, n, limit, site, seed, first, down_budget, features,
-        inverse_penalty, turns, in_doubt.value, wrapped, family_out, prompts.load(), chosen, combine,
+        inverse_penalty, turns, in_doubt.value, wrapped, family_out, prompts.load(), chosen, combine, least,
     )  # fmt: skip
     found = job.calibrate(request, out, stages())
     for gate in found.plan.gates:
         console.print(f"gate: {table.what_it_reads(gate)}, fires above {gate.threshold:.4g}", highlight=False)
+        if gate.full is not None:
+            console.print(table.growth(gate), soft_wrap=True, highlight=False)
         if gate.guarantee:
             console.print(table.promise(gate.guarantee, gate.turns_calibrated), highlight=False)
     if found.sinks:

@@ -99,6 +99,7 @@ def _proof(receipt: Receipt | None) -> str:
     gate = "" if receipt.gate_fired is None else f"gate {'fired' if receipt.gate_fired else 'did not fire'}, "
     if not receipt.tokens_touched:
         return f"{gate}no token changed"
+    gate += "" if receipt.factor is None else f"at {receipt.factor:.0%} of its strength, "
     return f"{gate}{receipt.tokens_touched} tokens changed by {receipt.edit_norm:.0%} on average"
 
 

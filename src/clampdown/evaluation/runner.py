@@ -271,7 +271,9 @@ def _must_act(plan: Plan, receipt: Receipt) -> bool:
     first token."""
 
     def certain(edit: Edit) -> bool:
-        return edit.operator in _ALWAYS_ACT and edit.scope != "generated" and any(edit.strengths)
+        return (
+            edit.operator in _ALWAYS_ACT and edit.scope != "generated" and any(edit.strengths) and receipt.factor != 0
+        )
 
     branch = plan.otherwise if receipt.branch == "otherwise" else None
     return any(certain(edit) for edit in (branch or plan).edits)

@@ -132,15 +132,17 @@ def gate(
     budget: float = 0.02,
     confidence: float = 0.95,
     kind: str = "probe",
+    least: float = 1.0,
     seed: int = 0,
 ) -> FittedGate:
     """A gate for the plan's harmful prompts: fitted on discovery prompts, and with `confidence` at most `budget` of
-    benign conversations trigger it. `plan.behind(gate)` puts the plan behind it.
+    benign conversations trigger it. `plan.behind(gate)` puts the plan behind it. With `least` below 1 the plan's
+    strength grows with the gate's score, from that share of it at the threshold.
 
     Raises `NotEnoughDataError`, naming the number of prompts that would do.
     """
     model, found = load(lm), plan_of(plan)
-    request = gating.Request(Path("plan.toml"), kind, budget, confidence, seed=seed, data=data)
+    request = gating.Request(Path("plan.toml"), kind, budget, confidence, seed=seed, data=data, least=least)
     return gating.gate_for(request, model, saes_for([found], model), found, progress())
 
 

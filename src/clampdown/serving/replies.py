@@ -59,6 +59,8 @@ def receipt_fields(choice: Choice, receipt: Receipt | None) -> dict[str, Any]:
         found["turns_read"] = receipt and receipt.turns_read
         found["worst_turn"] = receipt and receipt.worst_turn
         found["beyond_calibration"] = receipt and receipt.beyond_calibration
+    if plan and any(gate.full is not None for gate in plan.gates):
+        found["gate_factor"] = receipt and receipt.factor
     if plan and plan.otherwise:
         found["otherwise_score"] = finite(receipt.otherwise_score) if receipt else None
         found["otherwise_threshold"] = plan.otherwise.gate.threshold

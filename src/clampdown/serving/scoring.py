@@ -141,7 +141,7 @@ class Rereading:
         ticket.n_rescored += 1
 
 
-def _acting(seat: Seat) -> tuple[bool, ...]:
+def _acting(seat: Seat) -> tuple[float, ...]:
     return tuple(seat.acts)
 
 

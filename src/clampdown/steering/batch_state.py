@@ -28,6 +28,8 @@ class BatchState:
     the library call that the turn answers. A pass computes the columns from `start` up to `seen`; `unread` while it
     holds a whole prompt that gates are to read, and `awaits_verdict` until it is known how they will.
 
+    `factor` is what a branch's edits are multiplied with where it acts: 1, or what its gate's score says.
+
     `constant` holds the scopes' row factors while decoding, and `steps` what to do with them per site. `read_ahead`
     is what gates that read turn by turn found, by branch and row.
     """
@@ -36,6 +38,7 @@ class BatchState:
     gates: tuple[GateProgram, ...]
     alive: Int[Tensor, " rows"]
     opened: Bool[Tensor, "branches rows"]
+    factor: Float[Tensor, "branches rows"]
     prompt_of: Int[Tensor, " rows"]
     n_prompts: int
     prompt_width: int
@@ -61,8 +64,8 @@ class BatchState:
         return self.opened & (self.opened.cumsum(0) == 1)
 
     def acts(self) -> Float[Tensor, "branches rows 1"]:
-        """1 where a branch acts, else 0: one column for all positions."""
-        return self.fired.float().unsqueeze(-1)
+        """A branch's factor where it acts, else 0: one column for all positions."""
+        return torch.where(self.fired, self.factor, 0.0).unsqueeze(-1)
 
     @property
     def row_shift(self) -> Int[Tensor, " rows"] | None:
@@ -84,6 +87,7 @@ class BatchState:
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Go on with these of the current rows only."""
         self.alive, self.opened, self.real = self.alive[rows], self.opened[:, rows], self.real[rows]
+        self.factor = self.factor[:, rows]
         self.prompt_of = self.prompt_of[rows]
         self.programs = tuple(program.at(rows) for program in self.programs)
         self.constant, self.steps = None, {}

@@ -148,6 +148,17 @@ class FittedGate:
         threshold, guarantee = choose_threshold(scores, budget=budget, confidence=confidence, on=on)
         return self.changed(threshold=threshold, guarantee=guarantee)
 
+    def growing(self, scores: Scores, least: float) -> FittedGate:
+        """With edits at `least` of their strength at the threshold, and at all of it from the median score of those
+        prompts like these on which the gate fires. Raises `NotEnoughDataError` without any."""
+        above = scores[scores > self.gate.threshold]
+        if not len(above):
+            raise NotEnoughDataError(
+                "the gate fires on none of the prompts that say where its edits reach their full strength",
+                hint="a larger budget, or more harmful discovery prompts",
+            )
+        return self.changed(least=least, full=float(np.median(above)))
+
 
 def auroc(scores: Scores, positive: Labels) -> float:
     """The chance that a positive prompt scores above a negative one, ties counting half."""

@@ -51,6 +51,8 @@ class GateProgram:
     weights: Mapping[str, Float[Tensor, "rows channels"]]
     bias: Float[Tensor, " rows"]
     threshold: Float[Tensor, " rows"]
+    least: Float[Tensor, " rows"]
+    full: Float[Tensor, " rows"]
     limit: float = math.inf
     """The length beyond which a token is an attention sink, which is not read."""
 
@@ -69,6 +71,12 @@ class GateProgram:
             channels = {name: found[prompt_of] for name, found in channels.items()}
         return torch.stack([(channels[name] * w).sum(-1) for name, w in self.weights.items()]).sum(0) + self.bias
 
+    def factors(self, scores: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """`Gate.factor` of each row's gate; 1 where strength does not grow with the score."""
+        share = (scores - self.threshold) / (self.full - self.threshold)
+        grown = torch.minimum(torch.maximum(self.least + (1 - self.least) * share, self.least), torch.ones_like(share))
+        return torch.where(self.full.isfinite(), grown, 1.0)
+
     def at(self, rows: Int[Tensor, " kept"]) -> GateProgram:
         """The gates of some of the rows."""
         weights = {name: w[rows] for name, w in self.weights.items()}
@@ -78,6 +86,8 @@ class GateProgram:
             weights=weights,
             bias=self.bias[rows],
             threshold=self.threshold[rows],
+            least=self.least[rows],
+            full=self.full[rows],
         )
 
 
@@ -138,12 +148,14 @@ def _gate_program(
     column = {key: i for i, key in enumerate(keys)}
     used = sorted({name for gate in gates.values() for name in gate.poolings})
     weights = {name: torch.zeros(n_rows, len(keys)) for name in used}
-    bias, threshold = torch.zeros(n_rows), torch.zeros(n_rows)
+    bias, threshold, least = torch.zeros(n_rows), torch.zeros(n_rows), torch.ones(n_rows)
+    full = torch.full((n_rows,), math.inf)
     gated = torch.zeros(n_rows, dtype=torch.bool)
     for row, gate in gates.items():
         for key, name, weight in zip(channels[row], gate.poolings, gate.weights, strict=True):
             weights[name][row, column[key]] += weight
         bias[row], threshold[row], gated[row] = gate.bias, gate.threshold, True
+        least[row], full[row] = gate.least, math.inf if gate.full is None else gate.full
     first = next(iter(gates.values()))
     on_features = GATE_KINDS[first.kind].reads == "features"
     assert sae is not None or not on_features, "check_plan has made sure that every site with features has its SAE"
@@ -157,5 +169,7 @@ def _gate_program(
         weights={name: w.to(device) for name, w in weights.items()},
         bias=bias.to(device),
         threshold=threshold.to(device),
+        least=least.to(device),
+        full=full.to(device),
         limit=limit,
     )

@@ -45,8 +45,8 @@ from clampdown.types import Site
 
 SCHEMA_VERSIONS = (1, 2, 3, 4, 5)
 """2 added gates of other kinds than `probe`, and `otherwise`; 3 added gates that read turn by turn, and `sinks`; 4
-added ensembles of gates; 5 added directions whose coordinate is set. A plan is written in the oldest version that can
-say it."""
+added ensembles of gates; 5 added directions whose coordinate is set, and strength that grows with a gate's score. A
+plan is written in the oldest version that can say it."""
 
 _OF_SCHEMA_5 = frozenset({"clamp_direction", "floor_direction"})
 
@@ -205,6 +205,9 @@ class Gate(_Part):
 
     An `ensemble` reads through its `members`, each a gate with a site of its own whose threshold counts for nothing;
     `combine` makes one score of theirs (`COMBINATIONS`). It reads turn by turn, ahead of the prompt's own pass.
+
+    With `least` below 1 the edits behind the gate grow with its score: every change is multiplied with `factor`, which
+    is `least` at the threshold and 1 from the score `full` on.
     """
 
     kind: Literal["feature", "probe", "dense", "cosine", "external", "ensemble"] = "probe"
@@ -223,6 +226,15 @@ class Gate(_Part):
     when_in_doubt: Literal["read", "steer"] = "read"
     members: tuple[Gate, ...] = ()
     combine: str = "mean"
+    least: float = 1.0
+    full: float | None = None
+
+    def factor(self, score: float) -> float:
+        """What the changes of edits behind this gate are multiplied with where it fires with that score."""
+        if self.full is None:
+            return 1.0
+        share = (score - self.threshold) / (self.full - self.threshold)
+        return min(max(self.least + (1 - self.least) * share, self.least), 1.0)
 
     @property
     def readers(self) -> tuple[Gate, ...]:
@@ -234,6 +246,7 @@ class Gate(_Part):
         if not all(map(math.isfinite, (*self.weights, self.bias, self.threshold))):
             raise PlanError("a gate's weights, bias and threshold must be finite")
         self._check_window()
+        self._check_growth()
         self._check_members()
         if GATE_KINDS[self.kind].reads == "gates":
             self._check_ensemble()
@@ -249,6 +262,12 @@ class Gate(_Part):
         if self.when_in_doubt == "steer" and not self.turns_calibrated:
             raise PlanError("when in doubt about what? `turns_calibrated` says how long a conversation may be")
 
+    def _check_growth(self) -> None:
+        if (self.full is None) != (self.least == 1.0) or not 0 <= self.least <= 1:
+            raise PlanError("strength that grows with the score needs `full` and a `least` from 0 to below 1")
+        if self.full is not None and not (math.isfinite(self.full) and self.full > self.threshold):
+            raise PlanError(f"`full` must be a finite score above the threshold {self.threshold:g}, got {self.full:g}")
+
     def _check_members(self) -> None:
         if GATE_KINDS[self.kind].reads != "gates" and (self.members or self.combine != "mean"):
             raise PlanError(f"a gate of kind '{self.kind}' has no members", hint='kind = "ensemble"')
@@ -256,8 +275,8 @@ class Gate(_Part):
             raise PlanError(
                 f"members cannot be combined by '{self.combine}'", hint=f"one of: {', '.join(COMBINATIONS)}"
             )
-        if any(not member.site or member.window or member.guarantee for member in self.members):
-            raise PlanError("an ensemble's members read sites; its window and its guarantee are its own")
+        if any(not m.site or m.window or m.guarantee or m.full is not None for m in self.members):
+            raise PlanError("an ensemble's members read sites; its window, guarantee and `full` are its own")
 
     def _check_ensemble(self) -> None:
         own = (self.site, self.features, self.vectors, self.weights, self.poolings, self.scorer, self.bias)
@@ -302,6 +321,8 @@ _ADDED_TO_GATES = {
     "when_in_doubt": "read",
     "members": [],
     "combine": "mean",
+    "least": 1.0,
+    "full": None,
 }
 """Fields of later schemas with the values that mean what schema 1 meant, as JSON."""
 
@@ -432,7 +453,7 @@ class Plan(_Part):
     @property
     def schema_version(self) -> int:
         """The oldest version of the format that can say what this plan says."""
-        if any(edit.operator in _OF_SCHEMA_5 for edit in self.all_edits):
+        if any(e.operator in _OF_SCHEMA_5 for e in self.all_edits) or any(g.full is not None for g in self.gates):
             return 5
         if any(gate.members for gate in self.gates):
             return 4

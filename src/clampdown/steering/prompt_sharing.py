@@ -105,7 +105,8 @@ def share_verdicts(
     for row, (plan, first) in enumerate(zip(plans, like, strict=True)):
         same = row != first and (0, row) not in state.read_ahead
         if same and plan is not None and any(gate.site == site for gate in plan.gates):
-            tally.gate_score[:, row], tally.fired[:, row] = tally.gate_score[:, first], tally.fired[:, first]
+            for verdicts in (tally.gate_score, tally.fired, tally.factor):
+                verdicts[:, row] = verdicts[:, first]
 
 
 def checked_index(prompt_of: Int[Tensor, " rows"], n_prompts: int) -> Int[Tensor, " rows"]:

@@ -170,6 +170,11 @@ class Seating:
                     hint="use steer(...) on a model that is not compiled",
                 )
         for gate in (plan.gate for plan in rows if plan is not None and plan.gate):
+            if gate.full is not None:
+                raise PlanError(
+                    "a prepared model's gates open or stay shut; this plan's strength grows with its gate's score",
+                    hint="use steer(...) on a model that is not compiled",
+                )
             if gate.site not in self._gates:
                 raise PlanError(
                     f"the plan's gate reads {gate.site}, where nothing was prepared to read",

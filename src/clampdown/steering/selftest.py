@@ -9,7 +9,7 @@ not whether this prompt happens to trigger it:
    the SAE's own features and none of the batch machinery;
 4. the logits change;
 5. the receipt counts exactly the tokens that changed;
-6. the gate, where there is one, gives a finite score.
+6. the gate, where there is one, gives a finite score, and the strength that grows with it is what the plan says.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def self_test(
     ]
     if gated is not None:
         checks.append(_gate(gated))
+        checks += [_grows(plan, gated.receipt)] if plan.gate and plan.gate.full is not None and gated.receipt else []
     checks += [_spares(steered, each) for each in sinks.values() if each and plan.sinks == "leave_out"]
     return tuple(checks)
 
@@ -222,6 +223,15 @@ def _gate(gated: _Pass) -> Check:
     return Check(
         "the gate reads the prompt", read, f"score {score:.3g}, {verdict}" if score is not None else "no score"
     )
+
+
+def _grows(plan: Plan, receipt: Receipt) -> Check:
+    """Against the plan's own formula, from the score."""
+    assert plan.gate is not None, "only a gate's score makes strength grow"
+    score, found = receipt.gate_score, receipt.factor
+    wanted = plan.gate.factor(score) if receipt.gate_fired and score is not None else None
+    same = found == wanted if found is None or wanted is None else abs(found - wanted) <= 1e-5
+    return Check("the strength is what the gate's score says", same, f"factor {found}, by the formula {wanted}")
 
 
 def _largest(values: Tensor) -> float:

@@ -90,12 +90,12 @@ class Steering:
             return []
         self._settle()
         tally = self._tally
-        columns = (*tally.totals(), tally.gate_score.T, tally.fired.T)
+        columns = (*tally.totals(), tally.gate_score.T, tally.fired.T, tally.factor.T)
         values = list(zip(*(column.tolist() for column in columns), strict=True))
         # Rows that were computed as one did the same, except that a shut gate has a score of its own.
         done = [values[i] for i in self._shared.like] if self._shared.like else values
         return [
-            None if plan is None else make_receipt(plan, row[0], row[1], own[2], own[3], self._turns_read(i))
+            None if plan is None else make_receipt(plan, row[0], row[1], own[2], own[3], self._turns_read(i), own[4])
             for i, (plan, row, own) in enumerate(zip(self._plans, done, values, strict=True))
         ]
 
@@ -114,7 +114,7 @@ class Steering:
         """What each row of the batch takes along when it goes on elsewhere (`decoding.py`), after the prompt's pass."""
         state, tally = self._require_state()
         self._settle()
-        columns = (state.fired.T, *tally.totals(), tally.gate_score.T, tally.fired.T)
+        columns = (state.acts().squeeze(-1).T, *tally.totals(), tally.gate_score.T, tally.fired.T)
         found = zip(self._plans, *(column.tolist() for column in columns), strict=True)
         return [Seat(plan, tuple(acts), *rest, read=self._turns_read(i)) for i, (plan, acts, *rest) in enumerate(found)]
 

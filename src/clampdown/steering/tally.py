@@ -65,17 +65,19 @@ def over_sites(
 @dataclass
 class Tally:
     """Per original row. `pending` holds changes that are not counted yet; `counts` holds, per column, the number of
-    sites that changed it and the sum of the sizes. `gate_score` and `fired` are the turn's verdicts."""
+    sites that changed it and the sum of the sizes. `gate_score`, `fired` and `factor` are the turn's verdicts."""
 
     gate_score: Float[Tensor, "branches rows"]
     fired: Bool[Tensor, "branches rows"]
     counts: Float[Tensor, "2 rows columns"]
+    factor: Float[Tensor, "branches rows"]
     pending: list[Change] = field(default_factory=list)
 
     @classmethod
     def empty(cls, n: int, device: torch.device) -> Tally:
         score = torch.zeros(len(BRANCHES), n, device=device)
-        return cls(score, torch.zeros_like(score, dtype=torch.bool), torch.zeros(2, n, 0, device=device))
+        shut, none = torch.zeros_like(score, dtype=torch.bool), torch.zeros(2, n, 0, device=device)
+        return cls(score, shut, none, torch.ones_like(score))
 
     def restart(self) -> None:
         """Forget what was counted. Without a cache each pass edits every column again: only the last pass counts."""

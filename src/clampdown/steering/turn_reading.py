@@ -44,13 +44,14 @@ TokenizedPrompt = tuple[Sequence[int], Sequence[bool]]
 @dataclass(frozen=True, slots=True)
 class GateReading:
     """What a gate made of one conversation: the score that counts, the turn that gave it, how many turns there were,
-    whether that is more than the gate was calibrated on, and whether the gate opens."""
+    whether that is more than the gate was calibrated on, whether the gate opens, and the factor of its edits then."""
 
     score: float
     turn: int
     turns: int
     beyond: bool
     opens: bool
+    factor: float = 1.0
 
 
 def judge(gate: Gate, found: Conversation, scores: Sequence[float]) -> GateReading:
@@ -62,7 +63,7 @@ def judge(gate: Gate, found: Conversation, scores: Sequence[float]) -> GateReadi
         at = min((i for i, window in enumerate(found.windows) if window.turn == last), key=lambda i: scores[i])
     beyond = gate.turns_calibrated > 0 and (found.cut or len(found.windows) > gate.turns_calibrated)
     opens = scores[at] > gate.threshold or (beyond and gate.when_in_doubt == "steer")
-    return GateReading(scores[at], found.windows[at].turn, found.turns, beyond, opens)
+    return GateReading(scores[at], found.windows[at].turn, found.turns, beyond, opens, gate.factor(scores[at]))
 
 
 def read_ahead(

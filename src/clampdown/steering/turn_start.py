@@ -134,6 +134,7 @@ def begin_turn(
         gates=gate_programs(plans, lm, asked.saes),
         alive=torch.arange(n_rows, device=device),
         opened=opened,
+        factor=torch.ones(len(BRANCHES), n_rows, device=device),
         prompt_of=prompt_of,
         n_prompts=n_prompts,
         prompt_width=width,

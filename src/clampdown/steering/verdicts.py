@@ -48,7 +48,8 @@ def score_texts(lm: LanguageModel, plans: Sequence[Plan | None], state: BatchSta
                 score = found[key] = found[key] if key in found else external_score(*key)
                 one = torch.arange(len(state.alive), device=state.alive.device) == row
                 scores = torch.full_like(state.opened[0], score, dtype=torch.float32)
-                decide(state, tally, branch, one, scores, gate.threshold)
+                factors = torch.full_like(scores, gate.factor(score))
+                decide(state, tally, branch, one, scores, gate.threshold, factors)
 
 
 def read_turns(
@@ -64,6 +65,7 @@ def read_turns(
     for (branch, row), read in state.read_ahead.items():
         decided[branch, row] = True
         state.opened[branch, row] = read.opens
+        state.factor[branch, row] = tally.factor[branch, row] = read.factor
         tally.gate_score[branch, row] = read.score
     state.gates = tuple(replace(gate, gated=gate.gated & ~decided[gate.branch]) for gate in state.gates)
     tally.fired[:, state.alive] = state.fired
@@ -85,7 +87,8 @@ def read_prompts(
     prompt = aligned(x[:, : state.prompt_width], state.shift if state.narrow else state.row_shift)
     for gate in state.gates:
         if gate.site.name == site:
-            decide(state, tally, gate.branch, gate.gated, gate.scores(prompt, own, row_of), gate.threshold)
+            scores = gate.scores(prompt, own, row_of)
+            decide(state, tally, gate.branch, gate.gated, scores, gate.threshold, gate.factors(scores))
 
 
 def decide(
@@ -95,9 +98,12 @@ def decide(
     gated: Bool[Tensor, " rows"],
     scores: Float[Tensor, " rows"],
     threshold: Float[Tensor, " rows"] | float,
+    factors: Float[Tensor, " rows"],
 ) -> None:
-    """Open or shut a branch's gate on the rows that have one."""
+    """Open or shut a branch's gate on the rows that have one, and say how strong its edits are."""
     state.opened[branch] = torch.where(gated, scores > threshold, state.opened[branch])
+    state.factor[branch] = torch.where(gated, factors, state.factor[branch])
+    tally.factor[branch, state.alive[gated]] = factors[gated]
     tally.gate_score[branch, state.alive[gated]] = scores[gated]
     tally.fired[:, state.alive] = state.fired
 

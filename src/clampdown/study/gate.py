@@ -62,7 +62,8 @@ class Request:
     the promise is about at most; `in_doubt` says what is done with longer ones ('read' or 'steer'). `wrapped` is how
     many copies of each discovery prompt, harmful or not, are learnt from inside random wrappers (`wrapping.py`).
     `family_out` asks for an estimate of how many prompts in wrappers that nobody has seen would be found. An ensemble
-    has `members` (KIND or KIND@SITE) whose scores `combine` makes one of.
+    has `members` (KIND or KIND@SITE) whose scores `combine` makes one of. With `least` below 1 the strength of the
+    edits that raise refusals grows with the gate's score, from that share of it at the threshold.
     """
 
     plan: Path
@@ -86,6 +87,7 @@ class Request:
     data: StudyPrompts | None = None
     members: tuple[str, ...] = ()
     combine: str = "mean"
+    least: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,8 @@ def material_of(request: Request, lm: LanguageModel, saes: Sequence[Sae], plan: 
 def _check(request: Request, plan: Plan, other: Plan | None) -> None:
     if not 0 < request.budget < 1 or not 0 < request.confidence < 1:
         raise PlanError("budget and confidence are shares between 0 and 1", hint="--budget 0.02 --confidence 0.95")
+    if not 0 <= request.least <= 1:
+        raise PlanError("the least strength is a share of the whole, from 0 to 1", hint="--least 0.3")
     _check_sides(request)
     _check_kind(request)
     if other is not None and other.model.revision != plan.model.revision:
@@ -345,7 +349,19 @@ def fit_and_calibrate(request: Request, material: Material, positive: Bool[np.nd
     fitted = material.turnwise.within(
         fitted_on(request, material, positive), benign_of(request, material), request.budget
     )
-    return fitted.changed(when_in_doubt=request.in_doubt)
+    return growing(request, material, positive, fitted).changed(when_in_doubt=request.in_doubt)
+
+
+def growing(
+    request: Request, material: Material, positive: Bool[np.ndarray, " prompts"], fitted: FittedGate
+) -> FittedGate:
+    """With strength that grows with the score, if that is asked for: up to the median of the positive discovery prompts
+    on which the gate fires."""
+    if request.least == 1:
+        return fitted
+    prompts = material.at(material.of_split(Split.DISCOVERY) & positive)
+    read = read_prompts(material.turnwise.lm, fitted.gate, fitted.vectors, material.turnwise.sae, prompts)
+    return fitted.growing(np.array([reading.score for reading in read], dtype=float), request.least)
 
 
 def benign_of(request: Request, material: Material) -> list[Prompt]:

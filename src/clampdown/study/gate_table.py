@@ -14,6 +14,11 @@ def what_it_reads(gate: Gate) -> str:
     return ", ".join(dict.fromkeys(f"{reader.kind} at {reader.site}" for reader in gate.readers))
 
 
+def growth(gate: Gate) -> str:
+    """How the strength of what is behind a gate grows with its score."""
+    return f"strength: {gate.least:.0%} at the threshold, growing to all of it at a score of {gate.full:.4g}"
+
+
 def promise(guarantee: Guarantee, turns: int = 0) -> str:
     """A guarantee in words. `turns` is how many turns the calibration conversations had; 0 for prompts as they are."""
     what = "prompts" if turns < 2 else "conversations"

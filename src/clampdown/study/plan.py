@@ -203,6 +203,8 @@ def _gate(gate: Gate) -> str:
     where = f"scorer {gate.scorer}" if gate.scorer else ", ".join(map(_where, gate.readers))
     what = f"{gate.combine} of" if gate.members else gate.kind
     text = f"{what} {where}, fires above {gate.threshold:.4g}"
+    if gate.full is not None:
+        text += f", strength from {gate.least:.0%} there to all of it at {gate.full:.4g}"
     if gate.guarantee is None:
         return text
     promise = gate.guarantee

@@ -74,6 +74,8 @@ def proof(receipt: Receipt) -> str:
     if receipt.gate_fired is not None:
         score = "" if receipt.gate_score is None else f" (score {receipt.gate_score:.2f})"
         parts.append(f"gate {'fired' if receipt.gate_fired else 'stayed shut'}{score}")
+    if receipt.factor is not None:
+        parts.append(f"at {receipt.factor:.0%} of its strength")
     if receipt.branch == "otherwise":
         parts.append("the second branch acted")
     if receipt.tokens_touched:
