@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 
 from clampdown.cli import main as cli
+from clampdown.cli.app import console
+from clampdown.evaluation.catalog import ENTRIES
+from clampdown.interop.exports.table import FORMATS
+from clampdown.models.known import KNOWN
+from clampdown.study.recipes.schema import published
 
 SITE = "blocks.3.hook_resid_post"
 
@@ -39,6 +44,26 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert run(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("demo", "discover", "sweep", "report", "chat", "organism"))
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (("models", "list"), [model.name for model in KNOWN]),
+        (("recipe", "list"), published()),
+        (("suites", "list"), [suite.name for suite in ENTRIES]),
+        (("export", "clamp-352", "--to", "list"), list(FORMATS)),
+        (("plan", "show", "clamp-352-gated"), ["plan", "model", "SAE", "edit", "gate"]),
+    ],
+)
+def test_what_one_types_again_is_shown_whole_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], names: list[str]
+) -> None:
+    monkeypatch.setattr(console, "width", 80)
+    assert run(monkeypatch, *args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert set(names) <= {line.split()[0] for line in lines if line.strip()}
 
 
 @pytest.mark.parametrize(

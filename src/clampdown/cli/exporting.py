@@ -35,8 +35,7 @@ def export_plan(
     from clampdown.steering.plan import read_plan
 
     if to == "list":
-        for row in FORMATS.values():
-            console.print(f"{row.name:>14}  {row.of}", highlight=False, soft_wrap=True)
+        show_facts((row.name, row.of) for row in FORMATS.values())
         return
     progress = stages()
     with progress.stage("Loading"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from clampdown.cli.app import OutOption, app, console, names_in, show_run, stages
 from clampdown.cli.options import (
@@ -247,7 +247,8 @@ def _published() -> Table:
     """The recipes that come with the package."""
     from clampdown.study.recipes.schema import published, read_recipe
 
-    table = Table("name", "paper", "model", "what it runs", box=None, header_style="bold")
+    name, model = Column("name", no_wrap=True), Column("model", overflow="fold")
+    table = Table(name, "paper", model, "what it runs", box=None, header_style="bold")
     for name in published():
         found = read_recipe(Path(name))
         table.add_row(name, found.paper, found.model.id, found.about)

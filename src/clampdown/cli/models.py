@@ -12,11 +12,12 @@ from clampdown.cli.app import console, models_app, stages
 @models_app.command("list")
 def models_list() -> None:
     """List the models that have short names, and which of them are here."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from clampdown.models.known import KNOWN, fetched
 
-    table = Table("name", "hub id", "licence", "download", "here", "about")
+    name, hub = Column("name", no_wrap=True), Column("hub id", overflow="fold")
+    table = Table(name, hub, "licence", "download", "here", "about", box=None, header_style="bold")
     for model in KNOWN:
         here = "fetched" if fetched(model) else "no"
         table.add_row(model.name, model.hub, model.licence, f"{model.download / 1e6:.0f} MB", here, model.about)

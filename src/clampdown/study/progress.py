@@ -44,7 +44,7 @@ class Stages:
     def leave_out(self, part: str, reason: str, hint: str | None = None) -> None:
         """Note, and say, that a part was not done."""
         self.left_out.append(LeftOut(part, reason, hint))
-        self.console.print(f"[dim]left out: {escape(part)}: {escape(reason)}[/dim]", highlight=False, soft_wrap=True)
+        self.console.print(f"[dim]left out: {escape(part)}: {escape(reason)}[/dim]", highlight=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Tick]:

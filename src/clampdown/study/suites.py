@@ -16,9 +16,9 @@ _EXAMPLE_LENGTH = 100
 
 def listed() -> RenderableType:
     """One row per entry of the table."""
-    table = Table(title=f"{len(ENTRIES)} public suites")
+    table = Table(title=f"{len(ENTRIES)} public suites", box=None, header_style="bold")
     for column in ("name", "prompts are", "scored by", "rows", "licence"):
-        table.add_column(column, justify="right" if column == "rows" else "left", overflow="fold")
+        table.add_column(column, justify="right" if column == "rows" else "left", no_wrap=column == "name")
     for found in ENTRIES:
         rows = "?" if found.rows is None else f"{found.rows:,}"
         table.add_row(found.name, found.kind.value, found.scoring.value, rows, found.licence)
