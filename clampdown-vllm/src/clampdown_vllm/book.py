@@ -91,3 +91,8 @@ def check_book(book: Book, lm: LanguageModel) -> None:
                 f"the strength of plan '{plan.name}' grows with its gate's score, which the plugin for vLLM cannot do",
                 hint="`clampdown serve` can; or calibrate the gate without --least",
             )
+        if any(edit.correction for edit in plan.all_edits):
+            raise PlanError(
+                f"plan '{plan.name}' corrects the SAE's error term, which the plugin for vLLM can only keep or drop",
+                hint="`clampdown serve` can; or make the plan with --error-term drop",
+            )

@@ -39,7 +39,12 @@ def plan_make(
         str | None, typer.Option("--operator", help="clamp (default), floor, add, ..., floor_direction, ...")
     ] = None,
     scope: Annotated[str, typer.Option("--scope", help="all, prompt, generated, assistant, last_user.")] = "all",
-    error_term: Annotated[str, typer.Option("--error-term", help="keep or drop the SAE's error.")] = "keep",
+    error_term: Annotated[
+        str, typer.Option("--error-term", help="keep, drop or correct the SAE's error (pass on a part of it).")
+    ] = "keep",
+    rank: Annotated[
+        int, typer.Option("--rank", min=1, help="With --error-term correct: in how many directions it is passed on.")
+    ] = 16,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Calibration prompts; default: the embedded model's own.")
     ] = None,
@@ -55,7 +60,7 @@ def plan_make(
 
     strengths = tuple(Strength.parse(text) for text in strength)
     operator = operator or ("floor_direction" if directions else "clamp")
-    request = job.Request(tuple(feature or ()), strengths, operator, scope, error_term, name, directions)
+    request = job.Request(tuple(feature or ()), strengths, operator, scope, error_term, name, directions, rank)
     with stages().stage("Calibrating"):
         job.make_plan(model, sae, request, prompts, out, site)
     _show_plan(out)

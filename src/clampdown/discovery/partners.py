@@ -46,6 +46,7 @@ def with_partners(plan: Plan, clamps: Mapping[int, float]) -> Plan:
         strengths=(*first.strengths, *clamps.values()),
         scope=first.scope,
         error_term=first.error_term,
+        correction=first.correction,
     )
     return plan.changed(edits=(grown, *plan.edits[1:]))
 

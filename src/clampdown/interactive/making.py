@@ -11,7 +11,7 @@ from clampdown.cards import Card
 from clampdown.config import ORGANISM
 from clampdown.discovery.finders import DEFAULT, run_finder
 from clampdown.discovery.subspace import find_subspace
-from clampdown.errors import StrengthError
+from clampdown.errors import PlanError, StrengthError
 from clampdown.interactive.given import ground_of, own_prompts, pair_of, plan_of, progress, saes_for, study_of
 from clampdown.interactive.loading import AnyPlan, AnySae, Feature, Judged, Model, load
 from clampdown.models.loading import LanguageModel
@@ -22,7 +22,8 @@ from clampdown.steering.units import Strength, Unit, calibrate, resolve
 from clampdown.study import gate as gating
 from clampdown.study.along import Along, plan_along
 from clampdown.study.card import make_card
-from clampdown.study.plan import DIRECTION_PROMPTS
+from clampdown.study.correcting import RANK, correct
+from clampdown.study.plan import CORRECT, DIRECTION_PROMPTS, ERROR_TERMS
 from clampdown.study.prompts import StudyPrompts, embedded_prompts
 from clampdown.study.sizes import Sizes
 from clampdown.types import FeatureScore, FeatureSet, PromptRole, Split
@@ -67,16 +68,20 @@ def clamp(
     scope: str = "prompt",
     operator: str = "clamp",
     error_term: str = "keep",
+    rank: int = RANK,
     data: StudyPrompts | None = None,
     name: str | None = None,
 ) -> Plan:
     """A plan that clamps features: x' = x + (c - a_f(x)) W_dec[f] (2411.11296).
 
     `strength` is a raw activation (12), or a multiple of the feature's own largest ("1.5max") or p99 ("1.5p99")
-    activation: that of a found feature's own prompts, else of `data`'s discovery prompts. Raises `StrengthError`,
+    activation: that of a found feature's own prompts, else of `data`'s discovery prompts. With `error_term="correct"`
+    the SAE's error is passed on within `rank` directions, fitted on benign discovery prompts. Raises `StrengthError`,
     `FeatureIndexError` and `PlanError`.
     """
     model, loaded = pair_of(lm, sae)
+    if error_term not in ERROR_TERMS:
+        raise PlanError(f"error term '{error_term}' is not known", hint=f"one of: {', '.join(ERROR_TERMS)}")
     features = list(feature) if isinstance(feature, Sequence) else [feature]
     indices = tuple(map(_index, features))
     asked = Strength.parse(str(strength))
@@ -90,7 +95,11 @@ def clamp(
         error_term="drop" if error_term == "drop" else "keep",
     )
     loaded.select(indices)  # says at once that a feature does not exist
-    return Plan.of(model, [loaded], [edit], name or f"{operator} {'+'.join(map(str, indices))} at {strength}, {scope}")
+    plan = Plan.of(model, [loaded], [edit], name or f"{operator} {'+'.join(map(str, indices))} at {strength}, {scope}")
+    if error_term != CORRECT:
+        return plan
+    shown = (data or own_prompts(model)).prompts(Split.DISCOVERY, DIRECTION_PROMPTS, PromptRole.BENIGN)
+    return correct(model, loaded, plan, shown, rank)
 
 
 def add(lm: Model, sae: AnySae, feature: Feature | Sequence[Feature], strength: str | float, **options: Any) -> Plan:

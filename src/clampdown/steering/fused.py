@@ -101,7 +101,7 @@ def decoding_step(program: SiteProgram, weights: Mapping[Reach, Float[Tensor, "r
     """
     if not any(bool(weights[reach].any()) for reach in program.reaches):
         return idle
-    if program.dropped:
+    if program.errors:
         return None
     banks = [_fused_bank(bank, weights) for bank in program.banks]
     found = tuple(bank for bank in banks if bank is not None)

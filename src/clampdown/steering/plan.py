@@ -45,8 +45,8 @@ from clampdown.types import Site
 
 SCHEMA_VERSIONS = (1, 2, 3, 4, 5)
 """2 added gates of other kinds than `probe`, and `otherwise`; 3 added gates that read turn by turn, and `sinks`; 4
-added ensembles of gates; 5 added directions whose coordinate is set, and strength that grows with a gate's score. A
-plan is written in the oldest version that can say it."""
+added ensembles of gates; 5 added directions whose coordinate is set, strength that grows with a gate's score, and
+corrected error terms. A plan is written in the oldest version that can say it."""
 
 _OF_SCHEMA_5 = frozenset({"clamp_direction", "floor_direction"})
 
@@ -122,6 +122,8 @@ class Edit(_Part):
     For dense operators: `vector` names an entry of the plan's `vectors` and `strengths` has one number.
     `p99` are the features' 99th-percentile activations on the calibration prompts, and `edit_norm` this edit's mean
     ||x'-x|| / ||x|| there: for display only.
+    With `error_term = "correct"` the SAE's error is passed on within the span of the orthonormal vectors that
+    `correction` names, and nowhere else.
     """
 
     site: str
@@ -130,7 +132,8 @@ class Edit(_Part):
     features: tuple[int, ...] = ()
     vector: str | None = None
     scope: str = "all"
-    error_term: Literal["keep", "drop"] = "keep"
+    error_term: Literal["keep", "drop", "correct"] = "keep"
+    correction: tuple[str, ...] = ()
     p99: tuple[float, ...] | None = None
     edit_norm: float | None = None
 
@@ -155,16 +158,22 @@ class Edit(_Part):
             raise PlanError(f"unknown operator '{self.operator}'", hint=f"one of: {', '.join(OPERATORS)}")
         if self.scope not in SCOPES:
             raise PlanError(f"unknown scope '{self.scope}'", hint=f"one of: {', '.join(SCOPES)}")
+        if (self.error_term == "correct") != bool(self.correction):
+            raise PlanError("error_term 'correct' needs the names of vectors in `correction`, and no other has any")
         if operator.dense:
             self._check_dense()
         else:
             self._check_features()
         return self
 
+    def keeping_error(self) -> Self:
+        """The same with the SAE's error passed on whole."""
+        return self.changed(error_term="keep", correction=())
+
     def _check_dense(self) -> None:
         if self.vector is None or self.features or len(self.strengths) != 1:
             raise PlanError(f"'{self.operator}' needs `vector`, exactly one strength, and no `features`")
-        if self.error_term == "drop":
+        if self.error_term != "keep":
             raise PlanError(f"'{self.operator}' does not pass through an SAE: error_term must be 'keep'")
 
     def _check_features(self) -> None:
@@ -375,6 +384,7 @@ class Plan(_Part):
             if features and site not in sites:
                 raise PlanError(f"features at {site} need an entry of `saes` for that site")
         named = [edit.vector for edit in self.all_edits if edit.vector is not None]
+        named += [name for edit in self.all_edits for name in edit.correction]
         for vector in (*named, *(name for reader in reading for name in reader.vectors)):
             if vector not in self.vectors:
                 raise PlanError(f"vector '{vector}' is not among the plan's vectors {sorted(self.vectors)}")
@@ -453,7 +463,9 @@ class Plan(_Part):
     @property
     def schema_version(self) -> int:
         """The oldest version of the format that can say what this plan says."""
-        if any(e.operator in _OF_SCHEMA_5 for e in self.all_edits) or any(g.full is not None for g in self.gates):
+        if any(e.operator in _OF_SCHEMA_5 or e.correction for e in self.all_edits):
+            return 5
+        if any(gate.full is not None for gate in self.gates):
             return 5
         if any(gate.members for gate in self.gates):
             return 4
@@ -487,6 +499,9 @@ def _as_of(version: int, data: dict[str, Any]) -> dict[str, Any]:
                 gate.pop(key)
         if (gate.get("guarantee") or {}).get("on") == "benign":
             gate["guarantee"].pop("on")
+    for edit in [*data["edits"], *(data["otherwise"] or {"edits": []})["edits"]]:
+        if not edit["correction"]:
+            del edit["correction"]
     if data["sinks"] == "leave_out":
         del data["sinks"]
     if data["otherwise"] is None:

@@ -107,15 +107,33 @@ class Bank:
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
-    """Rows whose edits drop the SAE's error term: x is replaced by its reconstruction before the deltas."""
+class PassedOn:
+    """Rows that pass on the SAE's error within the span of orthonormal rows only; None: nothing of it."""
 
-    sae: Sae
+    basis: Float[Tensor, "rank d_model"] | None
     rows_by_reach: Mapping[Reach, Float[Tensor, " rows"]]
 
-    def delta(self, x: Residual, weights: ReachWeights) -> Residual:
+    def delta(self, error: Residual, weights: ReachWeights) -> Residual:
         reach = torch.stack([w[:, None] * weights[at] for at, w in self.rows_by_reach.items()]).amax(0)
-        return (self.sae.reconstruct(x) - x) * reach.unsqueeze(-1)
+        lost = error if self.basis is None else error - (error @ self.basis.T) @ self.basis
+        return -lost * reach.unsqueeze(-1)
+
+    def at(self, rows: Int[Tensor, " kept"]) -> PassedOn:
+        return replace(self, rows_by_reach={reach: w[rows] for reach, w in self.rows_by_reach.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorTerms:
+    """Edits that do not keep the SAE's error term: x is replaced by its reconstruction before the deltas, and by what
+    is passed on of the rest."""
+
+    sae: Sae
+    parts: tuple[PassedOn, ...]
+
+    def delta(self, x: Residual, weights: ReachWeights) -> Residual:
+        error = x - self.sae.reconstruct(x)
+        found = [part.delta(error, weights) for part in self.parts]
+        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +142,14 @@ class SiteProgram:
 
     site: Site
     banks: tuple[Bank, ...]
-    dropped: Dropped | None
+    errors: ErrorTerms | None
     limit: Float[Tensor, "rows 1"] | None = None
     """The length beyond which a token is an attention sink, which each row's plan leaves as it is; None: nowhere."""
 
     def delta(self, x: Residual, weights: ReachWeights) -> Residual:
         """x' - x, in x's dtype; computed in float32."""
         wide = x.float()
-        parts = [part.delta(wide, weights) for part in (*self.banks, *([self.dropped] if self.dropped else []))]
+        parts = [part.delta(wide, weights) for part in (*self.banks, *([self.errors] if self.errors else []))]
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         return self.spared(total, wide).to(x.dtype)
 
@@ -144,16 +162,16 @@ class SiteProgram:
     def at(self, rows: Int[Tensor, " kept"]) -> SiteProgram:
         """The program of some of the rows, after the others left the batch."""
         banks = tuple(replace(bank, groups=tuple(g.at(rows) for g in bank.groups)) for bank in self.banks)
-        dropped = self.dropped
-        if dropped:
-            dropped = replace(dropped, rows_by_reach={at: w[rows] for at, w in dropped.rows_by_reach.items()})
-        return replace(self, banks=banks, dropped=dropped, limit=None if self.limit is None else self.limit[rows])
+        errors = self.errors
+        if errors:
+            errors = replace(errors, parts=tuple(part.at(rows) for part in errors.parts))
+        return replace(self, banks=banks, errors=errors, limit=None if self.limit is None else self.limit[rows])
 
     @property
     def reaches(self) -> set[Reach]:
-        """Where the edits act, dropped error terms among them."""
-        dropped = set(self.dropped.rows_by_reach) if self.dropped else set()
-        return {group.reach for bank in self.banks for group in bank.groups} | dropped
+        """Where the edits act, error terms among them."""
+        passed = {reach for part in (self.errors.parts if self.errors else ()) for reach in part.rows_by_reach}
+        return {group.reach for bank in self.banks for group in bank.groups} | passed
 
 
 Rows = Sequence[Plan | None]
@@ -251,12 +269,19 @@ def checked_vector(vector: Float[Tensor, " d"], d_model: int) -> Float[Tensor, "
     return vector
 
 
-def _dropped(rows: Rows, site: str, sae: FeatureSource | None, device: torch.device) -> Dropped | None:
-    by_reach: dict[Reach, Tensor] = {}
+def _errors(rows: Rows, site: str, sae: FeatureSource | None, device: torch.device) -> ErrorTerms | None:
+    """Plans that pass the same on share what is computed of it."""
+    found: dict[tuple[tuple[float, ...], ...], dict[Reach, Tensor]] = {}
     for asked in _edits(rows, site, dense=False):
-        if asked.edit.error_term == "drop":
+        if asked.edit.error_term != "keep":
+            vectors = tuple(asked.plan.vectors[name] for name in asked.edit.correction)
+            by_reach = found.setdefault(vectors, {})
             by_reach.setdefault(asked.reach, torch.zeros(len(rows), device=device))[asked.row] = 1.0
-    return Dropped(sae.whole().to(device), by_reach) if by_reach and sae else None
+    parts = tuple(
+        PassedOn(torch.tensor(vectors, device=device) if vectors else None, by_reach)
+        for vectors, by_reach in found.items()
+    )
+    return ErrorTerms(sae.whole().to(device), parts) if parts and sae else None
 
 
 def _site_program(rows: Rows, site: str, lm: LanguageModel, sae: FeatureSource | None) -> SiteProgram:
@@ -266,7 +291,7 @@ def _site_program(rows: Rows, site: str, lm: LanguageModel, sae: FeatureSource |
         banks.append(_feature_bank(rows, site, sae, lm.device))
     if _edits(rows, site, dense=True):
         banks.append(_direction_bank(rows, site, lm))
-    return SiteProgram(Site.parse(site), tuple(banks), _dropped(rows, site, sae, lm.device), _limit(rows, site, lm))
+    return SiteProgram(Site.parse(site), tuple(banks), _errors(rows, site, sae, lm.device), _limit(rows, site, lm))
 
 
 def _limit(rows: Rows, site: str, lm: LanguageModel) -> Float[Tensor, "rows 1"] | None:
@@ -339,6 +364,12 @@ def angles(plan: Plan, edits: Iterable[Edit]) -> Angles:
     return lambda one, other: float(cosines[row[one], row[other]])
 
 
+def pass_on_otherwise(one: Edit, other: Edit) -> bool:
+    """Whether both change the SAE's error term at one site, in different ways."""
+    said = [(edit.error_term, edit.correction) for edit in (one, other) if edit.error_term != "keep"]
+    return one.site == other.site and len(set(said)) == 2
+
+
 def contradict(one: Edit, other: Edit, cosine: Angles) -> bool:
     """Whether both touch what one of them sets, a feature's activation or the coordinate along a vector: changes add
     up, and the sum of two would be neither. Vectors at right angles do not touch each other's coordinate."""
@@ -352,6 +383,12 @@ def contradict(one: Edit, other: Edit, cosine: Angles) -> bool:
 def _check_together(plan: Plan, edits: Sequence[Edit]) -> None:
     cosine = angles(plan, edits)
     for one, other in combinations(edits, 2):
+        if pass_on_otherwise(one, other) and overlap(one.scope, other.scope):
+            raise PlanError(
+                f"plan '{plan.name}' passes on the SAE's error at {one.site} in two ways, on {one.scope} and "
+                f"{other.scope}",
+                hint="give both edits the same error_term and correction, or scopes that do not overlap",
+            )
         if contradict(one, other, cosine) and overlap(one.scope, other.scope):
             raise PlanError(
                 f"plan '{plan.name}' edits {_shared(one, other)} at {one.site} twice, by '{one.operator}' on "
@@ -380,3 +417,17 @@ def _check_edits(plan: Plan, lm: LanguageModel, saes: Mapping[str, FeatureSource
             check_scorer(gate.scorer)
     for vector in plan.vectors.values():
         checked_vector(torch.tensor(vector), lm.d_model)
+    for edit in plan.all_edits:
+        if edit.correction:
+            _check_orthonormal(plan, edit)
+
+
+def _check_orthonormal(plan: Plan, edit: Edit) -> None:
+    rows = np.array([plan.vectors[name] for name in edit.correction], dtype=np.float64)
+    off = float(np.abs(rows @ rows.T - np.eye(len(rows))).max())
+    if off > RIGHT_ANGLE:
+        raise PlanError(
+            f"the vectors of a correction at {edit.site} are not orthonormal (off by {off:.2g}): they would pass on "
+            "something else than the error within them",
+            hint="make the plan anew with --error-term correct",
+        )

@@ -183,9 +183,9 @@ class Seating:
         for edit in (edit for plan in rows if plan is not None for edit in plan.edits):
             if edit.site not in self._sites:
                 raise PlanError(f"{edit.site} was not prepared", hint="name it in prepare(lm, saes, sites=[...])")
-            if edit.error_term == "drop":
+            if edit.error_term != "keep":
                 raise PlanError(
-                    "a prepared model keeps the SAE's error term, this plan drops it",
+                    f"a prepared model keeps the SAE's error term, this plan {edit.error_term}s it",
                     hint="use steer(...) on a model that is not compiled",
                 )
 

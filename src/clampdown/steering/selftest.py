@@ -31,7 +31,7 @@ from clampdown.steering.hook_order import attach_in_order, hook_point
 from clampdown.steering.hooks import resolve_saes, steer
 from clampdown.steering.operators import OPERATORS
 from clampdown.steering.plan import Edit, Plan
-from clampdown.steering.program import angles, contradict
+from clampdown.steering.program import angles, contradict, pass_on_otherwise
 from clampdown.types import Message, Receipt, Site
 
 PROMPT = "Hello, how are you?"
@@ -108,7 +108,9 @@ def _everywhere(plan: Plan, edits: Iterable[Edit]) -> tuple[Edit, ...]:
     cosine = angles(plan, plan.edits)
     for edit in edits:
         channels = {(edit.site, edit.operator, channel) for channel in edit.features or (edit.vector,)}
-        if not channels & seen and not any(contradict(edit, other, cosine) for other in kept):
+        if not channels & seen and not any(
+            contradict(edit, other, cosine) or pass_on_otherwise(edit, other) for other in kept
+        ):
             kept.append(edit.changed(scope="all"))
             seen |= channels
     return tuple(kept)
@@ -117,7 +119,7 @@ def _everywhere(plan: Plan, edits: Iterable[Edit]) -> tuple[Edit, ...]:
 def _zero(edit: Edit) -> Edit:
     """The same channels with an operator and strength that add exactly nothing."""
     operator = "add_direction" if OPERATORS[edit.operator].dense else "add"
-    return edit.changed(operator=operator, strengths=(0.0,) * len(edit.strengths), error_term="keep")
+    return edit.keeping_error().changed(operator=operator, strengths=(0.0,) * len(edit.strengths))
 
 
 @torch.no_grad()
@@ -195,8 +197,13 @@ def predicted_delta(
             view = sources[edit.site].select([feature])
             strength = torch.full((1, 1, 1), value, device=x.device)
             total += view.write(operator.coefficient(view.read(x).float(), strength), x)
-    if any(edit.error_term == "drop" for edit in edits):
-        total += sources[edits[0].site].whole().reconstruct(x) - x
+    changed = next((edit for edit in edits if edit.error_term != "keep"), None)
+    if changed is not None:
+        error = x - sources[changed.site].whole().reconstruct(x)
+        total -= error
+        for name in changed.correction:
+            along = torch.tensor(plan.vectors[name], device=x.device)
+            total += (error @ along).unsqueeze(-1) * along
     return total
 
 

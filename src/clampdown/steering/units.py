@@ -234,7 +234,7 @@ def _factor(moved: Callable[[float], float], goal: float, asked: Strength) -> fl
 def measured(edit: Edit, calibration: Calibration) -> Edit:
     """The edit with its features' p99 and its mean ||x' - x|| / ||x|| written down, for whoever reads the plan."""
     has_p99 = OPERATORS[edit.operator].sets or not OPERATORS[edit.operator].dense
-    norm = None if edit.error_term == "drop" else calibration.edit_norm(edit.operator, edit.strengths)
+    norm = None if edit.error_term != "keep" else calibration.edit_norm(edit.operator, edit.strengths)
     return Edit.model_validate({**edit.model_dump(), "p99": calibration.p99 if has_p99 else None, "edit_norm": norm})
 
 
@@ -261,7 +261,8 @@ def in_words(edit: Edit) -> str:
         for name, strength, unit in zip(names, edit.strengths, p99, strict=True)
     ]
     size = "" if edit.edit_norm is None else f"; moves the residual by {edit.edit_norm:.1%}"
-    error = " without the SAE's error term" if edit.error_term == "drop" else ""
+    error = " without the SAE's error term" if edit.error_term != "keep" else ""
+    error += f" but for what lies in {len(edit.correction)} directions" if edit.correction else ""
     return f"{', '.join(parts)} at {edit.site}, scope {edit.scope}{error}{size}"
 
 

@@ -102,7 +102,7 @@ def _same_edits(a: Plan, b: Plan | None) -> bool:
 
 
 def _targets(plan: Plan) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(edit.operator, edit.error_term, edit.features) for edit in plan.edits]
+    return [(edit.operator, edit.error_term, edit.correction, edit.features) for edit in plan.edits]
 
 
 def random_directions(d_model: int, n: int, seed: int) -> list[list[float]]:

@@ -21,12 +21,15 @@ from clampdown.steering.program import check_plan
 from clampdown.steering.units import Strength, Unit, calibrate, in_words, measured, resolve
 from clampdown.store import prompts_hash
 from clampdown.study.along import Along, plan_along
+from clampdown.study.correcting import RANK, correct
 from clampdown.types import Prompt, Site, Split
 
 _PAGES_SHOWN = 10
 CALIBRATION_SUITES, CALIBRATION_PROMPTS = ("harmful", "jailbroken_seen", "benign"), 120
 DIRECTION_PROMPTS = 240
 NO_SAE = "none"
+CORRECT = "correct"
+ERROR_TERMS = ("keep", "drop", CORRECT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class Request:
     name: str = ""
     directions: int = 0
     """How many directions of refusal are found and edited, in place of features."""
+    rank: int = RANK
+    """In how many directions a corrected error term is passed on."""
 
 
 def make_plan(model: str, sae: str, request: Request, prompts: Path | None, out: Path, site: str | None = None) -> Plan:
@@ -54,6 +59,8 @@ def make_plan(model: str, sae: str, request: Request, prompts: Path | None, out:
     warn_unless_fitting(lm, opened)
     check_features(request.features, opened.cfg.d_sae)  # before prompts are read
     plan = plan_of(lm, opened, request, calibration_prompts(model, prompts))
+    if request.error_term == CORRECT:
+        plan = correct(lm, opened.whole(), plan, sides(model, prompts)[1], request.rank)
     check_plan(plan, lm, {opened.cfg.site.name: opened})
     write_plan(out, plan)
     return plan
@@ -115,8 +122,10 @@ def _check(request: Request) -> None:
         raise PlanError(f"'{request.operator}' is not an operator on features", hint=f"one of: {known}")
     if not request.features:
         raise PlanError("a plan needs a feature, or directions", hint="--feature N or --directions K")
-    if request.error_term not in ("keep", "drop"):
-        raise PlanError(f"error term '{request.error_term}' is not known", hint="keep or drop")
+    if request.error_term not in ERROR_TERMS:
+        raise PlanError(f"error term '{request.error_term}' is not known", hint=f"one of: {', '.join(ERROR_TERMS)}")
+    if request.rank < 1:
+        raise PlanError("a corrected error term is passed on in one direction or more", hint="--rank 16")
 
 
 def plan_of(lm: LanguageModel, sae: FeatureSource, request: Request, prompts: Sequence[Prompt]) -> Plan:

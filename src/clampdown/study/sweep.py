@@ -92,6 +92,8 @@ def _plan_and_arms(study: Study, request: Request, stages: Stages) -> tuple[Plan
     given = [request.features, request.features_file, request.plan_file]
     if sum(bool(item) for item in given) != 1:
         raise PlanError("say what to steer in exactly one way", hint="--feature N, --features FILE or --plan FILE")
+    if request.error_term not in ("keep", "drop"):
+        raise PlanError(f"a sweep cannot '{request.error_term}' the error term", hint="keep or drop; --plan FILE")
     if request.plan_file:
         plan = read_plan(request.plan_file)
         units = [strength for edit in plan.edits for strength in edit.strengths]

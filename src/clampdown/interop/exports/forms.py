@@ -122,8 +122,9 @@ def _of_edit(edit: Edit, bound: Bound, words: Words) -> Iterator[Unsaid]:
     elif edit.features and bound.saes[edit.site].cfg.normalize_activations in SCALED_BY_INPUT:
         why = "the SAE normalises its input, so that what a feature adds differs from token to token"
         yield Unsaid(what, why, _INSTEAD)
-    if edit.error_term == "drop":
-        yield Unsaid(f"the error term at {edit.site} is dropped", "the format has no SAE", "the error term is kept")
+    if edit.error_term != "keep":
+        done = "dropped" if edit.error_term == "drop" else "corrected"
+        yield Unsaid(f"the error term at {edit.site} is {done}", "the format has no SAE", "the error term is kept")
     if edit.scope not in words.scopes:
         has = ", ".join(sorted(words.scopes))
         yield Unsaid(f"scope '{edit.scope}' at {edit.site}", f"the format has: {has}", "every token is steered")

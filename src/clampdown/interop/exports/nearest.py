@@ -30,7 +30,7 @@ def nearest(bound: Bound, words: Words, prompts: Sequence[Prompt]) -> Plan:
     edits = []
     for number, edit in enumerate(plan.edits):
         scope = edit.scope if edit.scope in words.scopes else "all"
-        kept = edit.changed(scope=scope, error_term="keep")
+        kept = edit.keeping_error().changed(scope=scope)
         instead = words.near(kept, bound)
         if instead is not None:
             edits += [one for one in instead if not any(_same(one, other) for other in edits)]

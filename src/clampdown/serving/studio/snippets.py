@@ -26,7 +26,7 @@ class Target:
 
 def inline_edit(plan: Plan, gate_of: str | None) -> dict[str, Any] | None:
     """The plan as the field `steering`; None when a request cannot say it."""
-    if len(plan.edits) != 1 or plan.otherwise or not plan.edits[0].features or plan.edits[0].error_term == "drop":
+    if len(plan.edits) != 1 or plan.otherwise or not plan.edits[0].features or plan.edits[0].error_term != "keep":
         return None
     edit = plan.edits[0]
     if len(set(edit.strengths)) != 1 or (plan.gate is not None and gate_of is None):
