@@ -101,7 +101,7 @@ def _same_edits(a: Plan, b: Plan | None) -> bool:
     return b is not None and _targets(a) == _targets(b)
 
 
-def _targets(plan: Plan) -> list[tuple[str, str, tuple[int, ...]]]:
+def _targets(plan: Plan) -> list[tuple[object, ...]]:
     return [(edit.operator, edit.error_term, edit.correction, edit.features) for edit in plan.edits]
 
 
