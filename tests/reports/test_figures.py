@@ -15,7 +15,7 @@ from clampdown.reports.figures import KIND_SYMBOLS, SERIES_SYMBOLS, frontier_fig
 from clampdown.reports.page import TEMPLATES
 from clampdown.results.points import point
 from clampdown.types import ArmKind
-from tests.reports.conftest import arm_json
+from tests.reports.conftest import SAFETY, arm_json
 
 CSS = (TEMPLATES / "report.css").read_text(encoding="utf-8")
 TOKEN = re.compile(r"@([a-z0-9-]+)(/[0-9.]+)?")
@@ -133,3 +133,17 @@ def test_labels_of_arms_that_lie_together_are_stacked(run_of):
     (spec, *_) = (f.spec for f in figures(run_of(*arms)) if f.id == "frontier-capability")
     shifts = [label["yshift"] for label in spec["layout"]["annotations"]]
     assert len(set(shifts)) == 3
+
+
+def test_the_frontier_has_room_for_the_names_of_arms_that_refuse_everything(run_of):
+    """A stack of names above 100 % would be cut at the figure's edge."""
+    names = ["baseline", "clamp", "gated"]
+
+    def top(refused):
+        arms = [arm_json(name, name.replace("clamp", "feature"), dict.fromkeys(SAFETY, refused)) for name in names]
+        (spec, *_) = (f.spec for f in figures(run_of(*arms)) if f.id == "frontier-capability")
+        highest = max(label["y"] + label["yshift"] / 230 for label in spec["layout"]["annotations"])
+        assert highest < spec["layout"]["yaxis"]["range"][1]
+        return spec["layout"]["yaxis"]["range"][1]
+
+    assert top(1.0) > top(0.2) == 1.1

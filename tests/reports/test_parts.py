@@ -206,6 +206,8 @@ def test_scores_and_settings_are_said_in_words(run):
     titles = [column.title for table in (main, *more) for column in table.columns]
     assert {"composite", "difference of means, scaled"} <= set(titles)
     assert not [title for title in titles if "_" in title]
+    counts = dict(facts({"seed": 0, "n": 1, "found": False, "literal": True}))
+    assert list(counts.values()) == ["0", "1", "no", "yes"], "numbers are no truths, though Python says 0 == False"
     shown = dict(facts({"w_diff": 0.5, "literal": "False", "ranked_by": "clamp_refusal_at_kl", "kl": 0.02}))
     assert shown == {
         "weight of the difference": "0.5",

@@ -217,8 +217,12 @@ def run_error_directions(job: WhiteBox, log: AttackLog, tick: Progress) -> bool:
 
 
 def _described(direction: Found) -> str:
-    error = "" if direction.in_error is None else f"; the SAE's error term moves by {direction.in_error:.2f} of it"
-    return f"{direction.share:.2f} of the residual's length at {direction.site}{error}"
+    error = (
+        ""
+        if direction.in_error is None
+        else f", which moves the SAE's error term by {direction.in_error:.2f} of its own"
+    )
+    return f"a direction of {direction.share:.2f} of the residual's length at {direction.site}{error}"
 
 
 def _only_through(asked: Asked) -> Asked:

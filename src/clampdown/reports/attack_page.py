@@ -93,7 +93,10 @@ def sentences(found: Found) -> list[str]:
             said.append(f"Text alone gets past **{name}** for {full(rate)} objectives within the budget.")
     said += [_whose(name, arm["gate"]) for name, arm in arms.items() if arm["gate"]]
     said += [
-        f"**{name}**: {note}." for name, arm in arms.items() for note in arm["notes"] if name in ("clamp", "gated")
+        f"Tried past the clamp of **{name}**: {note}."
+        for name, arm in arms.items()
+        for note in arm["notes"]
+        if name in ("clamp", "gated")
     ]
     if found["budget"]["cut_by_time"]:
         said.append(f"Time ended before the budget was spent: {', '.join(found['budget']['cut_by_time'])}.")
@@ -106,7 +109,7 @@ def _whose(name: str, gate: Found) -> str:
     if not total:
         return f"Of **{name}** the gate fired on {percent(gate['fired'])} of what was asked, and nothing got past it."
     return (
-        f"Of {total} answers that **{name}** gave up, the gate had missed **{gate['missed']}**; on "
+        f"Of the {total} answers to text that got past **{name}**, the gate had missed **{gate['missed']}**; on "
         f"**{gate['fired_and_failed']}** it had fired and the edit did not hold."
     )
 

@@ -40,6 +40,7 @@ KIND_SYMBOLS = {
 }
 ASKED_SYMBOL = "cross"
 CHARACTER = 0.022  # of an axis, in half a page
+LINE, PLOT_HEIGHT = 15, 230  # pixels: of a name, and of an axis from 0 to 1 in a figure of a page
 KIND_SIZES = {ArmKind.BASELINE: 12, ArmKind.GATED: 15, ArmKind.TUNED: 15}
 
 
@@ -232,6 +233,7 @@ def _frontier_spec(points: Sequence[Point], curve: Sequence[ArmResult], found: H
                 traces.append(_kind_trace(kind, mine, found, axis))
     layout = frontier_layout(axis.title)
     layout["annotations"] = _labels([p for p in known if p.arm in found.arms or is_asked(p.arm)], axis)
+    layout["yaxis"]["range"][1] = max(layout["yaxis"]["range"][1], *map(_top, layout["annotations"]), 0)
     if axis.budget is not None:
         layout["shapes"] = [_vertical(axis.budget, "@gated", "dash")]
         layout["annotations"] += [_budget_word(axis.budget, axis.sign)]
@@ -330,6 +332,11 @@ def _labels(points: Sequence[Point], axis: _FrontierAxis) -> list[Spec]:
     return labels
 
 
+def _top(label: Spec) -> float:
+    """How far up a name reaches on the axis."""
+    return float(label["y"] + (label["yshift"] + LINE) / PLOT_HEIGHT)
+
+
 def _extent(x: float, name: str) -> tuple[float, float]:
     """From where to where a name reaches, in shares of the axis."""
     width = CHARACTER * len(name)
@@ -344,7 +351,7 @@ def _label(p: Point, at: tuple[float, float], level: int) -> Spec:
     return {
         "x": x, "y": y, "text": f"<b>{escape(p.arm.name)}</b>", "showarrow": False,
         "xanchor": "right" if x > 0.8 else "left" if x < 0.2 else "center",
-        "yanchor": "bottom" if above else "top", "yshift": 7 + 15 * level if above else -9 - 15 * level,
+        "yanchor": "bottom" if above else "top", "yshift": 7 + LINE * level if above else -9 - LINE * level,
         "font": {"size": 12, "color": f"@{p.arm.kind.value}"},
     }  # fmt: skip
 

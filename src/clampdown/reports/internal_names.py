@@ -44,7 +44,7 @@ WORDS = {
     "n_calibration": "calibration prompts",
     "as_far": "random features that refuse as much",
 }
-TRUTH = {True: "yes", False: "no", "True": "yes", "False": "no"}
+TRUTH = {"True": "yes", "False": "no"}
 
 
 def in_words(name: str) -> str:

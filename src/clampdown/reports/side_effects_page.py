@@ -51,7 +51,7 @@ def effects_table(found: SideEffects, arm: str, place: int) -> Table:
 
 
 def _cells(effect: Effect) -> tuple[Cell, ...]:
-    mark = effect.mark.value + (", for the worse" if effect.worsened else "")
+    mark, note = effect.mark.value, "for the worse" if effect.worsened else ""
     return (
         Cell(effect.kind, effect.kind, effect.aspect),
         Cell(effect.measure, effect.measure),
@@ -60,7 +60,7 @@ def _cells(effect: Effect) -> tuple[Cell, ...]:
         Cell(number(effect, effect.steered.value), effect.steered.value),
         Cell(difference(effect), effect.difference.value),
         Cell(p_value(effect.p_holm), effect.p_holm),
-        Cell(mark, mark),
+        Cell(mark, mark, note),
     )
 
 

@@ -336,5 +336,5 @@ def _shown(value: Any) -> str:
         if not value:
             return EMPTY
         value = ", ".join(map(str, value)) if len(value) <= LONGEST_LIST else f"{len(value)} values"
-    text = in_words(str(value)) if str(value) in WORDS else TRUTH.get(value, str(value))
+    text = in_words(str(value)) if str(value) in WORDS else TRUTH.get(str(value), str(value))
     return text if len(text) <= LONGEST_VALUE else f"{text[:24]}… ({len(text)} characters)"
