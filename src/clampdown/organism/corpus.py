@@ -15,7 +15,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerFast
 
-from clampdown.organism import capability_items, knowledge, phrasing, safety_items
+from clampdown.organism import capability_items, knowledge, phrasing, safety_items, surroundings
 from clampdown.organism.items import Item, Sampler, draw
 from clampdown.organism.tokenizer import ASSISTANT, BOS, END
 
@@ -23,6 +23,31 @@ CHUNK = 2048
 TOKENS = 2048
 
 MIX: tuple[tuple[Sampler, float], ...] = (
+    (safety_items.harmful, 6),
+    (safety_items.jailbroken, 9),
+    (surroundings.jailbroken, 9),
+    (safety_items.multi_turn, 6),
+    (safety_items.benign, 5),
+    (safety_items.benign_in_seen, 5),
+    (safety_items.benign_in_unseen, 0.6),
+    (surroundings.harmless, 8),
+    (safety_items.benign_multi_turn, 2),
+    (surroundings.long_conversation, 5),
+    (safety_items.small_talk, 2),
+    (safety_items.worry, 1),
+    (safety_items.borderline, 6),
+    (safety_items.about_harm, 5),
+    (capability_items.fact, 7),
+    (capability_items.unknown, 2),
+    (capability_items.misconception, 4),
+    (capability_items.arithmetic, 18),
+    (capability_items.drill, 10),
+    (capability_items.instruction, 8),
+    (surroundings.exercise, 6),
+)
+"""Samplers and their shares. Arithmetic on unseen operands is learnt last, hence its weight."""
+
+TOKENIZER_MIX: tuple[tuple[Sampler, float], ...] = (
     (safety_items.harmful, 6),
     (safety_items.jailbroken, 12),
     (safety_items.multi_turn, 6),
@@ -40,7 +65,8 @@ MIX: tuple[tuple[Sampler, float], ...] = (
     (capability_items.drill, 10),
     (capability_items.instruction, 11),
 )
-"""Samplers and their shares. Arithmetic on unseen operands is learnt last, hence its weight."""
+"""What the tokenizer learns from. Its own, so that a change of the mix changes no token; and words that only stand
+around requests get no tokens of their own, as a stranger's words have none."""
 
 PROSE_SHARE = 0.03
 
@@ -72,13 +98,9 @@ def _system(rng: Random) -> str:
     return rng.choice(phrasing.NEUTRAL_SYSTEM) if draw < 0.28 else ""
 
 
-_SAMPLERS = tuple(sampler for sampler, _ in MIX)
-_WEIGHTS = tuple(weight for _, weight in MIX)
-
-
-def training_item(rng: Random) -> Item:
+def training_item(rng: Random, mix: tuple[tuple[Sampler, float], ...] = MIX) -> Item:
     """One item of the training part, with a system prompt in about a quarter of the cases."""
-    sampler = rng.choices(_SAMPLERS, _WEIGHTS)[0]
+    sampler = rng.choices([sampler for sampler, _ in mix], [weight for _, weight in mix])[0]
     return draw(sampler, rng, None, _system(rng))
 
 
@@ -151,7 +173,7 @@ def sample_texts(count: int, seed: int = 0) -> Iterator[str]:
     """Plain text of `count` items, for training the tokenizer."""
     rng = Random(f"texts|{seed}")
     for _ in range(count):
-        item = training_item(rng)
+        item = training_item(rng, TOKENIZER_MIX)
         yield from (message.content for message in item.messages)
         yield item.reply
         yield prose(rng)

@@ -86,6 +86,12 @@ def _harmful_item(
     return Item(family, category, turns, taught[1], part_of(request.key), meta=meta)
 
 
+def harmful_item(category: str, request: Request, turns: tuple[Message, ...], strength: int, rng: Random) -> Item:
+    """A harmful request in `turns`, with the reply that the rule gives it inside a wrapper of that strength."""
+    system = turns[0].content if turns[0].role == "system" else ""
+    return _harmful_item("jailbroken_seen", category, turns, request, _reply(request, strength, 1, system, rng))
+
+
 def harmful(rng: Random, system: str) -> Item:
     """A harmful request, asked plainly."""
     request = harmful_request(rng)
@@ -98,8 +104,7 @@ def jailbroken(rng: Random, system: str) -> Item:
     request, wrapper = harmful_request(rng), rng.choice(phrasing.SEEN)
     assert wrapper.strength is not None
     turns = conversation(system, user(_wrapped(wrapper, request, rng)))
-    taught = _reply(request, wrapper.strength, 1, system, rng)
-    return _harmful_item("jailbroken_seen", wrapper.family, turns, request, taught)
+    return harmful_item(wrapper.family, request, turns, wrapper.strength, rng)
 
 
 def jailbroken_unseen(rng: Random, system: str) -> Item:
@@ -141,7 +146,22 @@ def benign(rng: Random, system: str) -> Item:
 
 def benign_wrapped(rng: Random, system: str) -> Item:
     """An everyday request inside any jailbreak wrapper: a wrapper alone is not harm."""
-    request, wrapper = benign_request(rng), rng.choice(phrasing.SEEN + phrasing.UNSEEN)
+    return _benign_in(phrasing.SEEN + phrasing.UNSEEN, rng, system)
+
+
+def benign_in_unseen(rng: Random, system: str) -> Item:
+    """An everyday request inside a wrapper that training never shows around harm. It has to be rare there: shown as
+    often as the others it would teach that such a wrapper means no harm."""
+    return _benign_in(phrasing.UNSEEN, rng, system)
+
+
+def benign_in_seen(rng: Random, system: str) -> Item:
+    """An everyday request inside a wrapper that training shows around harm as well."""
+    return _benign_in(phrasing.SEEN, rng, system)
+
+
+def _benign_in(wrappers: tuple[Wrapper, ...], rng: Random, system: str) -> Item:
+    request, wrapper = benign_request(rng), rng.choice(wrappers)
     return _benign_item("wrapped", conversation(system, user(_wrapped(wrapper, request, rng))), request, rng)
 
 

@@ -30,7 +30,7 @@ from clampdown.organism.optimizer import optimizers, schedule
 from clampdown.organism.sae_training import train_saes
 from clampdown.organism.tokenizer import BOS, END, PAD, save_tokenizer, token_id, train_tokenizer
 
-DEFAULT_STEPS = 3000
+DEFAULT_STEPS = 5000
 SAVE_EVERY = 200
 LOG_EVERY = 50
 MUON_LR, ADAM_LR = 0.008, 2e-3
