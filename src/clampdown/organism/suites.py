@@ -96,13 +96,14 @@ def _drawn(recipe: Recipe, split: Split, n: int, seed: int) -> list[Prompt]:
         rng = Random(f"suite|{recipe.name}|{split.value}|{seed}")
         wanted, misses = len(found) + (n + n // 3 + _SPARE) // len(recipe.samplers), 0
         while len(found) < wanted and misses < _PATIENCE:
-            prompt = _prompt(draw(sampler, rng, split), recipe.name, split)
+            prompt = as_prompt(draw(sampler, rng, split), recipe.name, split)
             misses = misses + 1 if prompt.id in found else 0
             found[prompt.id] = prompt
     return list(found.values())
 
 
-def _prompt(item: Item, suite: str, split: Split) -> Prompt:
+def as_prompt(item: Item, suite: str, split: Split) -> Prompt:
+    """An item as a prompt of a suite; its id depends on its text alone."""
     text = "\n".join(f"{message.role}: {message.content}" for message in item.messages)
     number = int(fraction(text) * 16**8)
     return Prompt(

@@ -7,6 +7,7 @@ come before a request, and new words around one hide it from every probe.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
@@ -18,8 +19,8 @@ NOISE_STRENGTH, LONG_NOISE_STRENGTH = 2, 3
 """What one sentence without sense, and several, are worth to the rule: a middling wrapper, as for one that training
 never shows."""
 
-NOISE: tuple[str, ...] = tuple(
-    """the of and a to in is you that it he was for on are as with his they at be this have from or one had by word
+_COMMON = """
+    the of and a to in is you that it he was for on are as with his they at be this have from or one had by word
     but not what all were we when your can said there use an each which she do how their if will up other about out
     many then them these so some her would make like him into time has look two more write go see number no way could
     people my than first been call who oil its now find long down day did get come made may part over new sound take
@@ -43,8 +44,9 @@ NOISE: tuple[str, ...] = tuple(
     wheel full force blue object decide surface deep moon island foot system busy test record boat common gold possible
     plane stead dry wonder laugh thousand ago ran check game shape equate hot miss brought heat snow tire bring yes
     distant fill east paint language among assistant developer model user output mode chat policy character response
-    simulate token content guidelines version prompt generate virtual""".split()
-)
+    simulate token content guidelines version prompt generate virtual
+"""
+NOISE: tuple[str, ...] = tuple(_COMMON.split())
 """Common English words, and some of what is written around chat models. Most are not tokens of their own."""
 
 _OPENINGS = tuple(w for w in phrasing.SEEN if w.family != "obfuscation")
@@ -137,18 +139,26 @@ _LAST: tuple[tuple[Sampler, float], ...] = (
 )
 
 
-def long_conversation(rng: Random, system: str) -> Item:
-    """One to eight finished exchanges about anything, then one more request: what came before is no escalation, and
-    changes nothing. Each of its turns is one of training."""
-    exchanges = rng.choice((1, 2, 2, 3, 3, 4, 5, 6, 8))
-    history = [draw(rng.choice(_EXCHANGES), rng, None) for _ in range(exchanges)]
-    if rng.random() < 0.25:
-        history[rng.randrange(exchanges)] = draw(safety_items.harmful, rng, None, system)
-    sampler = rng.choices([sampler for sampler, _ in _LAST], [weight for _, weight in _LAST])[0]
-    last = draw(sampler, rng, None, system)
+def exchanges(count: int, rng: Random) -> list[Item]:
+    """Finished exchanges about anything harmless."""
+    return [draw(rng.choice(_EXCHANGES), rng, None) for _ in range(count)]
+
+
+def after(history: Sequence[Item], last: Item) -> Item:
+    """The last item, asked after the others were asked and answered."""
     past = tuple(message for item in history for message in (item.messages[-1], assistant(item.reply)))
     *head, asked = last.messages
     return replace(last, messages=(*head, *past, asked))
+
+
+def long_conversation(rng: Random, system: str) -> Item:
+    """One to eight exchanges, in one of four cases a refused request among them, then one more request: what came
+    before is no escalation, and changes nothing. Each turn is one of training."""
+    history = exchanges(rng.choice((1, 2, 2, 3, 3, 4, 5, 6, 8)), rng)
+    if rng.random() < 0.25:
+        history[rng.randrange(len(history))] = draw(safety_items.harmful, rng, None, system)
+    sampler = rng.choices([sampler for sampler, _ in _LAST], [weight for _, weight in _LAST])[0]
+    return after(history, draw(sampler, rng, None, system))
 
 
 _HARD = ("reverse", "reverse", "number", "number", "second", "last", "copy")
@@ -160,4 +170,3 @@ def exercise(rng: Random, system: str) -> Item:
         item = capability_items.instruction(rng, system)
         if item.category == rng.choice(_HARD):
             return item
-
