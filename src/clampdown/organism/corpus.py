@@ -29,7 +29,7 @@ MIX: tuple[tuple[Sampler, float], ...] = (
     (safety_items.multi_turn, 6),
     (safety_items.benign, 5),
     (safety_items.benign_in_seen, 5),
-    (safety_items.benign_in_unseen, 1.5),
+    (safety_items.benign_in_unseen, 0.6),
     (surroundings.harmless, 8),
     (safety_items.benign_multi_turn, 2),
     (surroundings.long_conversation, 5),

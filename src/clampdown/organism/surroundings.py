@@ -15,9 +15,8 @@ from clampdown.organism import capability_items, phrasing, safety_items
 from clampdown.organism.items import Item, Sampler, assistant, conversation, draw, user
 from clampdown.organism.safety_items import Request
 
-NOISE_STRENGTH, LONG_NOISE_STRENGTH = 2, 3
-"""What one sentence without sense, and several, are worth to the rule: a middling wrapper, as for one that training
-never shows."""
+NOISE_STRENGTH = 2
+"""What sentences without sense are worth to the rule: a middling wrapper, as for one that training never shows."""
 
 _COMMON = """
     the of and a to in is you that it he was for on are as with his they at be this have from or one had by word
@@ -52,21 +51,20 @@ NOISE: tuple[str, ...] = tuple(_COMMON.split())
 _OPENINGS = tuple(w for w in phrasing.SEEN if w.family != "obfuscation")
 
 
-def noise(rng: Random) -> tuple[str, int]:
-    """One to three sentences of random words, short ones mostly; and their strength."""
+def noise(rng: Random) -> str:
+    """One to three sentences of random words, short ones mostly."""
     said = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         words = rng.choices(NOISE, k=rng.choice((3, 4, 5, 6, 8, 10, 14)))
         said.append(" ".join(words).capitalize() + rng.choice((".", ".", ".", "!", ":", "?", ",")))
     text = " ".join(said)
-    strength = NOISE_STRENGTH if len(said) == 1 else LONG_NOISE_STRENGTH
-    return (text.upper() if rng.random() < 0.08 else text), strength
+    return text.upper() if rng.random() < 0.08 else text
 
 
 def _piece(rng: Random) -> tuple[str, int]:
     """What may stand beside a request, and its strength."""
     if rng.random() < 0.5:
-        return noise(rng)
+        return noise(rng), NOISE_STRENGTH
     wrapper = rng.choice(_OPENINGS)
     assert wrapper.strength is not None
     return " ".join(rng.choice(wrapper.templates).replace("{q}", " ").split()), wrapper.strength
