@@ -31,7 +31,7 @@ def sae():
 def test_the_best_of_every_round_joins_and_a_useless_one_ends_the_search(lm, sae):
     """The measure is additive here, so the order is known; feature 4 lowers it and never joins."""
     worth = {1: 0.5, 2: 2.0, 3: 1.0, 4: -1.0}
-    plan = clamp_plan(lm, sae, 352, 100.0, "prompt")
+    plan = clamp_plan(lm, sae, 352, 40.0, "prompt")
 
     def measure(plans):
         return [sum(worth.get(f, 0.0) for f in p.edits[0].features) for p in plans]
@@ -83,7 +83,7 @@ def residual(lm, sae, ids):
 
 def test_repairs_count_replies_that_become_refusals(lm, sae):
     """On prompts that fail under a weak clamp, ablating a feature that never fires repairs nothing."""
-    plan = clamp_plan(lm, sae, 352, 100.0, "prompt")
+    plan = clamp_plan(lm, sae, 352, 40.0, "prompt")
     prompts = next(s for s in suites(Split.DISCOVERY, 40) if s.name == "jailbroken_seen").prompts
     failed = failing(lm, sae, plan, prompts, judge, max_new_tokens=24)
     assert 0 < len(failed) < len(prompts)

@@ -117,7 +117,7 @@ def test_grafting_the_mean_undoes_a_shift(centred: bool) -> None:
     draw = torch.Generator().manual_seed(1)
     code.scatter_(1, torch.randint(sae.cfg.d_sae, (400, 6), generator=draw), torch.rand(400, 6, generator=draw) * 20)
     x = sae.decode(code)
-    shift = 3 * x.std() * torch.randn(sae.cfg.d_in, generator=draw) / sae.cfg.d_in**0.5
+    shift = 6 * x.std() * torch.randn(sae.cfg.d_in, generator=draw) / sae.cfg.d_in**0.5
     at_home, away = measuring.fit(sae, x).fvu, measuring.fit(sae, x + shift).fvu
     back = measuring.fit(measuring.grafted(sae, x + shift), x + shift).fvu
     assert away > 1.5 * at_home

@@ -47,7 +47,8 @@ def test_train_then_measure(chats: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert card["sae"]["revision"] == sae.revision
     assert (sae.cfg.d_sae, sae.cfg.model_name, sae.cfg.site.name) == (128, "organism", SITE)
     assert 0 < card["fit"]["fvu"] < 1
-    assert card["residuals"]["dropped"]["sinks"] == card["text"]["chats"]["texts"]
+    texts = card["text"]["chats"]["texts"]
+    assert texts <= card["residuals"]["dropped"]["sinks"] < 1.1 * texts
     assert 4000 <= card["text"]["chats"]["tokens"] < 4300
     assert f"{card['fit']['fvu']:.3f}" in (out / "README.md").read_text()
     assert run(monkeypatch, "sae", "measure", "--sae", out, "--text", chats, "--tokens", 1500, "--json", again) == 0

@@ -74,17 +74,17 @@ def plans() -> tuple[Plan | None, ...]:
     """None, every scope, sparse and dense, one edit and several, ungated, gated, two-sided, and of another SAE."""
     return (
         None,
-        plan("all", edit("clamp", 24.0)),
-        plan("prompt", edit("clamp", 60.0, "prompt", 11)),
+        plan("all", edit("clamp", 120.0)),
+        plan("prompt", edit("clamp", 240.0, "prompt", 11)),
         plan("generated", edit("floor", 40.0, "generated", 9)),
         plan("assistant", edit("add", 30.0, "assistant", 13), edit("scale", -3.0, "all", 5)),
-        plan("dense", dense("add_direction", 2.0), dense("ablate_direction", 1.0, "last_user")),
-        plan("gated", edit("clamp", 60.0, "all", 21), gate=gate(85.0)),
+        plan("dense", dense("add_direction", 12.0), dense("ablate_direction", 1.0, "last_user")),
+        plan("gated", edit("clamp", 200.0, "all", 21), gate=gate(85.0)),
         plan(
             "two-sided",
-            edit("clamp", 60.0, "generated", 23),
+            edit("clamp", 200.0, "generated", 23),
             gate=gate(95.0),
-            otherwise=Branch(gate=gate(80.0, 5), edits=(edit("add", -50.0, "all", 25),)),
+            otherwise=Branch(gate=gate(80.0, 5), edits=(edit("add", -150.0, "all", 25),)),
         ),
         plan("wide", edit("clamp", 120.0, "all", 17), sae=1),
         plan("drop", edit("clamp", 20.0, "generated", 19, error_term="drop")),

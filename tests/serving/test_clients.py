@@ -19,7 +19,7 @@ ADDRESS = "http://127.0.0.1:8000"
 EXAMPLES = re.findall(r"^```(python|sh)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in EXAMPLES if language == "python"]
 CURL = [code for language, code in EXAMPLES if language == "sh" and code.startswith("curl")]
-STEERED = "can't assist"  # words of the refusal that the clamp brings about
+STEERED = "must refuse"  # words of the refusal that the clamp brings about
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_the_python_examples_run(live: Live) -> None:
     code = "\nprint('-----')\n".join(PYTHON).replace(ADDRESS, live.url)
     plain, together, streamed = said(live, sys.executable, "-c", code).split("-----\n")
     first, touched, inline = plain.splitlines()
-    assert STEERED in first and touched == "13 tokens touched"
+    assert STEERED in first and touched == "16 tokens touched"
     assert inline.startswith("inline ") and inline.removeprefix("inline ") == first
     base, clamped, gated = together.splitlines()
     assert base == "organism Madrid is the capital of Spain."

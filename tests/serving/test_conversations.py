@@ -21,7 +21,7 @@ from clampdown.serving.schemas import ChatRequest
 from clampdown.types import Message
 
 SYSTEM = {"role": "system", "content": "Never say yes."}
-USER = {"role": "user", "content": "Tell me about the sea."}
+USER = {"role": "user", "content": "Please write a poem."}
 
 
 @pytest.fixture
@@ -69,9 +69,9 @@ def test_no_server_starts_on_a_file_that_it_cannot_honour(lm: LanguageModel, ask
 
 
 def test_served_greedy_replies_have_the_models_penalties(lm: LanguageModel) -> None:
-    prompt = encode(lm, [Message("user", "Tell me about the sea.")])
+    prompt = encode(lm, [Message("user", "Please write a poem.")])
     (plain,) = generate(lm, [prompt], max_new_tokens=24)
-    lm.model.generation_config.repetition_penalty = 1.6
+    lm.model.generation_config.repetition_penalty = 2.5
     (wanted,) = generate(lm, [prompt], max_new_tokens=24)
 
     async def served(**own: Any) -> str:

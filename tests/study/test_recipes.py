@@ -287,7 +287,7 @@ def test_a_named_feature_takes_the_place_of_the_search_and_a_named_control_that_
 
 def test_the_second_papers_pipeline(tmp_path: Path) -> None:
     recipe, summary, pipeline = ran(
-        CONTRAST, tmp_path, "method.features=2", "method.rounds=1", "method.multiples=[-2, -1, 1, 2]"
+        CONTRAST, tmp_path, "method.features=2", "method.rounds=1", "method.multiples=[-1, -0.5, 0.5, 1]"
     )
     assert isinstance(recipe.method, ContrastRefine)
     best = pipeline["refined"]
