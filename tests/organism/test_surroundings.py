@@ -1,4 +1,4 @@
-"""Surroundings: the request stays what it is, wrappers that test generalisation stay out, and nothing held out is shown."""
+"""Surroundings: the request stays what it is, held-out wrappers stay out, and nothing held out is shown."""
 
 from __future__ import annotations
 
