@@ -24,10 +24,12 @@ from clampdown.results.run import Run
 from clampdown.steering.arms import BASELINE
 from clampdown.steering.gates import fit_probe
 from clampdown.steering.plan import Branch, Edit, Plan, read_plan, write_plan
+from clampdown.steering.program import check_plan
 from clampdown.steering.turn_promise import Turnwise
 from clampdown.store import read_records, write_feature_set
 from clampdown.study import measure
 from clampdown.study.budgets import BROKEN_HARMFUL, BROKEN_SAFE, CAPABILITY, KL, OVER_REFUSAL, Budgets, Use
+from clampdown.study.correcting import RANK
 from clampdown.study.gating import read_pooled, ungauged
 from clampdown.study.methods.gated_set import opened
 from clampdown.study.progress import Stages
@@ -310,6 +312,36 @@ def test_a_plan_that_turns_everything_into_noise_costs_its_trial_only(
     scores = Trials(bench)(0, [fair, dataclasses.replace(fair, multiple=1e38)])
     assert scores[0].refusal is not None
     assert scores[1].refusal is None and scores[1].note
+
+
+def test_cones_error_terms_and_growing_strength_are_plans_of_their_settings(
+    subject: Study, request_: tune.Request, tmp_path: Path
+) -> None:
+    sets = prompt_sets(subject, SCALE)
+    choices = dataclasses.replace(request_.choices, gates=(NO_GATE, "dense"), directions=(1, 3, 99), leasts=(1.0, 0.25))
+    found = find_candidates(subject, sets, SCALE, choices, tmp_path, quiet())
+    space = found.space
+    cones = [each for each in space.combinations if each.directions]
+    assert {each.directions for each in cones} <= {1, 3} and {each.operator for each in cones} <= {"floor_direction"}
+    assert space.error_terms == ("keep", "correct") and space.growing == frozenset(
+        {("dense", 0.1, c) for c in (0.9, 0.95)}
+    )
+    saes = {subject.sae.cfg.site.name: subject.sae}
+    cone = Combination((), "floor_direction", "prompt", 3)
+    grown = Setting(cone, 1.5, "dense", 0.1, 0.95, least=0.25)
+    clamp = Setting(Combination((352,), "clamp", "prompt"), 1.0, "dense", 0.1, 0.95, error_term="correct")
+    plans = [found.plan(subject, setting) for setting in (grown, clamp)]
+    for plan, setting in zip(plans, (grown, clamp), strict=True):
+        check_plan(plan, subject.lm, saes)
+        assert plan.name == str(setting) and plan.gate
+        assert plan.gate.factor(plan.gate.threshold) == setting.least and plan.gate.factor(1e9) == 1.0
+    subspace = found.beyond.subspace
+    assert subspace and [e.strengths[0] for e in plans[0].edits] == pytest.approx(
+        subspace.harmless + 1.5 * subspace.gap
+    )
+    assert len(plans[1].edits[0].correction) == RANK
+    again = find_candidates(subject, sets, SCALE, choices, tmp_path, quiet())
+    assert again.space == space and [again.plan(subject, s).digest for s in (grown, clamp)] == [p.digest for p in plans]
 
 
 @pytest.mark.parametrize(

@@ -175,3 +175,27 @@ def test_the_search_begins_where_it_is_told_and_asks_only_for_promises_that_ther
     assert {s.down for s in measure.asked} == {False, True}
     assert search(space, (again := Measure()), EFFORT, TrialLog(tmp_path / "log.jsonl")) == trials
     assert not again.asked
+
+
+def test_what_is_beside_features_is_asked_for_only_where_it_can_be(tmp_path: Path) -> None:
+    """Directions pass through no SAE, and strength grows behind gates only, of which the score is known."""
+    cones = tuple(Combination((), "floor_direction", scope, k) for k in (1, 3) for scope in ("all", "prompt"))
+    space = Space(
+        (*COMBINATIONS, *cones), (NO_GATE, "dense", "probe10"), (0.01, 0.05), error_terms=("keep", "correct"),
+        leasts=(0.5, 1.0), growing=frozenset({("dense", budget, 0.95) for budget in (0.01, 0.05)}),
+    )  # fmt: skip
+    measure = Measure()
+    found = search(space, measure, Effort(120, 8, seed=1), TrialLog(tmp_path / "log.jsonl"))
+    asked = measure.asked
+    assert {s.combination.directions for s in asked} == {0, 1, 3} and {s.error_term for s in asked} == {
+        "keep",
+        "correct",
+    }
+    assert {s.gate for s in asked if s.least < 1} == {"dense"}
+    for setting in asked:
+        plain = setting.gate == NO_GATE or setting.combination.directions
+        assert not plain or setting.error_term == "keep"
+        assert ("directions" in str(setting)) == bool(setting.combination.directions)
+        assert ("error term correct" in str(setting)) == (setting.error_term == "correct")
+        assert ("from 50% of it" in str(setting)) == (setting.least == 0.5)
+    assert search(space, Measure(0), Effort(120, 8, seed=1), TrialLog(tmp_path / "log.jsonl")) == found

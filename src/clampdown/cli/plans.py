@@ -44,7 +44,7 @@ def plan_make(
     ] = "keep",
     rank: Annotated[
         int, typer.Option("--rank", min=1, help="With --error-term correct: in how many directions it is passed on.")
-    ] = 16,
+    ] = 32,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Calibration prompts; default: the embedded model's own.")
     ] = None,

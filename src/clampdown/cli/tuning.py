@@ -46,6 +46,15 @@ def tune(
     hand_made: Annotated[
         bool, typer.Option("--hand-made/--no-hand-made", help="Begin with the hand-made recipe's plans.")
     ] = True,
+    directions: Annotated[
+        str, typer.Option("--directions", help="How many directions are raised together; '' for none.")
+    ] = "1,3",
+    error_terms: Annotated[
+        str, typer.Option("--error-terms", help="Behind gates: keep, correct (the SAE's error).")
+    ] = "keep,correct",
+    leasts: Annotated[
+        str, typer.Option("--leasts", help="Behind gates: share of the strength at the threshold.")
+    ] = "1,0.5",
     judge: JudgeOption = None,
     model: ModelOption = ORGANISM,
     sae: SaeOption = ORGANISM,
@@ -62,7 +71,7 @@ def tune(
     budgets = Budgets(max_over_refusal, max_capability_loss, max_broken, max_kl, confidence)
     choices = Choices(
         features, _names(operators), _names(scopes), _names(gates), _shares(gate_budgets), set_size,
-        _shares(gate_confidences), hand_made,
+        _shares(gate_confidences), hand_made, _counts(directions), _names(error_terms), _shares(leasts),
     )  # fmt: skip
     choices.check()
     scale = QUICK if quick else FULL
@@ -79,6 +88,14 @@ def tune(
     show_run(out, progress)
     console.print(shown(run.to_json(), console.width))
     console.print(f"[bold]plan:[/bold] {out / 'plan.toml'}", soft_wrap=True)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Raises `PlanError` for what is no list of whole numbers."""
+    found = _shares(text)
+    if any(number != int(number) for number in found):
+        raise PlanError(f"'{text}' is not a list of whole numbers", hint="for example --directions 1,3")
+    return tuple(map(int, found))
 
 
 def _names(text: str) -> tuple[str, ...]:

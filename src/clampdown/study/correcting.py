@@ -10,7 +10,7 @@ from clampdown.saes.sae import Sae
 from clampdown.steering.plan import Plan
 from clampdown.types import Prompt
 
-RANK = 16
+RANK = 32
 VECTOR = "error{}"
 
 

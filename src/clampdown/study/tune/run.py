@@ -100,6 +100,8 @@ class Chosen:
         plan, study, sets = plan_of(self.winner.arm), self.bench.study, self.bench.sets
         shown = [p for s in (*harmful(sets.discovery), *safe(sets.discovery)) for p in s.prompts[:UNIT_PROMPTS]]
         up = opened(plan)
+        if not up.edits[0].features:
+            return plan
         view = study.sae.select(up.edits[0].features)
         edit = units.measured(up.edits[0], units.calibrate(study.lm, study.sae.cfg.site, view, shown))
         return at_strengths(plan, up.changed(edits=(edit, *up.edits[1:])), plan.name)
@@ -288,7 +290,7 @@ def _extra(chosen: Chosen, plan: Plan, records: Sequence[Record]) -> dict[str, A
     found: dict[str, Any] = {
         "chosen": {
             "arm": OPEN if plan.gate else TUNED,
-            "feature": " + ".join(map(str, edit.features)),
+            "feature": " + ".join(map(str, edit.features)) or setting.combination.what,
             "strength": edit.strengths[0],
             "strength_note": units.other_units(edit),
             "operator": edit.operator,
@@ -339,7 +341,8 @@ def dry_run(study: Study, request: Request, stages: Stages) -> tuple[str, ...]:
     scale, sets = request.scale, prompt_sets(study, request.scale)
     check_provable(available(sets, request), request.budgets)
     features = tuple(range(scale.features))
-    screened = len(combinations_of(features, request.choices)) * len(SCREENED_MULTIPLES)
+    cones = len(request.choices.directions) * len(request.choices.scopes)
+    screened = (len(combinations_of(features, request.choices)) + cones) * len(SCREENED_MULTIPLES)
     per_arm, batches = len(prompts_of(sets.trial)), -(-scale.trials // scale.batch)
     fresh = len(prompts_of(harmful(sets.fresh))) + sum(
         len(suite.prompts[: scale.generated]) for suite in (*safe(sets.fresh), *capability(sets.fresh))

@@ -1,7 +1,8 @@
 """The search of `clampdown tune`: feature sets x operators x scopes x strengths x gates, by Optuna, in batches.
 
-1. A setting is a combination that screening left (features, operator, scope), a multiple of the features' own largest
-   activations, a gate (a kind, its benign budget and how sure that is, or none), and whether a second side steers down.
+1. A setting is a combination that screening left (features or directions, operator, scope), a multiple of the features'
+   own largest activations, and a gate (a kind, its benign budget and how sure that is, or none); behind a gate also
+   whether a second side steers down, what becomes of the error term, and whether strength grows with the score.
    The hand-made recipe is one of the combinations, and its own settings are the first trials.
 2. Two objectives: refusal of harmful suites up, cost down (the mean share of the budgets that is used). Each budget is
    a constraint on its estimate: which plans may be chosen is decided later, by bounds, on prompts that no trial read.
@@ -29,6 +30,7 @@ with extra("tune", "the search for a plan"):
 NO_GATE = "none"
 HAND_MADE = "hand-made"
 """The operator and the gate of what `study/methods/gated_set.py` makes."""
+KEEP = "keep"
 CONFIDENCE = 0.95
 STEP = 0.05
 ASKED_AGAIN = 50
@@ -36,20 +38,26 @@ ASKED_AGAIN = 50
 
 @dataclass(frozen=True, slots=True, order=True)
 class Combination:
-    """Which features are steered together, by which operator, at which tokens."""
+    """Which features are steered together, or how many directions, by which operator, at which tokens."""
 
     features: tuple[int, ...]
     operator: str
     scope: str
+    directions: int = 0
+
+    @property
+    def what(self) -> str:
+        return "+".join(map(str, self.features)) or f"{self.directions} directions"
 
     def __str__(self) -> str:
-        return f"{self.operator} {'+'.join(map(str, self.features))} {self.scope}"
+        return f"{self.operator} {self.what} {self.scope}"
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One point of the space. `multiple` is in units of each feature's largest activation, for the hand-made edits in
-    units of what they are; `budget` is the gate's, `confidence` how sure it is; `down`: the second side is there."""
+    units of what they are, for directions in gaps; `budget` is the gate's, `confidence` how sure it is; `down`: the
+    second side is there; `least`: the share of the strength at the gate's threshold."""
 
     combination: Combination
     multiple: float
@@ -57,13 +65,17 @@ class Setting:
     budget: float | None = None
     confidence: float = CONFIDENCE
     down: bool = False
+    error_term: str = KEEP
+    least: float = 1.0
 
     def __str__(self) -> str:
         sure = "" if self.confidence == CONFIDENCE else f" at {self.confidence:g}"
         behind = "" if self.gate == NO_GATE else f", {self.gate} gate {self.budget:g}{sure}"
         behind += ", two-sided" if self.down else ""
-        return f"{self.combination.operator} {'+'.join(map(str, self.combination.features))} x{self.multiple:g} " + (
-            f"{self.combination.scope}{behind}"
+        behind += "" if self.error_term == KEEP else f", error term {self.error_term}"
+        behind += "" if self.least == 1 else f", from {self.least:.0%} of it"
+        return (
+            f"{self.combination.operator} {self.combination.what} x{self.multiple:g} {self.combination.scope}{behind}"
         )
 
 
@@ -82,6 +94,10 @@ class Space:
     starts: tuple[Setting, ...] = ()
     promises: frozenset[tuple[str, float | None, float]] | None = None
     """(gate, budget, confidence) that there are; None: all."""
+    error_terms: tuple[str, ...] = (KEEP,)
+    leasts: tuple[float, ...] = (1.0,)
+    growing: frozenset[tuple[str, float | None, float]] = frozenset()
+    """Gates whose strength may grow with their score."""
 
     def begin(self, study: optuna.Study) -> None:
         """Put the settings that are tried first."""
@@ -89,13 +105,15 @@ class Space:
         for setting in self.starts:
             chosen = setting.combination
             study.enqueue_trial({
-                "features": sets.index(chosen.features), "operator": chosen.operator, "scope": chosen.scope,
+                "features": sets.index((chosen.features, chosen.directions)),
+                "operator": chosen.operator, "scope": chosen.scope,
                 "gate": setting.gate, "gate budget": setting.budget, "gate confidence": setting.confidence,
                 "down": setting.down, "multiple": setting.multiple,
+                "error term": setting.error_term, "least": setting.least,
             })  # fmt: skip
 
-    def _sets(self) -> list[tuple[int, ...]]:
-        return list(dict.fromkeys(combination.features for combination in self.combinations))
+    def _sets(self) -> list[tuple[tuple[int, ...], int]]:
+        return list(dict.fromkeys((each.features, each.directions) for each in self.combinations))
 
     def ask(self, study: optuna.Study) -> tuple[optuna.Trial, Setting]:
         """The next question. Features, operator and scope are dimensions of their own, so that what is learnt of a
@@ -116,18 +134,22 @@ class Space:
 
     def _suggest(self, trial: optuna.Trial) -> Setting:
         sets = self._sets()
-        features = sets[int(trial.suggest_categorical("features", range(len(sets))))]
+        features, directions = sets[int(trial.suggest_categorical("features", range(len(sets))))]
         operator = trial.suggest_categorical("operator", self._each("operator"))
         scope = trial.suggest_categorical("scope", self._each("scope"))
         gate = trial.suggest_categorical("gate", self.gates)
         budget = trial.suggest_categorical("gate budget", self.budgets) if self.budgets else None
         confidence = trial.suggest_categorical("gate confidence", self.confidences)
         down = trial.suggest_categorical("down", self.sides)
+        error_term = trial.suggest_categorical("error term", self.error_terms)
+        least = trial.suggest_categorical("least", self.leasts)
         multiple = round(trial.suggest_float("multiple", self.low, self.high, step=STEP), 4)
-        chosen = Combination(features, operator, scope)
+        chosen = Combination(features, operator, scope, directions)
         if gate == NO_GATE:
             return Setting(chosen, multiple)
-        return Setting(chosen, multiple, gate, budget, confidence, down)
+        error_term = KEEP if directions else error_term
+        least = least if (gate, budget, confidence) in self.growing else 1.0
+        return Setting(chosen, multiple, gate, budget, confidence, down, error_term, least)
 
     def _each(self, name: str) -> list[str]:
         return sorted({getattr(combination, name) for combination in self.combinations})
@@ -262,7 +284,7 @@ def _rank(trial: Trial) -> tuple[float, ...]:
 
 
 def _family(setting: Setting) -> tuple[Any, ...]:
-    return (setting.combination, setting.gate, setting.budget, setting.down)
+    return (setting.combination, setting.gate, setting.budget, setting.down, setting.error_term, setting.least)
 
 
 class TrialLog:

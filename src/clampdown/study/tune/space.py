@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ from clampdown.steering.plan import Edit, Plan
 from clampdown.steering.scopes import SCOPES
 from clampdown.steering.units import calibrate
 from clampdown.store import write_feature_set, write_json
+from clampdown.study.correcting import corrected
 from clampdown.study.methods import gated_set
 from clampdown.study.methods.gated_set import opened
 from clampdown.study.progress import Stages
 from clampdown.study.screening import Halving, Screened, prefills_of, screen
 from clampdown.study.study import Study
 from clampdown.study.sweep import read_features
+from clampdown.study.tune.beyond import Beyond, cones, find_beyond, full_scores
 from clampdown.study.tune.gates import GateKey, Promise, cached_gates, fit_gates, gate_row, kind_of, known_gates
 from clampdown.study.tune.hand_made import hand_made, hand_made_gates, starts_of, stretched, with_second_side
 from clampdown.study.tune.prompts import PromptSets, Scale, harmful
-from clampdown.study.tune.search import CONFIDENCE, HAND_MADE, NO_GATE, Combination, Setting, Space
+from clampdown.study.tune.search import CONFIDENCE, HAND_MADE, KEEP, NO_GATE, Combination, Setting, Space
 from clampdown.types import Prompt, PromptRole, Suite
 
 UNIT_PROMPTS = 40
@@ -50,7 +52,8 @@ EFFORT = Effort(attributed=16, finalists=12, clamped=12, benign=8)
 class Choices:
     """What may be combined. `gates` are kinds, a probe's with the largest number of its features (`probe40`);
     `gate_confidences` how sure their promises may be. With `hand_made` the recipe of `gated_set.py` is where the search
-    begins."""
+    begins. `directions` are how many are raised together beside the feature sets; `error_terms` and `leasts` (the share
+    of the strength at the threshold) are for plans behind gates."""
 
     features_file: Path | None = None
     operators: tuple[str, ...] = ("clamp", "floor", "add")
@@ -60,6 +63,13 @@ class Choices:
     set_size: int = 2
     gate_confidences: tuple[float, ...] = (0.9, 0.95)
     hand_made: bool = True
+    directions: tuple[int, ...] = (1, 3)
+    error_terms: tuple[str, ...] = (KEEP, "correct")
+    leasts: tuple[float, ...] = (1.0, 0.5)
+
+    @property
+    def gated(self) -> bool:
+        return set(self.gates) != {NO_GATE}
 
     @property
     def promises(self) -> tuple[Promise, ...]:
@@ -78,6 +88,14 @@ class Choices:
         for name in self.gates:
             if name != NO_GATE and kind_of(name)[0] not in FITTERS:
                 raise PlanError(f"no gate of kind '{name}' can be fitted", hint=f"one of: {NO_GATE}, {known_gates()}")
+        for name in self.error_terms:
+            if name not in (KEEP, "correct"):
+                raise PlanError(f"error term '{name}' is not searched", hint="keep, correct")
+        for least in self.leasts:
+            if not 0 <= least <= 1:
+                raise PlanError(f"the least strength is a share from 0 to 1, got {least:g}", hint="for example 1,0.5")
+        if min(self.directions, default=1) < 1:
+            raise PlanError("directions are counted from 1", hint="for example 1,3")
         for share in (*self.gate_budgets, *self.gate_confidences):
             if not 0 < share < 1:
                 raise PlanError(
@@ -96,17 +114,26 @@ class Candidates:
     gates: Mapping[GateKey, FittedGate]
     screening: tuple[Mapping[str, Any], ...] = ()
     hand_made: Plan | None = None
+    beyond: Beyond = field(default_factory=Beyond)
 
     def plan(self, study: Study, setting: Setting) -> Plan:
         """What a setting does."""
         if setting.combination.operator == HAND_MADE:
             assert self.hand_made is not None, "the space has hand-made edits only where there are some"
             plan = stretched(opened(self.hand_made), setting.multiple)
+        elif setting.combination.directions:
+            plan = self.beyond.plan(study, setting.combination, setting.multiple)
         else:
             plan = plan_at(study, setting.combination, setting.multiple, self.units)
         if setting.gate == NO_GATE or setting.budget is None:
             return plan.named(str(setting))
-        plan = plan.behind(self.gates[setting.gate, setting.budget, setting.confidence], str(setting))
+        if setting.error_term != KEEP and self.beyond.error is not None:
+            plan = corrected(plan, study.sae, self.beyond.error)
+        key = (setting.gate, setting.budget, setting.confidence)
+        gate = self.gates[key]
+        if setting.least < 1:
+            gate = gate.changed(least=setting.least, full=self.beyond.full[key])
+        plan = plan.behind(gate, str(setting))
         return with_second_side(plan, self.hand_made) if setting.down and self.hand_made else plan
 
 
@@ -134,9 +161,10 @@ def find_candidates(
         gates = fit_gates(study, sets, kinds, choices.promises, out, stages) if kinds else {}
         write_json(out / "gates.json", [gate_row(key, fitted) for key, fitted in gates.items()])
     found = out / "space.json"
+    beyond = _beyond(study, sets, choices, out, stages)
     if not found.exists():
         units = _units(study, sets, _features(study, sets, scale, choices, out, stages), stages)
-        screened = _screen(study, sets, scale, choices, units, stages)
+        screened = _screen(study, sets, scale, choices, units, beyond, stages)
         combinations = kept_combinations(screened, scale.feature_sets)
         rows = [each.facts() | {"operator": each.plan.edits[0].operator} for each in screened]
         write_json(found, {"units": units, "combinations": combinations, "screening": rows})
@@ -146,11 +174,7 @@ def find_candidates(
         combinations = tuple(Combination(**{**c, "features": tuple(c["features"])}) for c in raw["combinations"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{found} is not a search space: {error!r}", hint="delete it to screen again") from error
-    made = (
-        hand_made(study, sets, scale, units, out, stages)
-        if choices.hand_made and set(choices.gates) != {NO_GATE}
-        else None
-    )
+    made = hand_made(study, sets, scale, units, out, stages) if choices.hand_made and choices.gated else None
     if made is not None:
         combinations = (*combinations, Combination(opened(made).edits[0].features, HAND_MADE, gated_set.SCOPE))
         gates = {**gates, **hand_made_gates(study, sets, made, choices.promises)}
@@ -164,7 +188,18 @@ def find_candidates(
     if made is not None:
         starts = starts_of(combinations[-1], made)
         space = replace(space, sides=tuple(start.down for start in starts), starts=starts)
-    return Candidates(space, units, gates, tuple(raw["screening"]), made)
+    if choices.gated and set(choices.leasts) != {1.0}:
+        beyond = replace(beyond, full=full_scores(study, sets, gates))
+    terms = choices.error_terms if beyond.error is not None else (KEEP,)
+    space = replace(space, error_terms=terms, leasts=choices.leasts, growing=frozenset(beyond.full))
+    return Candidates(space, units, gates, tuple(raw["screening"]), made, beyond)
+
+
+def _beyond(study: Study, sets: PromptSets, choices: Choices, out: Path, stages: Stages) -> Beyond:
+    error = choices.gated and set(choices.error_terms) != {KEEP}
+    if not error and not choices.directions:
+        return Beyond()
+    return find_beyond(study, sets, _tempting(study, sets), choices.directions, error, out / "beyond.json", stages)
 
 
 def _features(
@@ -183,17 +218,22 @@ def _features(
 
 def finder_material(study: Study, sets: PromptSets, scale: Scale) -> Material:
     """Discovery prompts: harmful, benign, and those inside a wrapper beside their plain twins, where they are known."""
-    plain = [p for s in sets.discovery if study.data.roles[s.name] is PromptRole.HARMFUL for p in s.prompts]
     return Material(
         study.lm,
         study.sae,
-        tuple(plain or _in_turn(harmful(sets.discovery))),
+        _tempting(study, sets),
         sets.benign_of(sets.discovery) or sets.calibration.prompts,
         study.data.pairs(scale.discovery),
         study.judge,
         effort=EFFORT,
         seed=study.seed,
     )
+
+
+def _tempting(study: Study, sets: PromptSets) -> tuple[Prompt, ...]:
+    """Plain harmful discovery prompts, or others where there are none."""
+    plain = [p for s in sets.discovery if study.data.roles[s.name] is PromptRole.HARMFUL for p in s.prompts]
+    return tuple(plain or _in_turn(harmful(sets.discovery)))
 
 
 def _in_turn(suites: Sequence[Suite]) -> list[Prompt]:
@@ -223,7 +263,13 @@ def combinations_of(features: Sequence[int], choices: Choices) -> list[Combinati
 
 
 def _screen(
-    study: Study, sets: PromptSets, scale: Scale, choices: Choices, units: Mapping[int, float], stages: Stages
+    study: Study,
+    sets: PromptSets,
+    scale: Scale,
+    choices: Choices,
+    units: Mapping[int, float],
+    beyond: Beyond,
+    stages: Stages,
 ) -> list[Screened]:
     """Successive halving over all combinations at a few multiples, on the trials' own prompts. A gate may make any KL
     affordable, so that plans are dropped for theirs only when all must always steer."""
@@ -231,9 +277,11 @@ def _screen(
     benign = sets.benign_of(sets.trial)[: len(tempting)]
     every = combinations_of(tuple(units), choices)
     plans = [plan_at(study, c, multiple, units) for c in every for multiple in SCREENED_MULTIPLES]
+    more = cones(beyond, choices.directions, choices.scopes)
+    plans += [beyond.plan(study, c, multiple) for c in more for multiple in SCREENED_MULTIPLES]
     halving = Halving(
         keep=max(1, len(plans) // 2),
-        kl_limit=HOPELESS_KL if set(choices.gates) == {NO_GATE} else None,
+        kl_limit=None if choices.gated else HOPELESS_KL,
     )
     with stages.stage(f"Screening {len(plans)} candidates") as tick:
         asked = [*_in_turn(harmful(sets.discovery))[:TOKEN_PROMPTS], *sets.benign_of(sets.discovery)[:TOKEN_PROMPTS]]
@@ -244,7 +292,7 @@ def _screen(
 
 def kept_combinations(screened: Sequence[Screened], n: int) -> list[Combination]:
     """The combinations that screening left: kept plans whose best gain is at least `HOPEFUL` of the best of all, of the
-    `n` feature sets that gain most. First tokens tell features apart, operators and scopes hardly.
+    `n` feature sets that gain most, and directions. First tokens tell features apart, operators and scopes hardly.
 
     Raises `NotEnoughDataError` when none gains anything.
     """
@@ -254,7 +302,8 @@ def kept_combinations(screened: Sequence[Screened], n: int) -> list[Combination]
             continue
         edit = each.plan.edits[0]
         key = (-each.reading.gain, each.reading.kl if math.isfinite(each.reading.kl) else math.inf)
-        combination = Combination(edit.features, edit.operator, edit.scope)
+        directions = 0 if edit.features else len(each.plan.edits)
+        combination = Combination(edit.features, edit.operator, edit.scope, directions)
         best[combination] = min(best.get(combination, key), key)
     if not best:
         raise NotEnoughDataError(
@@ -263,5 +312,5 @@ def kept_combinations(screened: Sequence[Screened], n: int) -> list[Combination]
         )
     ranked = sorted(best, key=lambda combination: (*best[combination], combination))
     hopeful = [c for c in ranked if best[c][0] <= HOPEFUL * best[ranked[0]][0]]
-    sets = list(dict.fromkeys(combination.features for combination in hopeful))[:n]
-    return [combination for combination in hopeful if combination.features in sets]
+    sets = list(dict.fromkeys(combination.features for combination in hopeful if combination.features))[:n]
+    return [combination for combination in hopeful if combination.directions or combination.features in sets]
