@@ -318,7 +318,13 @@ def test_cones_error_terms_and_growing_strength_are_plans_of_their_settings(
     subject: Study, request_: tune.Request, tmp_path: Path
 ) -> None:
     sets = prompt_sets(subject, SCALE)
-    choices = dataclasses.replace(request_.choices, gates=(NO_GATE, "dense"), directions=(1, 3, 99), leasts=(1.0, 0.25))
+    choices = dataclasses.replace(
+        request_.choices,
+        gates=(NO_GATE, "dense"),
+        directions=(1, 3, 99),
+        leasts=(1.0, 0.25),
+        error_terms=("keep", "correct"),
+    )
     found = find_candidates(subject, sets, SCALE, choices, tmp_path, quiet())
     space = found.space
     cones = [each for each in space.combinations if each.directions]

@@ -51,7 +51,7 @@ def tune(
     ] = "1,3",
     error_terms: Annotated[
         str, typer.Option("--error-terms", help="Behind gates: keep, correct (the SAE's error).")
-    ] = "keep,correct",
+    ] = "keep",
     leasts: Annotated[
         str, typer.Option("--leasts", help="Behind gates: share of the strength at the threshold.")
     ] = "1,0.5",

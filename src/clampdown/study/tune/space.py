@@ -64,7 +64,7 @@ class Choices:
     gate_confidences: tuple[float, ...] = (0.9, 0.95)
     hand_made: bool = True
     directions: tuple[int, ...] = (1, 3)
-    error_terms: tuple[str, ...] = (KEEP, "correct")
+    error_terms: tuple[str, ...] = (KEEP,)
     leasts: tuple[float, ...] = (1.0, 0.5)
 
     @property
