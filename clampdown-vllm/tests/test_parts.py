@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from clampdown.errors import PlanError
 from clampdown.models.loading import LanguageModel, load_identity, load_model
 from clampdown.saes.checkpoints import load_sae
 from clampdown.saes.sae import Sae
-from clampdown.steering.plan import Edit, Plan
+from clampdown.steering.plan import Edit, Gate, Plan
 from clampdown.steering.program import Reach, site_programs
 from clampdown_vllm.blocks import done_to
+from clampdown_vllm.book import Book, check_book
 from clampdown_vllm.order import Order, runs
 from clampdown_vllm.settings import KEY
 from clampdown_vllm.worker.edits import SiteEdits, Where
@@ -173,6 +175,24 @@ def test_every_operator_is_that_of_the_general_way(lm: LanguageModel, sae: Sae) 
     inside = ((torch.arange(width) >= 1) & (torch.arange(width) < 4)).float().expand(len(plans), width)
     torch.testing.assert_close(delta, program.delta(x, {Reach("all", 0): inside}), atol=1e-3, rtol=1e-4)
     assert not delta[:, [0, 4, 5]].any(), "a token out of reach was changed"
+
+
+def test_what_the_plugin_cannot_do_is_refused_by_name(lm: LanguageModel, sae: Sae) -> None:
+    site = sae.cfg.site.name
+    edit = Edit(site=site, operator="add", features=(7,), strengths=(5.0,))
+    gate = Gate(site=site, features=(7,), poolings=("max",), weights=(1.0,), threshold=1.0)
+    vectors = {"e": (1.0, *(0.0 for _ in range(lm.d_model - 1)))}
+    refused = {
+        "grows with": Plan.of(lm, [sae], [edit], "p", gate=gate.changed(least=0.5, full=2.0)),
+        "corrects": Plan.of(lm, [sae], [edit.changed(error_term="correct", correction=("e",))], "p", vectors=vectors),
+        "ensemble": Plan.of(
+            lm, [sae], [edit], "p", gate=Gate(kind="ensemble", members=(gate, gate), threshold=1.0, window=8)
+        ),
+    }
+    for why, plan in refused.items():
+        with pytest.raises(PlanError, match=why):
+            check_book(Book({"p": plan}, {site: sae}), lm)
+    check_book(Book({"p": Plan.of(lm, [sae], [edit], "p", gate=gate)}, {site: sae}), lm)
 
 
 def test_rows_are_written_over_and_sinks_are_left_out(lm: LanguageModel, sae: Sae) -> None:

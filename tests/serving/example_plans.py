@@ -45,11 +45,11 @@ def edit(operator: str, strength: float, scope: str = "all", feature: int = 7, *
     return Edit(site=site, operator=operator, features=(feature,), strengths=(strength,), scope=scope, **more)  # type: ignore[arg-type]
 
 
-def dense(operator: str, strength: float, scope: str = "all") -> Edit:
-    return Edit(site="blocks.2.hook_resid_post", operator=operator, vector="v", strengths=(strength,), scope=scope)
+def dense(operator: str, strength: float, scope: str = "all", vector: str = "v") -> Edit:
+    return Edit(site="blocks.2.hook_resid_post", operator=operator, vector=vector, strengths=(strength,), scope=scope)
 
 
-def gate(threshold: float, feature: int = 3) -> Gate:
+def gate(threshold: float, feature: int = 3, **more: float) -> Gate:
     features = tuple(range(feature, saes()[0].cfg.d_sae, 8))
     return Gate(
         site=saes()[0].cfg.site.name,
@@ -57,6 +57,7 @@ def gate(threshold: float, feature: int = 3) -> Gate:
         weights=(1.0,) * len(features),
         threshold=threshold,
         poolings=("max",) * len(features),
+        **more,  # type: ignore[arg-type]
     )
 
 
@@ -65,6 +66,8 @@ def plan(name: str, *edits: Edit, sae: int = 0, **more: object) -> Plan:
     refs = (SaeRef(site=used.cfg.site.name, name=used.name, revision=used.revision),)
     draw = torch.Generator().manual_seed(5)
     vectors = {"v": tuple(torch.randn(model().d_model, generator=draw).tolist())}
+    rows = torch.linalg.qr(torch.tensor([*vectors.values(), *torch.eye(model().d_model)[:3].tolist()]).T)[0].T
+    vectors |= dict(zip(("w", "e0", "e1"), map(tuple, rows[1:].tolist()), strict=True))  # all at right angles
     ref = ModelRef(name=model().name, revision=model().revision)
     return Plan(name=name, model=ref, saes=refs, edits=edits, vectors=vectors, **more)  # type: ignore[arg-type]
 
@@ -88,6 +91,9 @@ def plans() -> tuple[Plan | None, ...]:
         ),
         plan("wide", edit("clamp", 120.0, "all", 17), sae=1),
         plan("drop", edit("clamp", 20.0, "generated", 19, error_term="drop")),
+        plan("correct", edit("clamp", 20.0, "all", 19, error_term="correct", correction=("e0", "e1"))),
+        plan("cone", dense("clamp_direction", 20.0), dense("floor_direction", 9.0, "all", "w")),
+        plan("growing", edit("clamp", 200.0, "all", 21), gate=gate(75.0, least=0.25, full=110.0)),
     )
 
 

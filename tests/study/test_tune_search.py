@@ -185,7 +185,7 @@ def test_what_is_beside_features_is_asked_for_only_where_it_can_be(tmp_path: Pat
         leasts=(0.5, 1.0), growing=frozenset({("dense", budget, 0.95) for budget in (0.01, 0.05)}),
     )  # fmt: skip
     measure = Measure()
-    found = search(space, measure, Effort(120, 8, seed=1), TrialLog(tmp_path / "log.jsonl"))
+    found = search(space, measure, Effort(40, 20, seed=1), TrialLog(tmp_path / "log.jsonl"))
     asked = measure.asked
     assert {s.combination.directions for s in asked} == {0, 1, 3} and {s.error_term for s in asked} == {
         "keep",
@@ -198,4 +198,4 @@ def test_what_is_beside_features_is_asked_for_only_where_it_can_be(tmp_path: Pat
         assert ("directions" in str(setting)) == bool(setting.combination.directions)
         assert ("error term correct" in str(setting)) == (setting.error_term == "correct")
         assert ("from 50% of it" in str(setting)) == (setting.least == 0.5)
-    assert search(space, Measure(0), Effort(120, 8, seed=1), TrialLog(tmp_path / "log.jsonl")) == found
+    assert search(space, Measure(0), Effort(40, 20, seed=1), TrialLog(tmp_path / "log.jsonl")) == found
