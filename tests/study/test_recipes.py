@@ -318,6 +318,9 @@ def test_a_recipe_is_found_by_its_name_from_anywhere(tmp_path: Path, monkeypatch
     assert [read_recipe(Path(name)).name for name in published()] == [path.stem for path in FILES]
     (tmp_path / "obrien2024-organism").write_text(CONTRAST.read_text())
     assert read_recipe(Path("obrien2024-organism")).name == CONTRAST.stem, "a file that is there comes first"
+    (prompts := tmp_path / "harmful.csv").write_text("prompt\nHello\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"(?s)no study's file.*--harmful FILE"):
+        read_recipe(prompts)
     with pytest.raises(RecipeError, match="did you mean obrien2024-phi3"):
         read_recipe(Path("obrien2024-phi"))
     with pytest.raises(RecipeError, match="no recipe at"):

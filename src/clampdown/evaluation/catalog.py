@@ -254,7 +254,9 @@ def entry(name: str) -> SuiteEntry:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         raise PromptSetError(
             f"no suite '{name}'",
-            hint=f"did you mean {' or '.join(near)}?" if near else "see `clampdown suites list`, or give a file",
+            hint=f"did you mean {' or '.join(near)}? A file of your own goes without a name"
+            if near
+            else "see `clampdown suites list`, or give a file",
         )
     return known[name]
 

@@ -327,7 +327,12 @@ def _settings_of(data: Mapping[str, Any], options: Sequence[str], path: Path) ->
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A study's or recipe's file, or a recipe of the package by its name, as plain data. Raises `RecipeError`."""
-    return read_document(located(path), RecipeError)
+    found = located(path)
+    if found.suffix in (".csv", ".jsonl", ".json", ".txt", ".parquet"):
+        raise RecipeError(
+            f"{path} is no study's file, which is TOML", hint="prompts are given by role: --harmful FILE --benign FILE"
+        )
+    return read_document(found, RecipeError)
 
 
 def located(path: Path) -> Path:
