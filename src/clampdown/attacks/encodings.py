@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import base64
-import codecs
 from random import Random
 
 from clampdown.attacks.attempt import Attempt, Scene, single
 from clampdown.attacks.objective import Objective
-from clampdown.study.wrapping import Writing, capitals, noisy, pulled_apart, random_case, scrambled
+from clampdown.study.wrapping import UNREADABLE, Writing, capitals, noisy, pulled_apart, random_case, scrambled
 
 _LEET = str.maketrans("aeiostAEIOST", "431057431057")
 _VOWELS = "aeiouAEIOU"
@@ -26,15 +24,15 @@ def _pig_latin(text: str, _rng: Random) -> str:
 
 
 ENCODINGS: dict[str, Writing] = {
-    "base64": lambda text, _: base64.b64encode(text.encode()).decode(),
-    "rot13": lambda text, _: codecs.encode(text, "rot13"),
+    "base64": UNREADABLE["base64"],
+    "rot13": UNREADABLE["rot13"],
     "leetspeak": lambda text, _: text.translate(_LEET),
     "spaced letters": lambda text, _: " ".join(text),
     "words pulled apart": pulled_apart,
     "capitals": capitals,
     "random capitals": random_case,
     "words backwards": lambda text, _: " ".join(reversed(text.split())),
-    "letters backwards": lambda text, _: text[::-1],
+    "letters backwards": UNREADABLE["letters backwards"],
     "pig latin": _pig_latin,
     "scrambled words": scrambled,
     "typing errors": noisy,

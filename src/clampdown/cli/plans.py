@@ -143,6 +143,9 @@ def gate_calibrate(
     wrapped: Annotated[
         int, typer.Option("--wrapped", min=0, help="Learn from so many copies of each prompt in random wrappers.")
     ] = 0,
+    unreadable: Annotated[
+        int, typer.Option("--unreadable", min=0, help="Fire on text that the model cannot read: learn so many examples.")
+    ] = 0,
     members: Annotated[
         str, typer.Option("--members", help="An ensemble's members: KIND or KIND@SITE, separated by commas.")
     ] = "",
@@ -165,7 +168,7 @@ def gate_calibrate(
     kind = kind or (job.ENSEMBLE if chosen else "probe")
     request = job.Request(
         plan, kind, budget, confidence, otherwise, names, n, limit, site, seed, first, down_budget, features,
-        inverse_penalty, turns, in_doubt.value, wrapped, family_out, prompts.load(), chosen, combine, least,
+        inverse_penalty, turns, in_doubt.value, wrapped, unreadable, family_out, prompts.load(), chosen, combine, least,
     )  # fmt: skip
     found = job.calibrate(request, out, stages())
     for gate in found.plan.gates:

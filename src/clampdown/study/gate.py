@@ -44,7 +44,7 @@ from clampdown.study.family_out import FamilyOut, Learnt, leave_families_out, pr
 from clampdown.study.loading import load_for
 from clampdown.study.progress import Stages, Tick
 from clampdown.study.prompts import StudyPrompts, embedded_prompts
-from clampdown.study.wrapping import Copy, copies, earlier_turns
+from clampdown.study.wrapping import Copy, copies, earlier_turns, unreadable
 from clampdown.types import ATTACKS, Interval, Prompt, PromptRole, Site, Split, Suite
 
 UP, DOWN = "up", "down"
@@ -60,7 +60,8 @@ class Request:
     `first` is the side that is asked first; 'down' is that of `otherwise`, whose gate then spares all but `down_budget`
     of harmful prompts. `features` and `inverse_penalty` are those of probes. `turns` is how long a benign conversation
     the promise is about at most; `in_doubt` says what is done with longer ones ('read' or 'steer'). `wrapped` is how
-    many copies of each discovery prompt, harmful or not, are learnt from inside random wrappers (`wrapping.py`).
+    many copies of each discovery prompt, harmful or not, are learnt from inside random wrappers, and `unreadable` how
+    many prompts in writings that a model does not read, which are to be steered whatever they ask (`wrapping.py`).
     `family_out` asks for an estimate of how many prompts in wrappers that nobody has seen would be found. An ensemble
     has `members` (KIND or KIND@SITE) whose scores `combine` makes one of. With `least` below 1 the strength of the
     edits that raise refusals grows with the gate's score, from that share of it at the threshold.
@@ -83,6 +84,7 @@ class Request:
     turns: int = TURNS
     in_doubt: str = "read"
     wrapped: int = 0
+    unreadable: int = 0
     family_out: bool = False
     data: StudyPrompts | None = None
     members: tuple[str, ...] = ()
@@ -110,9 +112,11 @@ class Material:
         return np.array([prompt.suite in names for prompt in self.prompts])
 
     def learnt(self, positive: Bool[np.ndarray, " prompts"]) -> Bool[np.ndarray, " learnt"]:
-        """What holds for prompts, for what a fit learns from: discovery prompts and their copies."""
-        own = positive[self.of_split(Split.DISCOVERY)]
-        return np.concatenate([own, own[[copy.of for copy in self.copies]]]) if self.copies else own
+        """What holds for prompts, for what a fit learns from: discovery prompts and their copies. What cannot be read is
+        positive for a gate that finds harm."""
+        own, upwards = positive[self.of_split(Split.DISCOVERY)], bool(positive[self.harmful].any())
+        more = [upwards if copy.unreadable else own[copy.of] for copy in self.copies]
+        return np.concatenate([own, np.array(more, dtype=bool)])
 
     def at(self, rows: Bool[np.ndarray, " prompts"]) -> list[Prompt]:
         return [self.prompts[row] for row in np.flatnonzero(rows)]
@@ -289,12 +293,13 @@ def read(
     fitted, data = last_turns(whole), request.data or embedded_prompts(request.seed)
     wrapped = copies(fitted, data.parts, request.wrapped, request.seed)
     skipped = [bool(h) or p.suite in data.over_refused for p, h in zip(whole, harmful[found], strict=True)]
-    more = (*wrapped, *earlier_turns(whole, skipped))
+    blind = unreadable(fitted, data.parts, request.unreadable, request.seed)
+    more = (*wrapped, *earlier_turns(whole, skipped), *blind)
     shown = [*fitted, *(copy.prompt for copy in more)]
     elsewhere = {named for member in request.members if (named := member_of(member)[1])} - {site.name}
     readings = (gate_reading(site, sae), *(gate_reading(Site.parse(name), None) for name in sorted(elsewhere)))
     store = collect(plan_pass(lm, readings, shown), tick)
-    window = longest_turn(lm, [*prompts, *(copy.prompt for copy in more)])
+    window = longest_turn(lm, [*prompts, *(copy.prompt for copy in more if not copy.unreadable)])
     turnwise = Turnwise(lm, sae, window, request.confidence, request.turns)
     return Material(prompts, harmful, Pooled.of(store), readings, turnwise, more)
 

@@ -9,6 +9,8 @@ and a gate that never saw them is blind.
 
 from __future__ import annotations
 
+import base64
+import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -76,6 +78,15 @@ WRITINGS: dict[str, Writing] = {
 """Writings that anybody can read and type."""
 
 
+UNREADABLE: dict[str, Writing] = {
+    "base64": lambda text, _: base64.b64encode(text.encode()).decode(),
+    "rot13": lambda text, _: codecs.encode(text, "rot13"),
+    "letters backwards": lambda text, _: text[::-1],
+    "random capitals": random_case,
+}
+"""Writings that small models do not read. Attackers know more of them: these are to stand for all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A sentence that may stand before or behind a request, or a whole wrapper with a `PLACE` for it; and the family of
@@ -91,11 +102,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A prompt inside a random wrapper, or a turn of it alone; `of` is the number of the prompt that it is made of."""
+    """A prompt inside a random wrapper, or a turn of it alone; `of` is the number of the prompt that it is made of. An
+    `unreadable` one is to be steered whatever it asks."""
 
     prompt: Prompt
     of: int
     families: frozenset[str]
+    unreadable: bool = False
 
 
 GENERAL_WRAPPERS = tuple(Part(text, GENERAL) for text in GENERAL_PARTS)
@@ -142,6 +155,20 @@ def earlier_turns(prompts: Sequence[Prompt], harmful: Sequence[bool]) -> list[Co
                 alone = replace(prompt, id=f"{prompt.id}-{at}", messages=(message,))
                 found.setdefault(message.content, Copy(alone, number, frozenset()))
     return list(found.values())
+
+
+def unreadable(prompts: Sequence[Prompt], parts: Sequence[Part], n: int, seed: int) -> list[Copy]:
+    """`n` of the prompts, harmful and harmless ones, in writings that a model cannot be expected to read, half of them
+    beside a known sentence: a gate that shall steer such text has to know it, because it cannot know what it asks."""
+    rng = Random(f"unreadable|{seed}")
+    found = []
+    for number in sorted(rng.sample(range(len(prompts)), min(n, len(prompts)))):
+        text = UNREADABLE[rng.choice(list(UNREADABLE))](prompts[number].text, rng)
+        chosen = [rng.choice(list(parts))] if parts and rng.random() < 0.5 else []
+        written = Message("user", around(text, chosen, rng))
+        families = frozenset(part.family for part in chosen)
+        found.append(Copy(replace(prompts[number], id=f"{prompts[number].id}~", messages=(written,)), number, families, True))
+    return found
 
 
 def copies(prompts: Sequence[Prompt], parts: Sequence[Part], n: int, seed: int) -> list[Copy]:
