@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from clampdown.activations.collect import collect
 from clampdown.activations.stream import plan_pass
+from clampdown.attacks.encodings import ENCODINGS
 from clampdown.cli.main import app
 from clampdown.config import ORGANISM
 from clampdown.errors import NotEnoughDataError, PlanError, PromptSetError
@@ -27,7 +30,7 @@ from clampdown.study import gate as job
 from clampdown.study.progress import Stages
 from clampdown.study.prompts import prompts_from
 from clampdown.study.study import make_study
-from clampdown.types import ATTACKS, PromptRole, Split
+from clampdown.types import ATTACKS, Message, PromptRole, Split
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +173,27 @@ def test_what_cannot_be_calibrated_is_an_error(plans: Path, tmp_path: Path) -> N
     with pytest.raises(PromptSetError, match="no prompt of the split 'calibration'"):
         run(plans, tmp_path / "x.toml", data=prompts_from(mixed=tmp_path / "p.jsonl"))
     assert not (tmp_path / "x.toml").exists()
+
+
+def test_a_gate_fires_on_what_cannot_be_read_whoever_asks(plans: Path, tmp_path: Path) -> None:
+    """In writings that it learnt and in one that it did not, and no more often on plain prompts; the second branch does
+    not take such text for over-refused."""
+    run(plans, tmp_path / "plain.toml")
+    run(plans, tmp_path / "blind.toml", unreadable=96, otherwise=plans / "down.toml", limit=48)
+    study = make_study(ORGANISM, ORGANISM)
+    asked = study.prompts(Split.VALIDATION, 20, PromptRole.BENIGN)
+    rng = Random(3)
+
+    def fired(name: str, writing: str) -> float:
+        plan = read_plan(tmp_path / f"{name}.toml")
+        written = [replace(p, messages=(Message("user", ENCODINGS[writing](p.text, rng)),)) for p in asked]
+        assert plan.gate is not None
+        read = read_prompts(study.lm, plan.gate, plan.vectors, study.sae, written)
+        return float(np.mean([reading.opens for reading in read]))
+
+    for writing in ("base64", "random capitals", "pig latin"):
+        assert fired("plain", writing) < 0.5 < 0.8 < fired("blind", writing), writing
+    plan = read_plan(tmp_path / "blind.toml")
+    assert plan.gate is not None and plan.otherwise is not None
+    plain = read_prompts(study.lm, plan.gate, plan.vectors, study.sae, asked)
+    assert sum(reading.opens for reading in plain) <= 2

@@ -144,7 +144,8 @@ def gate_calibrate(
         int, typer.Option("--wrapped", min=0, help="Learn from so many copies of each prompt in random wrappers.")
     ] = 0,
     unreadable: Annotated[
-        int, typer.Option("--unreadable", min=0, help="Fire on text that the model cannot read: learn so many examples.")
+        int,
+        typer.Option("--unreadable", min=0, help="Fire on text that the model cannot read: learn so many examples."),
     ] = 0,
     members: Annotated[
         str, typer.Option("--members", help="An ensemble's members: KIND or KIND@SITE, separated by commas.")

@@ -112,8 +112,8 @@ class Material:
         return np.array([prompt.suite in names for prompt in self.prompts])
 
     def learnt(self, positive: Bool[np.ndarray, " prompts"]) -> Bool[np.ndarray, " learnt"]:
-        """What holds for prompts, for what a fit learns from: discovery prompts and their copies. What cannot be read is
-        positive for a gate that finds harm."""
+        """What holds for prompts, for what a fit learns from: discovery prompts and their copies. What cannot be read
+        is positive for a gate that finds harm."""
         own, upwards = positive[self.of_split(Split.DISCOVERY)], bool(positive[self.harmful].any())
         more = [upwards if copy.unreadable else own[copy.of] for copy in self.copies]
         return np.concatenate([own, np.array(more, dtype=bool)])

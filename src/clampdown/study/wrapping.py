@@ -167,7 +167,9 @@ def unreadable(prompts: Sequence[Prompt], parts: Sequence[Part], n: int, seed: i
         chosen = [rng.choice(list(parts))] if parts and rng.random() < 0.5 else []
         written = Message("user", around(text, chosen, rng))
         families = frozenset(part.family for part in chosen)
-        found.append(Copy(replace(prompts[number], id=f"{prompts[number].id}~", messages=(written,)), number, families, True))
+        found.append(
+            Copy(replace(prompts[number], id=f"{prompts[number].id}~", messages=(written,)), number, families, True)
+        )
     return found
 
 
