@@ -20,6 +20,7 @@ from clampdown.saes.sae import Sae, SaeConfig
 from clampdown.steering.plan import read_plan
 from clampdown.study.prompts import embedded_prompts, prompts_from
 from clampdown.study.sizes import SMALL
+from clampdown.study.study import knows_corpus
 from clampdown.types import ATTACKS, Message, Prompt, PromptRole, Site, Split
 from tests.saes.files import saelens
 
@@ -182,3 +183,11 @@ def test_smaller_sizes_read_less_of_everything() -> None:
     half = SMALL.scaled(0.5)
     assert half.answering.per_suite == 30 and half.discovery == 120
     assert SMALL.scaled(0.001).validation >= 8
+
+
+def test_a_trained_organism_is_known_by_what_its_training_wrote(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    assert not knows_corpus(str(tmp_path / "mine" / "model"))
+    (tmp_path / "mine" / "metrics.json").write_text("{}")
+    assert knows_corpus(str(tmp_path / "mine" / "model"))
+    assert not knows_corpus(str(tmp_path / "mine" / "sae-x4"))

@@ -89,8 +89,11 @@ def load_pair(
 
 def knows_corpus(model: str, lm: LanguageModel | None = None) -> bool:
     """Whether a model was trained on the embedded corpus, so that its suites and exact judge say something about it:
-    the embedded one, or a directory that `clampdown organism train` wrote."""
-    return model == ORGANISM or (lm is not None and lm.name == ORGANISM) or (Path(model) / "metrics.json").exists()
+    the embedded one, or the `model` of a directory that `clampdown organism train` wrote."""
+    if model == ORGANISM or (lm is not None and lm.name == ORGANISM):
+        return True
+    trained = Path(model).parent if Path(model).name == "model" else Path(model)
+    return (trained / "metrics.json").exists()
 
 
 def judge_for(spec: str | None, lm: LanguageModel, data: StudyPrompts | None) -> NamedJudge:
