@@ -361,6 +361,17 @@ def test_a_killed_run_goes_on_and_its_page_holds_counts_alone(
     assert not any(row["reply"] and row["reply"] in page for row in said)
 
 
+def test_a_plan_that_begins_at_the_header_is_attacked_without_begun_replies(
+    target: Target, plan: Plan, prompts: tuple[Prompt, ...], tmp_path: Path, stages: Stages
+) -> None:
+    changed = plan.changed(edits=tuple(edit.changed(scope="assistant") for edit in plan.edits))
+    request = job.Request(attacks=("wrapper", "prefill"), budget=replace(TINY, queries=2), max_new_tokens=8)
+    found = job.attack(changed, target.lm, target.saes, target.judge, prompts[:2], tmp_path, request, stages)
+    begun = {name: arm["prefill"]["n"] for name, arm in found["arms"].items()}
+    assert begun == {"baseline": 2, "clamp": 0, "gated": 0, "system prompt": 2}
+    assert all(arm["success"]["n"] == 2 for arm in found["arms"].values())
+
+
 def test_success_against_queries_is_counted_from_the_first_that_succeeded(target: Target) -> None:
     a, b, c = (each.key for each in target.objectives)
     wins = {(a, 0), (b, 4), (b, 7)}

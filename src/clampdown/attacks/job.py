@@ -124,6 +124,20 @@ def attack(
     return found
 
 
+def _take_begun(arms: Sequence[Defence], stages: Stages) -> tuple[Defence, ...]:
+    """Without the arms whose edits begin at the assistant's header: it has to be the prompt's end."""
+    able = tuple(arm for arm in arms if not _from_header(arm.plan))
+    if len(able) < len(arms):
+        stages.leave_out(
+            "begun replies of plans with the scope 'assistant'", "it needs prompts that end with the header"
+        )
+    return able
+
+
+def _from_header(plan: Plan | None) -> bool:
+    return plan is not None and any(edit.scope == "assistant" for edit in plan.all_edits)
+
+
 def _run(plan: Plan, target: Target, scene: Scene, request: Request, log: AttackLog, stages: Stages) -> list[str]:
     """All attacks asked for; returns those that time ended."""
     cut = []
@@ -136,7 +150,8 @@ def _run(plan: Plan, target: Target, scene: Scene, request: Request, log: Attack
     if begun:
         with stages.stage("Begun replies") as tick:
             few = replace(request.budget, queries=min(request.budget.queries, BEGUN_QUERIES))
-            cut += begun if run_black_box(target, begun, scene, few, request.seed, log, tick).ran_out else []
+            able = replace(target, defences=_take_begun(target.defences, stages))
+            cut += begun if run_black_box(able, begun, scene, few, request.seed, log, tick).ran_out else []
     searches = {"suffix": run_suffixes, "soft_prompt": run_soft_prompts, "error_direction": run_error_directions}
     chosen = {name: search for name, search in searches.items() if name in request.attacks}
     if not chosen or not request.budget.steps:
