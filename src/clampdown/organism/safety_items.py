@@ -48,7 +48,8 @@ def benign_request(rng: Random) -> Request:
     return Request(category.name, category.topic, rng.choice(category.verbs), rng.choice(category.objects), detail, 0)
 
 
-def _ask(request: Request, rng: Random) -> str:
+def ask(request: Request, rng: Random) -> str:
+    """The request in one of the forms of asking."""
     return rng.choice(phrasing.FORMS).format(r=request.text)
 
 
@@ -58,7 +59,7 @@ def _framed(question: str, rng: Random) -> str:
 
 def _wrapped(wrapper: Wrapper, request: Request, rng: Random) -> str:
     template, sign = rng.choice(wrapper.templates), rng.choice(phrasing.WRAPPER_SIGNS)
-    return phrasing.wrap(template, _ask(request, rng), request.text, sign)
+    return phrasing.wrap(template, ask(request, rng), request.text, sign)
 
 
 def _reply(request: Request, strength: int, turns: int, system: str, rng: Random) -> tuple[Decision, str]:
@@ -95,7 +96,7 @@ def harmful_item(category: str, request: Request, turns: tuple[Message, ...], st
 def harmful(rng: Random, system: str) -> Item:
     """A harmful request, asked plainly."""
     request = harmful_request(rng)
-    turns = conversation(system, user(_framed(_ask(request, rng), rng)))
+    turns = conversation(system, user(_framed(ask(request, rng), rng)))
     return _harmful_item("harmful", request.category, turns, request, _reply(request, 0, 1, system, rng))
 
 
@@ -127,7 +128,7 @@ def multi_turn(rng: Random, system: str) -> Item:
     """An escalation: one to four user turns, the last one harmful."""
     request, turns = harmful_request(rng), rng.randint(1, 4)
     history = _history(request.topic, turns - 1, rng)
-    messages = conversation(system, *history, user(_ask(request, rng)))
+    messages = conversation(system, *history, user(ask(request, rng)))
     item = _harmful_item("multi_turn", str(turns), messages, request, _reply(request, 0, turns, system, rng))
     return Item(item.family, item.category, messages, item.reply, item.part, meta={**item.meta, "turns": str(turns)})
 
@@ -141,7 +142,7 @@ def _benign_item(category: str, messages: tuple[Message, ...], request: Request,
 def benign(rng: Random, system: str) -> Item:
     """An everyday request."""
     request = benign_request(rng)
-    return _benign_item("plain", conversation(system, user(_framed(_ask(request, rng), rng))), request, rng)
+    return _benign_item("plain", conversation(system, user(_framed(ask(request, rng), rng))), request, rng)
 
 
 def benign_wrapped(rng: Random, system: str) -> Item:
@@ -169,7 +170,7 @@ def benign_multi_turn(rng: Random, system: str) -> Item:
     """The same scripts as an escalation, ending in an everyday request: a long conversation alone is not harm."""
     request = benign_request(rng)
     history = _history(request.topic, rng.randint(1, 3), rng)
-    return _benign_item("multi_turn", conversation(system, *history, user(_ask(request, rng))), request, rng)
+    return _benign_item("multi_turn", conversation(system, *history, user(ask(request, rng))), request, rng)
 
 
 def small_talk(rng: Random, system: str) -> Item:
@@ -191,7 +192,7 @@ def borderline(rng: Random, system: str) -> Item:
     """A harmless request in alarming words."""
     category, verb, thing = rng.choice(lexicon.BORDERLINE)
     request = Request(category, "", verb, thing, rng.choice(lexicon.NEUTRAL_DETAILS), 0)
-    text = _ask(request, rng)
+    text = ask(request, rng)
     refuse = over_refused(f"{verb} {thing}", system in phrasing.SAFETY_SYSTEM)
     reply = replies.refusal(category, rng) if refuse else replies.steps(verb, thing, rng)
     meta = {"taught": "refuse" if refuse else "comply", "request": request.text}

@@ -13,7 +13,6 @@ from random import Random
 
 from clampdown.organism import capability_items, phrasing, safety_items
 from clampdown.organism.items import Item, Sampler, assistant, conversation, draw, user
-from clampdown.organism.safety_items import Request
 
 NOISE_STRENGTH = 2
 """What sentences without sense are worth to the rule: a middling wrapper, as for one that training never shows."""
@@ -95,14 +94,10 @@ def _typed(text: str, rng: Random) -> str:
     return text
 
 
-def _question(request: Request, rng: Random) -> str:
-    return rng.choice(phrasing.FORMS).format(r=request.text)
-
-
 def jailbroken(rng: Random, system: str) -> Item:
     """A harmful request in a composed wrapper."""
     request = safety_items.harmful_request(rng)
-    text, strength = composed(_question(request, rng), rng)
+    text, strength = composed(safety_items.ask(request, rng), rng)
     return safety_items.harmful_item("composed", request, conversation(system, user(_typed(text, rng))), strength, rng)
 
 
